@@ -1,0 +1,31 @@
+# Two commands set everything up by themselves: `make demo` runs the main job, `make test` the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --quiet -c constraints.txt
+
+.PHONY: demo test install lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/cotbal demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+install: $(VENV)/.installed
+
+# torch comes first and alone: deepspeed's build imports it, and nothing later may pick another one.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt requirements-demo.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools
+	$(PIP) -e ".[trainer,dev]"
+	$(PIP) --no-deps -r requirements-demo.txt
+	touch $@
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,16 @@
+"""Task-weighted fused cross-entropy (Eq. 2 of CoTBal) for language and multimodal model training."""
+
+from .distributed import global_normalizer, global_task_tokens
+from .functional import linear_task_cross_entropy, task_cross_entropy
+from .modules import LinearTaskCrossEntropy, TaskCrossEntropy
+from .results import TaskLoss
+
+__all__ = [
+    "LinearTaskCrossEntropy",
+    "TaskCrossEntropy",
+    "TaskLoss",
+    "global_normalizer",
+    "global_task_tokens",
+    "linear_task_cross_entropy",
+    "task_cross_entropy",
+]

@@ -1,0 +1,328 @@
+"""The public loss functions. Everything here is Eq. 2 of the paper; the work is done by the ops.
+
+    loss = sum_k scale_k S_k,      S_k = sum of the token losses of task k
+
+The aggregation only decides scale_k, a small differentiable function of lambda, T_k and the normalizer. So
+d loss / d lambda comes from plain autograd: (S_k - loss * T_k) / normalizer for Eq. 2 with its own
+normalizer.
+"""
+
+# Shapes: M flattened positions, D hidden width, V vocabulary, K tasks, ... leading shape of the batch.
+
+import torch
+from torch import Tensor
+
+from . import ops, validation
+from .backends import resolve_backend
+from .per_task import spread_to_tokens, sum_by_task
+from .reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
+from .results import TaskLoss
+
+
+def linear_task_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    task_ids: Tensor,
+    task_weights: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    normalizer: Tensor | float | None = None,
+    aggregation: str = "token",
+    logit_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    differentiable_tasks: bool = False,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    check: bool = False,
+) -> TaskLoss:
+    """Task-weighted cross-entropy of a linear head (Eq. 2 of CoTBal) without materialising the logits.
+
+    Args:
+        hidden: ``[..., D]``, bfloat16, float16 or float32, at least two dimensions. float64 is computed and
+            returned in float64, for gradient checks.
+        weight: ``[V, D]``, dtype of ``hidden``. Under autocast both are cast as ``F.linear`` would.
+        labels: ``[...]`` integers in [0, V), or ``ignore_index`` where a position is not supervised.
+        task_ids: ``[...]``, or ``[first dimension]`` for one task per sequence; integers in [0, K). Ids of
+            unsupervised positions are never looked at.
+        task_weights: ``[K]`` float32, lambda of Eq. 2, finite and >= 0. May require grad.
+        bias: ``[V]`` or None.
+        ignore_index: label of unsupervised positions.
+        shift: position t predicts label t + 1 and takes its task id; the last position is unsupervised.
+        normalizer: what the weighted sum is divided by; None means the normalizer of this call. Under data
+            parallelism or gradient accumulation pass :func:`global_normalizer`, else Eq. 2 does not hold.
+        aggregation: "token": sum_k lambda_k S_k / sum_k lambda_k T_k (Eq. 2). "task": the lambda-weighted
+            mean of the task means S_k / T_k over the tasks present; its ``normalizer`` is ``[K]``, T_k * sum
+            lambda. "sum": sum_k lambda_k S_k. "none": lambda times the loss of every position, ``[...]``,
+            divided by ``normalizer`` if one is given.
+        logit_softcap: z becomes ``softcap * tanh(z / softcap)`` (Gemma 2).
+        label_smoothing: share of the target spread evenly over the vocabulary, as in ``F.cross_entropy``.
+        z_loss: adds ``z_loss * lse^2`` to each token's loss (PaLM, section 5).
+        differentiable_tasks: make ``task_loss`` differentiable too; backward then recomputes the logits (4F).
+        backend: "auto", "portable", or "reference" (float64, returns float64, no performance).
+        chunk_size: rows per chunk of the portable backend; None bounds its logits by 128 MiB.
+        check: raise on bad labels, task ids or weights on a GPU too, which synchronises; so does
+        COTBAL_CHECK=1.
+
+    Returns:
+        :class:`TaskLoss`. With every token ignored, or a normalizer of 0, the loss is 0 with zero gradients.
+
+    Cost in products of 2*M*V*D flop over the computed rows: 3 with gradients for both, 2 with a frozen head
+    or trunk, 1 without gradients. Ignored rows cost none, nor do rows of weight 0, unless ``task_weights``
+    requires grad or ``differentiable_tasks`` is set. No second derivative.
+
+    Raises:
+        ValueError: an argument is wrong. Values out of range raise on a CPU; on a GPU they make the loss NaN.
+    """
+    validation.check_scores("hidden", hidden)
+    validation.check_task_weights(task_weights, "hidden", hidden)
+    validation.check_targets(labels, task_ids, leading=hidden.shape[:-1], like_name="hidden", like=hidden)
+    validation.check_options(
+        aggregation=aggregation,
+        normalizer=normalizer,
+        num_tasks=task_weights.shape[0],
+        logit_softcap=logit_softcap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunk_size=chunk_size,
+    )
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    validation.check_head(hidden, weight, bias)
+    if backend == "reference":
+        return reference_linear_task_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            task_ids,
+            task_weights,
+            bias=bias,
+            ignore_index=ignore_index,
+            shift=shift,
+            normalizer=normalizer,
+            aggregation=aggregation,
+            logit_softcap=logit_softcap,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+    backend = resolve_backend(backend)
+    targets_M, tasks_M, tokens_K, poison = _prepare(
+        labels,
+        task_ids,
+        task_weights,
+        weight.shape[0],
+        ignore_index,
+        shift,
+        differentiable_tasks,
+        check,
+        backend,
+    )
+    hidden_MD = hidden.reshape(-1, hidden.shape[-1])
+    spec = (logit_softcap or 0.0, label_smoothing, z_loss)
+    where = (chunk_size or 0, backend)
+    if aggregation == "none" or differentiable_tasks:
+        rows = ops.linear_task_ce_rows(hidden_MD, weight, bias, targets_M, spec, *where)
+        return _aggregate_rows(
+            rows,
+            tasks_M,
+            tokens_K,
+            task_weights + poison,
+            normalizer,
+            aggregation,
+            labels.shape,
+            differentiable_tasks,
+        )
+    scale_K = _task_scale(task_weights + poison, tokens_K, normalizer, aggregation)
+    needs = (_needs_grad(hidden), _needs_grad(weight), bias is not None and _needs_grad(bias))
+    loss, task_loss_K, task_correct_K, lse_M, *_ = ops.linear_task_ce(
+        hidden_MD, weight, bias, targets_M, tasks_M, scale_K, needs, spec, *where
+    )
+    return TaskLoss(loss, task_loss_K, tokens_K, task_correct_K, lse_M.reshape(labels.shape))
+
+
+def task_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    task_ids: Tensor,
+    task_weights: Tensor,
+    *,
+    ignore_index: int = -100,
+    shift: bool = False,
+    normalizer: Tensor | float | None = None,
+    aggregation: str = "token",
+    logit_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    differentiable_tasks: bool = False,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+    check: bool = False,
+) -> TaskLoss:
+    """The loss of :func:`linear_task_cross_entropy` for ``logits [..., V]`` that already exist.
+
+    Same arguments and edge cases. ``task_loss`` is differentiable at no extra cost if
+    ``differentiable_tasks``. The backward pass reads the logits again and allocates nothing but their
+    gradient and one chunk.
+    """
+    validation.check_scores("logits", logits)
+    validation.check_task_weights(task_weights, "logits", logits)
+    validation.check_targets(labels, task_ids, leading=logits.shape[:-1], like_name="logits", like=logits)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have at least one vocabulary column, got {tuple(logits.shape)}")
+    validation.check_options(
+        aggregation=aggregation,
+        normalizer=normalizer,
+        num_tasks=task_weights.shape[0],
+        logit_softcap=logit_softcap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunk_size=chunk_size,
+    )
+    if backend == "reference":
+        return reference_task_cross_entropy(
+            logits,
+            labels,
+            task_ids,
+            task_weights,
+            ignore_index=ignore_index,
+            shift=shift,
+            normalizer=normalizer,
+            aggregation=aggregation,
+            logit_softcap=logit_softcap,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+    backend = resolve_backend(backend)
+    vocab_size = logits.shape[-1]
+    targets_M, tasks_M, tokens_K, poison = _prepare(
+        labels, task_ids, task_weights, vocab_size, ignore_index, shift, differentiable_tasks, check, backend
+    )
+    rows = ops.task_ce_rows(
+        logits.reshape(-1, vocab_size),
+        targets_M,
+        (logit_softcap or 0.0, label_smoothing, z_loss),
+        chunk_size or 0,
+        backend,
+    )
+    return _aggregate_rows(
+        rows,
+        tasks_M,
+        tokens_K,
+        task_weights + poison,
+        normalizer,
+        aggregation,
+        labels.shape,
+        differentiable_tasks,
+    )
+
+
+def shift_targets(labels: Tensor, task_ids: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Labels and task ids (same shape) of the next position; the last position becomes ``ignore_index``."""
+    next_labels = labels.roll(-1, dims=-1)
+    next_labels[..., -1:] = ignore_index
+    return next_labels, task_ids.roll(-1, dims=-1)
+
+
+def flatten_targets(labels: Tensor, task_ids: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
+    """Return labels and task ids as int64 ``[M]``: shifted if asked, ids per sequence repeated."""
+    labels = labels.to(torch.int64)
+    task_ids = task_ids.to(torch.int64)
+    if task_ids.shape != labels.shape:
+        task_ids = task_ids.reshape(-1, *(1,) * (labels.dim() - 1)).expand(labels.shape)
+    if shift:
+        labels, task_ids = shift_targets(labels, task_ids, ignore_index)
+    return labels.reshape(-1), task_ids.reshape(-1)
+
+
+def task_normalizer(task_weights_K: Tensor, tokens_K: Tensor, aggregation: str) -> Tensor:
+    """The denominator of each aggregation: a scalar, ``[K]`` for "task".
+
+    "token": sum_k lambda_k T_k (Eq. 2). "task": T_k * sum of lambda over the tasks present, 0 for an absent
+    one.
+    """
+    tokens_K = tokens_K.to(task_weights_K.dtype)
+    if aggregation == "task":
+        return tokens_K * torch.where(tokens_K > 0, task_weights_K, 0).sum()
+    return (task_weights_K * tokens_K).sum()
+
+
+def _task_scale(
+    task_weights_K: Tensor, tokens_K: Tensor, normalizer: Tensor | float | None, aggregation: str
+) -> Tensor:
+    """scale_k in ``loss = sum_k scale_k S_k``: lambda over the normalizer, 0 where the normalizer is 0."""
+    if aggregation == "sum":
+        return task_weights_K
+    if normalizer is None:
+        normalizer = task_normalizer(task_weights_K, tokens_K, aggregation)
+    return _divide_or_zero(task_weights_K, normalizer)
+
+
+def _divide_or_zero(numerator: Tensor, denominator: Tensor | float) -> Tensor:
+    """``numerator / denominator``, and 0 with zero gradients where the denominator is 0."""
+    denominator = torch.as_tensor(denominator, dtype=torch.float32, device=numerator.device)
+    # The inner where keeps 0/0 out of the backward pass, the outer one out of the result.
+    empty = denominator == 0
+    return torch.where(empty, 0, numerator / torch.where(empty, 1, denominator))
+
+
+def _aggregate_rows(
+    rows: tuple[Tensor, Tensor, Tensor],
+    tasks_M: Tensor,
+    tokens_K: Tensor,
+    task_weights_K: Tensor,
+    normalizer: Tensor | float | None,
+    aggregation: str,
+    shape: torch.Size,
+    differentiable_tasks: bool,
+) -> TaskLoss:
+    """The same result from the loss of every row, for plain autograd to differentiate."""
+    loss_M, hit_M, lse_M = rows
+    num_tasks = task_weights_K.shape[0]
+    task_loss_K = sum_by_task(loss_M, tasks_M, num_tasks)
+    if aggregation == "none":
+        scale_K = task_weights_K if normalizer is None else _divide_or_zero(task_weights_K, normalizer)
+        loss = (spread_to_tokens(scale_K, tasks_M) * loss_M).reshape(shape)
+    else:
+        loss = (_task_scale(task_weights_K, tokens_K, normalizer, aggregation) * task_loss_K).sum()
+    if not differentiable_tasks:
+        task_loss_K = task_loss_K.detach()
+    task_correct_K = torch.zeros_like(tokens_K).scatter_add_(0, tasks_M, hit_M)
+    return TaskLoss(loss, task_loss_K, tokens_K, task_correct_K, lse_M.reshape(shape))
+
+
+def _prepare(
+    labels: Tensor,
+    task_ids: Tensor,
+    task_weights: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    shift: bool,
+    differentiable_tasks: bool,
+    check: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    labels_M, task_ids_M = flatten_targets(labels, task_ids, ignore_index, shift)
+    # A task of weight 0 still has a loss, which is its derivative with respect to that weight.
+    skip_zero = not (differentiable_tasks or _needs_grad(task_weights))
+    return ops.prepare_targets(
+        labels_M, task_ids_M, task_weights.detach(), vocab_size, ignore_index, skip_zero, check, backend
+    )
+
+
+def _needs_grad(tensor: Tensor) -> bool:
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as autocast does for ``F.linear``: everything but float64 to the autocast dtype."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)

@@ -1,0 +1,112 @@
+"""The loss functions as modules that hold the task weights and the options."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import validation
+from .functional import linear_task_cross_entropy, task_cross_entropy
+from .results import TaskLoss
+
+
+class _TaskWeighted(nn.Module):
+    """Holds lambda as a float32 buffer that follows the device of the module but never its dtype."""
+
+    task_weights: Tensor
+
+    def __init__(
+        self,
+        task_weights: Tensor,
+        *,
+        ignore_index: int = -100,
+        shift: bool = False,
+        aggregation: str = "token",
+        logit_softcap: float | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        differentiable_tasks: bool = False,
+        backend: str = "auto",
+        chunk_size: int | None = None,
+        check: bool = False,
+    ) -> None:
+        super().__init__()
+        validation.check_task_weights(task_weights, "task_weights", task_weights)
+        validation.check_options(
+            aggregation=aggregation,
+            normalizer=None,
+            num_tasks=task_weights.shape[0],
+            logit_softcap=logit_softcap,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            chunk_size=chunk_size,
+        )
+        self.register_buffer("task_weights", task_weights.detach().clone())
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "shift": shift,
+            "aggregation": aggregation,
+            "logit_softcap": logit_softcap,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "differentiable_tasks": differentiable_tasks,
+            "backend": backend,
+            "chunk_size": chunk_size,
+            "check": check,
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_TaskWeighted":
+        # model.to(bfloat16), .half() and DeepSpeed cast every floating buffer; lambda 2.01 would be 2.016.
+        exact = self.task_weights
+        super()._apply(fn, recurse)
+        moved = self.task_weights
+        self.task_weights = moved.float() if exact.is_meta else exact.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"num_tasks={self.task_weights.shape[0]}, {shown}"
+
+
+class LinearTaskCrossEntropy(_TaskWeighted):
+    """:func:`linear_task_cross_entropy` with lambda and the options fixed.
+
+    Args:
+        task_weights: ``[K]`` float32, kept as a float32 buffer in the state dict. Assign in place
+            (``module.task_weights.copy_(new)``) to change them during training.
+
+    The other arguments are those of the function. The head's weight is an argument of ``forward``: it stays a
+    parameter of the model.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        task_ids: Tensor,
+        *,
+        bias: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> TaskLoss:
+        """Shapes as in :func:`linear_task_cross_entropy`."""
+        return linear_task_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            task_ids,
+            self.task_weights,
+            bias=bias,
+            normalizer=normalizer,
+            **self.options,
+        )
+
+
+class TaskCrossEntropy(_TaskWeighted):
+    """:func:`task_cross_entropy` with lambda and the options fixed, as :class:`LinearTaskCrossEntropy`."""
+
+    def forward(
+        self, logits: Tensor, labels: Tensor, task_ids: Tensor, *, normalizer: Tensor | float | None = None
+    ) -> TaskLoss:
+        """Shapes as in :func:`task_cross_entropy`."""
+        return task_cross_entropy(logits, labels, task_ids, self.task_weights, normalizer=normalizer, **self.options)

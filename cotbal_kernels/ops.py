@@ -1,0 +1,348 @@
+"""The ``torch.library`` ops under the public functions: schemas, fake kernels, autograd, choice of backend.
+
+Every op has static output shapes and works on flattened positions, so ``torch.compile(fullgraph=True)`` and
+CUDA graphs see through it. What computes is a backend of :mod:`cotbal_kernels.backends`, found by name when
+the op runs.
+
+No op has a second derivative: ``create_graph=True`` raises instead of returning one that is silently
+incomplete.
+"""
+
+# Shapes: M flattened positions, D hidden width, V vocabulary, K tasks.
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS, Need, Spec
+from .portable import TokenLoss, compute_dtype, saved_grad_dtype
+
+
+def _refuse_double_backward(op: str) -> None:
+    # Autograd runs a backward formula with gradients enabled only under create_graph=True.
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op} has no second derivative: create_graph=True is not supported")
+
+
+# --- targets: validation, counts, which rows are computed -------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cotbal::prepare_targets",
+    mutates_args=(),
+    schema="(Tensor labels_M, Tensor task_ids_M, Tensor task_weights_K, SymInt vocab_size, int ignore_index, "
+    "bool skip_zero, bool check, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def prepare_targets(
+    labels_M: Tensor,
+    task_ids_M: Tensor,
+    task_weights_K: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    skip_zero: bool,
+    check: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return int64 targets_M (-1: not computed), tasks_M and tokens_K, and the float32 poison scalar."""
+    return BACKENDS[backend].prepare_targets(
+        labels_M, task_ids_M, task_weights_K, vocab_size, ignore_index, skip_zero, check
+    )
+
+
+@prepare_targets.register_fake
+def _(
+    labels_M: Tensor,
+    task_ids_M: Tensor,
+    task_weights_K: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    skip_zero: bool,
+    check: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    targets_M = labels_M.new_empty(labels_M.shape)
+    tokens_K = labels_M.new_empty(task_weights_K.shape)
+    return targets_M, targets_M.clone(), tokens_K, task_weights_K.new_empty(())
+
+
+# --- loss of a linear head, gradients in forward ----------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cotbal::linear_task_ce",
+    mutates_args=(),
+    schema="(Tensor hidden_MD, Tensor weight_VD, Tensor? bias_V, Tensor targets_M, Tensor tasks_M, "
+    "Tensor scale_K, bool[] need, float[] spec, int chunk_size, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def linear_task_ce(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_M: Tensor,
+    tasks_M: Tensor,
+    scale_K: Tensor,
+    need: Need,
+    spec: Spec,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Return loss, task_loss_K, task_correct_K, lse_M, dX, dW, db; only the loss is differentiable."""
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        return tuple(
+            BACKENDS[backend].linear_forward(
+                hidden_MD, weight_VD, bias_V, targets_M, tasks_M, scale_K, need, TokenLoss(*spec), chunk_size
+            )
+        )
+
+
+@linear_task_ce.register_fake
+def _(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_M: Tensor,
+    tasks_M: Tensor,
+    scale_K: Tensor,
+    need: Need,
+    spec: Spec,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    wide, saved = compute_dtype(hidden_MD.dtype), saved_grad_dtype(hidden_MD.dtype)
+    return (
+        scale_K.new_empty((), dtype=wide),
+        scale_K.new_empty(scale_K.shape, dtype=wide),
+        scale_K.new_empty(scale_K.shape, dtype=torch.int64),
+        hidden_MD.new_empty(targets_M.shape, dtype=wide),
+        hidden_MD.new_empty(hidden_MD.shape if need[0] else (0,), dtype=saved),
+        weight_VD.new_empty(weight_VD.shape if need[1] else (0,), dtype=saved),
+        weight_VD.new_empty(weight_VD.shape[:1] if need[2] else (0,), dtype=saved),
+    )
+
+
+def _linear_task_ce_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, task_loss_K, _, _, *gradients = output
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as dW for the unused output dW
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(task_loss_K, *gradients)
+    ctx.need, ctx.backend = inputs[6], inputs[9]
+    ctx.dtype = inputs[0].dtype
+
+
+def _linear_task_ce_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * 10
+    _refuse_double_backward("cotbal::linear_task_ce")
+    task_loss_K, *gradients = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] and need for i, need in enumerate(ctx.need)]
+    grad_hidden, grad_weight, grad_bias = (
+        scale_gradient(saved, grad_loss, ctx.dtype, ctx.backend) if want else None
+        for saved, want in zip(gradients, wanted, strict=True)
+    )
+    # scale_K is float32 also in a float64 gradient check
+    grad_scale = (grad_loss * task_loss_K).to(torch.float32) if ctx.needs_input_grad[5] else None
+    return grad_hidden, grad_weight, grad_bias, None, None, grad_scale, *(None,) * 4
+
+
+linear_task_ce.register_autograd(_linear_task_ce_backward, setup_context=_linear_task_ce_setup)
+
+
+@torch.library.custom_op(
+    "cotbal::scale_gradient",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor factor, ScalarType dtype, str backend) -> Tensor",
+)
+def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """Return ``grad * factor`` in ``dtype``, the product in float32."""
+    return BACKENDS[backend].scale_gradient(grad, factor, dtype)
+
+
+@scale_gradient.register_fake
+def _(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=dtype)
+
+
+# --- loss per row of a linear head, recomputed in backward ------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cotbal::linear_task_ce_rows",
+    mutates_args=(),
+    schema="(Tensor hidden_MD, Tensor weight_VD, Tensor? bias_V, Tensor targets_M, float[] spec, "
+    "int chunk_size, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def linear_task_ce_rows(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_M: Tensor,
+    spec: Spec,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss_M (differentiable for any upstream gradient), hit_M int64 and lse_M."""
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        return BACKENDS[backend].linear_rows_forward(
+            hidden_MD, weight_VD, bias_V, targets_M, TokenLoss(*spec), chunk_size
+        )
+
+
+@linear_task_ce_rows.register_fake
+def _(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_M: Tensor,
+    spec: Spec,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_rows(hidden_MD, targets_M)
+
+
+def _fake_rows(scores: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = compute_dtype(scores.dtype)
+    loss_M, lse_M = (scores.new_empty(targets_M.shape, dtype=wide) for _ in range(2))
+    return loss_M, targets_M.new_empty(targets_M.shape), lse_M
+
+
+@torch.library.custom_op(
+    "cotbal::linear_task_ce_rows_backward",
+    mutates_args=(),
+    schema="(Tensor grad_M, Tensor hidden_MD, Tensor weight_VD, Tensor? bias_V, Tensor targets_M, "
+    "bool[] need, float[] spec, int chunk_size, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def linear_task_ce_rows_backward(
+    grad_M: Tensor,
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_M: Tensor,
+    need: Need,
+    spec: Spec,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dX, dW, db, empty where not needed."""
+    with torch.autocast(hidden_MD.device.type, enabled=False):
+        return BACKENDS[backend].linear_rows_backward(
+            grad_M, hidden_MD, weight_VD, bias_V, targets_M, need, TokenLoss(*spec), chunk_size
+        )
+
+
+@linear_task_ce_rows_backward.register_fake
+def _(
+    grad_M: Tensor,
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_M: Tensor,
+    need: Need,
+    spec: Spec,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden_MD.new_empty(hidden_MD.shape if need[0] else (0,)),
+        weight_VD.new_empty(weight_VD.shape if need[1] else (0,)),
+        weight_VD.new_empty(weight_VD.shape[:1] if need[2] else (0,)),
+    )
+
+
+def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _linear_rows_backward(ctx: Any, grad_M: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_M is None:
+        return (None,) * 7
+    _refuse_double_backward("cotbal::linear_task_ce_rows")
+    need = list(ctx.needs_input_grad[:3])
+    gradients = linear_task_ce_rows_backward(grad_M, *ctx.saved_tensors, need, *ctx.options)
+    wanted = (gradient if want else None for gradient, want in zip(gradients, need, strict=True))
+    return *wanted, *(None,) * 4
+
+
+linear_task_ce_rows.register_autograd(_linear_rows_backward, setup_context=_linear_rows_setup)
+
+
+# --- loss per row of logits that exist --------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cotbal::task_ce_rows",
+    mutates_args=(),
+    schema="(Tensor logits_MV, Tensor targets_M, float[] spec, int chunk_size, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+)
+def task_ce_rows(
+    logits_MV: Tensor,
+    targets_M: Tensor,
+    spec: Spec,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss_M (differentiable for any upstream gradient), hit_M int64 and lse_M."""
+    return BACKENDS[backend].logits_rows_forward(logits_MV, targets_M, TokenLoss(*spec), chunk_size)
+
+
+@task_ce_rows.register_fake
+def _(
+    logits_MV: Tensor,
+    targets_M: Tensor,
+    spec: Spec,
+    chunk_size: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_rows(logits_MV, targets_M)
+
+
+@torch.library.custom_op(
+    "cotbal::task_ce_rows_backward",
+    mutates_args=(),
+    schema="(Tensor grad_M, Tensor logits_MV, Tensor targets_M, float[] spec, int chunk_size, str backend) -> Tensor",
+)
+def task_ce_rows_backward(
+    grad_M: Tensor,
+    logits_MV: Tensor,
+    targets_M: Tensor,
+    spec: Spec,
+    chunk_size: int,
+    backend: str,
+) -> Tensor:
+    """Return the gradient of the logits."""
+    return BACKENDS[backend].logits_rows_backward(grad_M, logits_MV, targets_M, TokenLoss(*spec), chunk_size)
+
+
+@task_ce_rows_backward.register_fake
+def _(
+    grad_M: Tensor,
+    logits_MV: Tensor,
+    targets_M: Tensor,
+    spec: Spec,
+    chunk_size: int,
+    backend: str,
+) -> Tensor:
+    return logits_MV.new_empty(logits_MV.shape)
+
+
+def _logits_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _logits_rows_backward(ctx: Any, grad_M: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_M is None:
+        return (None,) * 5
+    _refuse_double_backward("cotbal::task_ce_rows")
+    return task_ce_rows_backward(grad_M, *ctx.saved_tensors, *ctx.options), *(None,) * 4
+
+
+task_ce_rows.register_autograd(_logits_rows_backward, setup_context=_logits_rows_setup)

@@ -1,0 +1,172 @@
+"""Checks of arguments: a bad one raises ``ValueError`` naming the argument, what was expected and what came.
+
+What can be seen without reading tensor values is checked here, on every device and under ``torch.compile``.
+Checks of values run inside the ``prepare_targets`` op, because on a GPU they would synchronise with the host.
+"""
+
+# Shapes: M flattened positions, D hidden width, V vocabulary, K tasks, ... leading shape of the batch.
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+AGGREGATIONS = ("token", "task", "sum", "none")
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def checks_requested(check: bool) -> bool:
+    """Whether to check values where that synchronises too (``check=True`` or COTBAL_CHECK=1)."""
+    return check or os.environ.get("COTBAL_CHECK", "0") not in ("", "0")
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Refuse anything that is not a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _require_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {value.device}")
+
+
+def check_scores(name: str, value: Tensor) -> None:
+    """Check hidden states or logits: floating point, at least one leading dimension."""
+    require_tensor(name, value)
+    if value.dtype not in _FLOATS:
+        raise ValueError(
+            f"{name} must be bfloat16, float16, float32 (or float64 for gradient checks), got {value.dtype}"
+        )
+    if value.dim() < 2:
+        raise ValueError(f"{name} must have at least two dimensions [..., features], got {tuple(value.shape)}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Check the head against the hidden states: ``weight [V, D]``, ``bias [V]``, one dtype, one device."""
+    require_tensor("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must be [V, {hidden.shape[-1]}] to match hidden, got {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one vocabulary row, got {tuple(weight.shape)}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight must have the dtype of hidden ({hidden.dtype}), got {weight.dtype}")
+    _require_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        require_tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [{weight.shape[0]}] to match weight, got {tuple(bias.shape)}")
+        if bias.dtype != weight.dtype:
+            raise ValueError(f"bias must have the dtype of weight ({weight.dtype}), got {bias.dtype}")
+        _require_device("bias", bias, "hidden", hidden)
+
+
+def check_targets(labels: Tensor, task_ids: Tensor, *, leading: torch.Size, like_name: str, like: Tensor) -> None:
+    """Check labels ``[...]`` and task ids ``[...]`` or ``[first dimension]``: integers, on one device."""
+    require_tensor("labels", labels)
+    if labels.shape != leading:
+        raise ValueError(
+            f"labels must be {tuple(leading)} to match {like_name} {tuple(like.shape)}, got {tuple(labels.shape)}"
+        )
+    _require_device("labels", labels, like_name, like)
+    check_labels_and_tasks(labels, task_ids)
+
+
+def check_labels_and_tasks(labels: Tensor, task_ids: Tensor) -> None:
+    """The part of :func:`check_targets` that needs no scores."""
+    for name, value in (("labels", labels), ("task_ids", task_ids)):
+        require_tensor(name, value)
+        if value.dtype not in _INTEGERS:
+            raise ValueError(f"{name} must be integers, got {value.dtype}")
+    if labels.dim() == 0:
+        raise ValueError("labels must have at least one dimension, got a scalar")
+    if task_ids.shape != labels.shape and task_ids.shape != labels.shape[:1]:
+        raise ValueError(
+            f"task_ids must be {tuple(labels.shape)} (one per position) or {tuple(labels.shape[:1])} "
+            f"(one per sequence), got {tuple(task_ids.shape)}"
+        )
+    _require_device("task_ids", task_ids, "labels", labels)
+
+
+def check_task_weights(task_weights: Tensor, like_name: str, like: Tensor) -> None:
+    """Check lambda: ``[K]`` with K >= 1, float32, same device."""
+    require_tensor("task_weights", task_weights)
+    if task_weights.dim() != 1 or task_weights.shape[0] == 0:
+        raise ValueError(f"task_weights must be [K] with K >= 1, got {tuple(task_weights.shape)}")
+    if task_weights.dtype != torch.float32:
+        raise ValueError(f"task_weights must be float32 whatever the model's dtype, got {task_weights.dtype}")
+    _require_device("task_weights", task_weights, like_name, like)
+
+
+def check_options(
+    *,
+    aggregation: str,
+    normalizer: Tensor | float | None,
+    num_tasks: int,
+    logit_softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    chunk_size: int | None,
+) -> None:
+    """Check the options shared by both public functions."""
+    check_aggregation(aggregation, AGGREGATIONS)
+    if normalizer is not None:
+        _check_normalizer(normalizer, aggregation, num_tasks)
+    if logit_softcap is not None and not (logit_softcap > 0 and math.isfinite(logit_softcap)):
+        raise ValueError(f"logit_softcap must be None or a finite number > 0, got {logit_softcap}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if not (z_loss >= 0 and math.isfinite(z_loss)):
+        raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be None or a positive number of rows, got {chunk_size}")
+
+
+def check_aggregation(aggregation: str, allowed: tuple[str, ...]) -> None:
+    """Refuse an aggregation that does not exist (here)."""
+    if aggregation not in allowed:
+        raise ValueError(f"aggregation must be one of {', '.join(map(repr, allowed))}, got {aggregation!r}")
+
+
+def _check_normalizer(normalizer: Tensor | float, aggregation: str, num_tasks: int) -> None:
+    if aggregation == "sum":
+        raise ValueError("normalizer must be None with aggregation='sum', which divides by nothing")
+    if isinstance(normalizer, Tensor):
+        expected = (num_tasks,) if aggregation == "task" else ()
+        if tuple(normalizer.shape) != expected:
+            raise ValueError(
+                f"normalizer must have shape {expected} with aggregation={aggregation!r}, got {tuple(normalizer.shape)}"
+            )
+        return
+    if aggregation == "task":
+        raise ValueError(
+            "normalizer must be a [K] tensor of denominators T_k * sum(lambda) with aggregation='task' "
+            f"(see global_normalizer), got {normalizer!r}"
+        )
+    if not isinstance(normalizer, (int, float)) or not (normalizer >= 0 and math.isfinite(normalizer)):
+        raise ValueError(f"normalizer must be None, a tensor or a finite number >= 0, got {normalizer!r}")
+
+
+def check_target_values(
+    labels_M: Tensor, task_ids_M: Tensor, task_weights_K: Tensor, supervised_M: Tensor, vocab_size: int
+) -> None:
+    """Raise on the first supervised position whose label or task id is out of range, or on a bad lambda.
+
+    Positions are named in flattened order and after the shift, as ``labels.flatten()[i]``. Reads values: on a
+    GPU this synchronises with the host.
+    """
+    num_tasks = task_weights_K.shape[0]
+    for name, values, size in (("labels", labels_M, vocab_size), ("task_ids", task_ids_M, num_tasks)):
+        wrong = supervised_M & ((values < 0) | (values >= size))
+        if bool(wrong.any()):
+            position = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{name} must be in [0, {size}) where supervised, got {int(values[position])} at "
+                f"flattened position {position} ({int(wrong.sum())} such positions)"
+            )
+    wrong_weight = ~(torch.isfinite(task_weights_K) & (task_weights_K >= 0))
+    if bool(wrong_weight.any()):
+        task = int(wrong_weight.nonzero()[0])
+        raise ValueError(f"task_weights must be finite and >= 0, got {float(task_weights_K[task])} for task {task}")

@@ -1,0 +1,162 @@
+"""The torch.library ops: opcheck, torch.compile, checkpointing, autocast, backends."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FP32, Problem, error, make_problem
+from torch.utils.checkpoint import checkpoint
+
+from cotbal_kernels import linear_task_cross_entropy, ops, task_cross_entropy
+from cotbal_kernels.reference import reference_linear_task_cross_entropy
+
+
+def flat(p: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden_MD (a leaf), targets_M, tasks_M."""
+    return (
+        p.hidden.detach().flatten(0, 1).requires_grad_(),
+        p.labels.flatten().clamp(min=-1),
+        p.task_ids.flatten(),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    """Schema, fake kernels and autograd registration of every op agree with what it does."""
+    p = make_problem((2, 6), D=8, V=11, K=3, dtype=dtype)
+    hidden, targets, tasks = flat(p)
+    grad, scale = torch.rand(12), p.task_weights.detach().clone().requires_grad_()
+    weight, bias, spec, end = p.weight, p.bias, (0.0, 0.1, 0.01), (5, "portable")
+    frozen = weight.detach()
+    logits = (hidden @ frozen.t()).detach().requires_grad_()
+    labels = p.labels.flatten()
+    samples = [
+        (ops.prepare_targets, (labels, tasks, scale.detach(), 11, -100, True, False, "portable")),
+        (ops.linear_task_ce, (hidden, weight, bias, targets, tasks, scale, (True,) * 3, spec, *end)),
+        (ops.linear_task_ce, (hidden, frozen, None, targets, tasks, scale, (True, False, False), spec, *end)),
+        (ops.scale_gradient, (frozen, torch.tensor(3.0), torch.float32, "portable")),
+        (ops.linear_task_ce_rows, (hidden, weight, bias, targets, spec, *end)),
+        (
+            ops.linear_task_ce_rows_backward,
+            (grad, hidden.detach(), frozen, None, targets, (True, False, True), spec, *end),
+        ),
+        (ops.task_ce_rows, (logits, targets, spec, *end)),
+        (ops.task_ce_rows_backward, (grad, logits.detach(), targets, spec, *end)),
+    ]
+    for op, arguments in samples:
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "none"])
+def test_compile_fullgraph(aggregation: str) -> None:
+    """One graph, forward and backward, same values; on a second batch of other labels without recompiling."""
+    torch._dynamo.reset()
+    p = make_problem()
+
+    def loss(hidden, weight, labels, lam):
+        out = linear_task_cross_entropy(
+            hidden, weight, labels, p.task_ids, lam, shift=True, aggregation=aggregation, chunk_size=7
+        )
+        return out.loss.sum() * 2, out.task_loss, out.task_tokens
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    inputs = (p.hidden, p.weight, p.task_weights)
+    for labels in (p.labels, p.labels.flip(0).clone(), torch.full_like(p.labels, -100)):
+        expected = loss(p.hidden, p.weight, labels, p.task_weights)
+        with torch._dynamo.config.patch(error_on_recompile=labels is not p.labels):
+            actual = compiled(p.hidden, p.weight, labels, p.task_weights)
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(torch.autograd.grad(actual[0], inputs), torch.autograd.grad(expected[0], inputs), strict=True):
+            assert error(a, b) <= FP32
+
+
+def test_compile_of_existing_logits() -> None:
+    torch._dynamo.reset()
+    p = make_problem()
+    logits = (p.hidden @ p.weight.t()).detach().requires_grad_()
+
+    def loss(logits, lam):
+        return task_cross_entropy(logits, p.labels, p.task_ids, lam, aggregation="task").loss
+
+    actual = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, p.task_weights)
+    expected = loss(logits, p.task_weights)
+    assert torch.equal(actual, expected)
+    a, b = (torch.autograd.grad(value, logits)[0] for value in (actual, expected))
+    assert error(a, b) <= FP32
+
+
+def test_errors_of_values_come_through_compile() -> None:
+    torch._dynamo.reset()
+    p = make_problem()
+    p.labels[1, 2] = 67
+
+    def loss(hidden):
+        return linear_task_cross_entropy(hidden, *p.tensors[1:]).loss
+
+    with pytest.raises(Exception, match=r"labels must be in \[0, 67\) where supervised, got 67"):
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(p.hidden)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(use_reentrant: bool) -> None:
+    p = make_problem()
+
+    def loss(hidden, weight):
+        return linear_task_cross_entropy(hidden * 2, weight, *p.tensors[2:]).loss
+
+    inputs = (p.hidden, p.weight)
+    wanted = torch.autograd.grad(loss(*inputs), inputs)
+    checkpoint(loss, *inputs, use_reentrant=use_reentrant).backward()
+    assert torch.equal(p.hidden.grad, wanted[0])
+    assert torch.equal(p.weight.grad, wanted[1])
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_autocast_casts_as_linear_does(rows: bool) -> None:
+    """Same values as casting by hand, float32 gradients; nothing inside the op is cast again."""
+    p = make_problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.linear(p.hidden, p.weight).dtype == torch.bfloat16  # what users expect
+        out = linear_task_cross_entropy(*p.tensors, bias=p.bias, differentiable_tasks=rows)
+    by_hand = linear_task_cross_entropy(
+        p.hidden.bfloat16(),
+        p.weight.bfloat16(),
+        *p.tensors[2:],
+        bias=p.bias.bfloat16(),
+        differentiable_tasks=rows,
+    )
+    assert out.loss.dtype == torch.float32
+    assert torch.equal(out.loss, by_hand.loss)
+    plain = linear_task_cross_entropy(*p.tensors, bias=p.bias)
+    assert not torch.equal(out.loss, plain.loss)
+    inputs = (p.hidden, p.weight, p.bias)
+    for a, b in zip(torch.autograd.grad(out.loss, inputs), torch.autograd.grad(by_hand.loss, inputs), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def test_autocast_accepts_mixed_dtypes_and_logits() -> None:
+    p = make_problem()
+    wanted = reference_linear_task_cross_entropy(p.hidden.bfloat16(), p.weight.bfloat16(), *p.tensors[2:])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = linear_task_cross_entropy(p.hidden.bfloat16(), *p.tensors[1:])
+        logits = task_cross_entropy((p.hidden.float() @ p.weight.t()), *p.tensors[2:])
+    assert error(mixed.loss, wanted.loss) <= FP32
+    # bf16 logits out of autocast: each off by 2^-9 of values up to 4, averaged over 30 tokens.
+    assert error(logits.loss, wanted.loss) <= 2e-3
+
+
+def test_no_grad_returns_a_plain_tensor(problem: Problem) -> None:
+    with torch.no_grad():
+        out = linear_task_cross_entropy(*problem.tensors)
+    assert not out.loss.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(linear_task_cross_entropy(*problem.tensors).loss, out.loss)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_gpu_backends_say_they_are_not_here(problem: Problem, backend: str) -> None:
+    with pytest.raises(ValueError, match=f"{backend}.*is not part of this build.*'portable'"):
+        linear_task_cross_entropy(*problem.tensors, backend=backend)
+    with pytest.raises(ValueError, match="backend='magic' does not exist"):
+        linear_task_cross_entropy(*problem.tensors, backend="magic")

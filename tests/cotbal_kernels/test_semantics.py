@@ -1,0 +1,398 @@
+"""Edge cases and guarantees: nothing supervised, weight zero, offsets, determinism, cost, memory of gradients."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FP32, Problem, error, make_problem
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from cotbal_kernels import backends, linear_task_cross_entropy, portable, task_cross_entropy
+from cotbal_kernels.portable import TokenLoss
+from cotbal_kernels.reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
+
+AGGREGATIONS = ["token", "task", "sum", "none"]
+FUNCTIONS = ["linear", "linear-rows", "logits"]
+
+
+def call(function: str, p: Problem, **kwargs):
+    """The loss through each of the three ops, and the leaves it should have gradients in."""
+    if function == "logits":
+        logits = (p.hidden @ p.weight.t()).detach().requires_grad_()
+        return task_cross_entropy(logits, *p.tensors[2:], **kwargs), [logits, p.task_weights]
+    rows = function == "linear-rows"
+    out = linear_task_cross_entropy(*p.tensors, bias=p.bias, differentiable_tasks=rows, **kwargs)
+    return out, [p.hidden, p.weight, p.bias, p.task_weights]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("shape", [(2, 5), (0, 5), (2, 0)])
+def test_nothing_supervised(function: str, aggregation: str, shape: tuple[int, ...]) -> None:
+    """Loss 0 attached to the graph and zero gradients, so that no rank falls out of a collective."""
+    p = make_problem(shape, ignored=1.1)
+    out, leaves = call(function, p, aggregation=aggregation)
+    assert out.loss.requires_grad
+    assert bool((out.loss == 0).all())
+    out.loss.sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert bool((leaf.grad == 0).all())
+    assert out.task_loss.tolist() == out.task_tokens.tolist() == out.task_correct.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("aggregation", ["token", "task"])
+def test_normalizer_of_zero_is_a_loss_of_zero(aggregation: str) -> None:
+    p = make_problem()
+    zero = torch.zeros(4) if aggregation == "task" else torch.tensor(0.0)
+    out = linear_task_cross_entropy(*p.tensors, aggregation=aggregation, normalizer=zero)
+    out.loss.backward()
+    assert float(out.loss) == 0
+    assert all(bool((leaf.grad == 0).all()) for leaf in (p.hidden, p.weight, p.task_weights))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_absent_task(function: str, aggregation: str) -> None:
+    p = make_problem(ignored=0.1)
+    p.task_ids[p.task_ids == 2] = 1
+    out, leaves = call(function, p, aggregation=aggregation)
+    bias = None if function == "logits" else p.bias
+    expected = reference_linear_task_cross_entropy(*p.tensors, bias=bias, aggregation=aggregation)
+    assert error(out.loss, expected.loss) <= FP32
+    assert out.task_loss[2] == out.task_tokens[2] == out.task_correct[2] == 0
+    out.loss.sum().backward()
+    assert all(bool(torch.isfinite(leaf.grad).all()) for leaf in leaves)
+
+
+def test_unsupervised_positions_may_hold_anything() -> None:
+    """NaN in hidden states, task ids out of range: never looked at where the label is ignored."""
+    p = make_problem()
+    wanted = linear_task_cross_entropy(*p.tensors).loss
+    ignored = p.labels == -100
+    p.hidden.data[ignored] = float("nan")
+    p.task_ids[ignored] = -7
+    out = linear_task_cross_entropy(*p.tensors)
+    assert torch.equal(out.loss, wanted)
+    out.loss.backward()
+    assert bool(torch.isfinite(p.hidden.grad).all())
+    assert bool(torch.isfinite(p.weight.grad).all())
+
+
+def test_task_of_weight_zero_is_skipped_unless_wanted() -> None:
+    p = make_problem(ignored=0.1)
+    p.task_weights.data[1] = 0
+    wanted = reference_linear_task_cross_entropy(*p.tensors)
+    frozen = dataclasses.replace(p, task_weights=p.task_weights.detach())
+    skipped = linear_task_cross_entropy(*frozen.tensors)
+    assert error(skipped.loss, wanted.loss) <= FP32
+    assert skipped.task_loss[1] == skipped.task_correct[1] == 0
+    assert skipped.task_tokens.tolist() == wanted.task_tokens.tolist()
+    assert wanted.task_tokens[1] > 0
+    for computed in (
+        linear_task_cross_entropy(*p.tensors),  # lambda has a gradient there
+        linear_task_cross_entropy(*frozen.tensors, differentiable_tasks=True),
+    ):
+        assert error(computed.task_loss, wanted.task_loss) <= FP32
+    (actual,) = torch.autograd.grad(linear_task_cross_entropy(*p.tensors).loss, p.task_weights)
+    assert error(actual, torch.autograd.grad(wanted.loss, p.task_weights)[0]) <= 10 * FP32
+    assert abs(float(actual[1])) > 0.01
+
+
+def test_confident_tokens_count() -> None:
+    """A token of loss exactly 0 in float32 is still supervised: it stays in the denominator."""
+    logits = torch.zeros(2, 5)
+    logits[0, 3] = 200.0
+    labels, ids, lam = torch.tensor([3, 1]), torch.tensor([0, 0]), torch.ones(1)
+    out = task_cross_entropy(logits, labels, ids, lam)
+    assert out.task_tokens.tolist() == [2]
+    assert float(out.loss) == pytest.approx(float(torch.tensor(5.0).log()) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
+def test_large_offsets_lose_nothing(offset: float) -> None:
+    """Loss as log l - (z - m): an offset common to all logits changes nothing. (m + log l) - z is off by 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    # Multiples of 2^-9: adding 1e4 to them is exact in float32.
+    plain = (torch.randn(50, 70, generator=generator) * 512).round() / 512
+    labels, ids = torch.randint(70, (50,), generator=generator), torch.zeros(50, dtype=torch.int64)
+    logits = (plain + offset).requires_grad_()
+    assert torch.equal(logits.detach() - offset, plain)
+    out = task_cross_entropy(logits, labels, ids, torch.ones(1))
+    expected = reference_task_cross_entropy(logits, labels, ids, torch.ones(1))
+    assert error(out.loss, expected.loss) <= FP32
+    actual, wanted = (torch.autograd.grad(o.loss, logits)[0] for o in (out, expected))
+    assert error(actual, wanted) <= FP32
+    # Through the linear op: the offset is a bias, the products are small.
+    hidden, weight = plain[:, :8].clone().requires_grad_(), torch.eye(70, 8)
+    bias = torch.full((70,), offset)
+    args = (hidden, weight, labels, ids, torch.ones(1))
+    for rows in (False, True):
+        linear = linear_task_cross_entropy(*args, bias=bias, differentiable_tasks=rows)
+        reference = reference_linear_task_cross_entropy(*args, bias=bias)
+        assert error(linear.loss, reference.loss) <= FP32
+        actual, wanted = (torch.autograd.grad(o.loss, hidden)[0] for o in (linear, reference))
+        assert error(actual, wanted) <= FP32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p_target", [0.9, 0.99, 0.999])
+def test_target_minus_one_is_formed_before_rounding(dtype: torch.dtype, p_target: float) -> None:
+    """p rounded to bf16 before p - 1 gives a gradient off by 20 % at p = .99 and by 100 % at .999."""
+    V = 33
+    gap = float(torch.tensor(p_target * (V - 1) / (1 - p_target)).log())
+    logits = torch.zeros(1, V, dtype=dtype)
+    logits[0, 4] = gap
+    logits.requires_grad_()
+    labels, ids, lam = torch.tensor([4]), torch.tensor([0]), torch.ones(1)
+    out = task_cross_entropy(logits, labels, ids, lam)
+    (actual,) = torch.autograd.grad(out.loss, logits)
+    exact = logits.detach().double().softmax(1)
+    exact[0, 4] -= 1
+    # The result's own rounding, and four float32 roundings (exp, sum, quotient, product) relative to 1 - p.
+    tolerance = torch.finfo(dtype).eps / 2 + 4 * 6e-8 / (1 - p_target)
+    assert error(actual[:, 4], exact[:, 4]) <= tolerance
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_upstream_gradients_other_than_one(differentiable: bool) -> None:
+    """Regressions: grad_output[0] applied to every row; a scalar upstream rounded to bf16 before it is used."""
+    p = make_problem()
+    upstream = torch.linspace(-3, 3, p.labels.numel()).reshape(p.labels.shape)
+    out = linear_task_cross_entropy(*p.tensors, aggregation="none", differentiable_tasks=differentiable)
+    expected = reference_linear_task_cross_entropy(*p.tensors, aggregation="none")
+    for a, b in zip(
+        torch.autograd.grad((out.loss * upstream).sum(), (p.hidden, p.weight)),
+        torch.autograd.grad((expected.loss * upstream).sum(), (p.hidden, p.weight)),
+        strict=True,
+    ):
+        assert error(a, b) <= FP32
+    out = linear_task_cross_entropy(*p.tensors)
+    (a,) = torch.autograd.grad(out.loss * (1 / 3), p.hidden)
+    (b,) = torch.autograd.grad(reference_linear_task_cross_entropy(*p.tensors).loss / 3, p.hidden)
+    assert error(a, b) <= FP32
+    half = make_problem(dtype=torch.bfloat16)
+    (one,) = torch.autograd.grad(linear_task_cross_entropy(*half.tensors).loss, half.weight)
+    (scaled,) = torch.autograd.grad(linear_task_cross_entropy(*half.tensors).loss * 1.003, half.weight)
+    assert torch.equal(scaled, (one.float() * 1.003).bfloat16())  # 1.003 in bf16 would be 1
+    assert not torch.equal(scaled, one)
+
+
+def test_fp16_gradients_survive_a_late_loss_scale() -> None:
+    """Gradients wait in float32: divided by 1e6 tokens they underflow in fp16 before the loss scale arrives."""
+    p = make_problem(dtype=torch.float16)
+    args = {"normalizer": 1e6}
+    expected = reference_linear_task_cross_entropy(*p.tensors, **args)
+    wanted = torch.autograd.grad(expected.loss * 65536, (p.hidden, p.weight))
+    out = linear_task_cross_entropy(*p.tensors, **args)
+    for actual, b in zip(torch.autograd.grad(out.loss * 65536, (p.hidden, p.weight)), wanted, strict=True):
+        assert error(actual, b) <= torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_graph_used_twice(function: str) -> None:
+    """A second backward, and one loss used twice, see the gradients unchanged (no scaling in place)."""
+    p = make_problem()
+    out, leaves = call(function, p)
+    first = torch.autograd.grad(out.loss * 3, leaves, retain_graph=True)
+    second = torch.autograd.grad(out.loss * 3, leaves, retain_graph=True)
+    twice = torch.autograd.grad(out.loss + 2 * out.loss, leaves)
+    for a, b, c in zip(first, second, twice, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_second_derivative_is_refused(function: str) -> None:
+    out, leaves = call(function, make_problem())
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.loss, leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("only", ["hidden", "weight", "bias", "task_weights"])
+def test_one_input_requires_grad(rows: bool, only: str) -> None:
+    p = make_problem()
+    wanted = torch.autograd.grad(reference_linear_task_cross_entropy(*p.tensors, bias=p.bias).loss, getattr(p, only))[0]
+    q = Problem(**{f.name: getattr(p, f.name).detach() for f in dataclasses.fields(p)})
+    getattr(q, only).requires_grad_()
+    linear_task_cross_entropy(*q.tensors, bias=q.bias, differentiable_tasks=rows).loss.backward()
+    assert error(getattr(q, only).grad, wanted) <= 10 * FP32
+    assert all(getattr(q, f.name).grad is None for f in dataclasses.fields(q) if f.name != only)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_bitwise_reproducible(function: str, dtype: torch.dtype) -> None:
+    """Large enough for two threads: the second run gives the same bits."""
+    results = []
+    for _ in range(3):
+        p = make_problem((4, 300), D=32, V=150, K=7, dtype=dtype)
+        out, leaves = call(function, p, chunk_size=300)
+        results.append([*(t.detach() for t in out), *torch.autograd.grad(out.loss, leaves)])
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+def test_micro_batches_add_up_to_one_batch() -> None:
+    """k micro-batches with the global normalizer give the gradient of one batch (fp32, 1e-6)."""
+    p = make_problem((6, 20), K=3)
+    p.task_ids[:2] = 0  # unevenly spread: the first micro-batch holds one task only
+    p.labels[2:3] = -100
+    whole = linear_task_cross_entropy(*p.tensors, shift=True)
+    normalizer = (p.task_weights.detach() * whole.task_tokens).sum()
+    parts = [
+        linear_task_cross_entropy(
+            p.hidden[i], p.weight, p.labels[i], p.task_ids[i], p.task_weights, shift=True, normalizer=normalizer
+        ).loss
+        for i in (slice(0, 2), slice(2, 3), slice(3, 6))
+    ]
+    inputs = (p.hidden, p.weight)
+    for a, b in zip(torch.autograd.grad(sum(parts), inputs), torch.autograd.grad(whole.loss, inputs), strict=True):
+        assert error(a, b) <= 1e-6
+
+
+@pytest.fixture
+def counted_flops():
+    """A backend that is the portable one and counts the flop of its matrix products."""
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+    )
+    total = 0
+
+    def counting(function):
+        def wrapper(*args, **kwargs):
+            nonlocal total
+            with counter:  # starts again at 0
+                result = function(*args, **kwargs)
+            total += counter.get_total_flops()
+            return result
+
+        return wrapper
+
+    names = [name for name in dir(backends.Backend) if not name.startswith("_")]
+    backends.register_backend(
+        "counting", SimpleNamespace(**{name: counting(getattr(portable, name)) for name in names})
+    )
+
+    def count(run) -> int:
+        before = total
+        run()
+        return total - before
+
+    yield count
+    del backends.BACKENDS["counting"]
+
+
+def flops_of(counted_flops, p: Problem, backward: bool, **kwargs) -> float:
+    """Products in units of F = 2 * N * V * D with N supervised rows."""
+    supervised = int((p.labels != -100).sum())
+
+    def run() -> None:
+        with torch.set_grad_enabled(backward):
+            out = linear_task_cross_entropy(*p.tensors, backend="counting", **kwargs)
+        if backward:
+            out.loss.sum().backward()
+
+    return counted_flops(run) / (2 * supervised * p.weight.numel())
+
+
+@pytest.mark.parametrize(
+    ("frozen", "kwargs", "backward", "expected"),
+    [
+        ((), {}, True, 3),  # gradients in forward
+        ((), {}, False, 1),  # loss only
+        (("weight",), {}, True, 2),  # frozen head
+        (("hidden",), {}, True, 2),  # frozen trunk
+        (("weight", "hidden"), {}, True, 1),
+        ((), {"aggregation": "none"}, True, 4),  # recomputed
+        (("weight",), {"aggregation": "none"}, True, 3),
+    ],
+)
+def test_cost(counted_flops, frozen, kwargs, backward, expected) -> None:
+    """In products over supervised rows only: half the positions are ignored and cost nothing."""
+    p = make_problem((4, 50), ignored=0.5)
+    for name in frozen:
+        getattr(p, name).requires_grad_(False)
+    assert flops_of(counted_flops, p, backward, chunk_size=13, **kwargs) == expected
+
+
+def test_weight_zero_costs_nothing(counted_flops) -> None:
+    p = make_problem((4, 50), ignored=0.0)
+    p.task_weights.requires_grad_(False)
+    p.task_weights[1] = 0
+    share = float((p.task_ids != 1).sum()) / p.labels.numel()
+    assert flops_of(counted_flops, p, True) == pytest.approx(3 * share)
+    p.task_weights[:] = 0
+    assert flops_of(counted_flops, p, True) == 0
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_frozen_side_has_no_gradient_buffer(frozen: str) -> None:
+    p = make_problem()
+    need = [frozen != "hidden", frozen != "weight", False]
+    targets = p.labels.flatten().clamp(min=-1)
+    out = portable.linear_forward(
+        p.hidden.detach().flatten(0, 1),
+        p.weight.detach(),
+        None,
+        targets,
+        p.task_ids.flatten(),
+        p.task_weights.detach(),
+        need,
+        TokenLoss(0.0, 0.0, 0.0),
+        0,
+    )
+    sizes = (out.grad_hidden_MD.numel(), out.grad_weight_VD.numel(), out.grad_bias_V.numel())
+    full = (p.hidden.numel(), p.weight.numel(), p.bias.numel())
+    assert sizes == tuple(n if wanted else 0 for n, wanted in zip(full, need, strict=True))
+
+
+def test_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor beyond inputs, gradients and the workspace: M x V would be 40 times larger."""
+    monkeypatch.setattr(portable, "WORKSPACE_BYTES", 64 * 500)
+    p = make_problem((1, 400), D=8, V=500, ignored=0.0)
+    expected = reference_linear_task_cross_entropy(*p.tensors)
+    largest = 0
+    original = portable._softmax
+
+    def spy(logits, *args, **kwargs):
+        nonlocal largest
+        largest = max(largest, logits.numel() * 4)
+        return original(logits, *args, **kwargs)
+
+    monkeypatch.setattr(portable, "_softmax", spy)
+    out = linear_task_cross_entropy(*p.tensors)
+    assert error(out.loss, expected.loss) <= FP32
+    assert error(torch.autograd.grad(out.loss, p.weight)[0], torch.autograd.grad(expected.loss, p.weight)[0]) <= FP32
+    assert 0 < largest <= portable.WORKSPACE_BYTES
+
+
+def test_bf16_weight_gradient_does_not_drift_over_chunks() -> None:
+    """dW is accumulated in float32 over 400 chunks and rounded once; bf16 accumulation is off by percents."""
+    p = make_problem((1, 400), D=16, V=20, dtype=torch.bfloat16, ignored=0.0)
+    wide = p.weight.detach().double().requires_grad_()
+    expected = reference_linear_task_cross_entropy(p.hidden.detach(), wide, *p.tensors[2:])
+    (wanted,) = torch.autograd.grad(expected.loss, wide)
+    for rows in (False, True):
+        out = linear_task_cross_entropy(*p.tensors, chunk_size=1, differentiable_tasks=rows)
+        (actual,) = torch.autograd.grad(out.loss, p.weight)
+        assert error(actual, wanted) <= torch.finfo(torch.bfloat16).eps / 2 + FP32
+
+
+def test_accuracy_counts_the_first_argmax() -> None:
+    logits = torch.zeros(3, 4)
+    logits[2, 3] = 1
+    out = task_cross_entropy(logits, torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1]), torch.ones(2))
+    assert out.task_correct.tolist() == [1, 1]  # a tie is a hit for label 0 only
+
+
+def test_single_task_is_plain_cross_entropy(problem: Problem) -> None:
+    p = problem
+    out = linear_task_cross_entropy(
+        p.hidden, p.weight, p.labels, torch.zeros(3, dtype=torch.int64), torch.ones(1), bias=p.bias
+    )
+    logits = F.linear(p.hidden, p.weight, p.bias)
+    assert error(out.loss, F.cross_entropy(logits.flatten(0, 1), p.labels.flatten())) <= FP32

@@ -1,0 +1,138 @@
+"""No-image baselines against exhaustive search and hand-made cases."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer import baselines
+from trainer.baselines import ConstantAnswers, majority_answer, normalize_question, question_only
+from trainer.metrics import get_metric
+
+
+def pairs(*items):
+    return [(question, [answers] if isinstance(answers, str) else answers) for question, answers in items]
+
+
+COLOURS = pairs(("colour?", "Red"), ("colour?", "red."), ("colour?", "blue"), ("shape?", "box"), ("shape?", "box"))
+
+
+class TestExactMatch:
+    def test_majority(self):
+        train = [*COLOURS, *pairs(("size?", "red"))]  # red 3 times over its spellings, box twice
+        result = majority_answer(train, pairs(("?", "RED"), ("?", "box"), ("?", "red"), ("?", "x")), "exact_match")
+        assert result.per_sample == [100.0, 0.0, 100.0, 0.0]
+        assert result.value == 50.0
+
+    def test_question_only(self):
+        evaluation = pairs(("Colour?", "red"), ("shape?", "box"), ("shape?", "red"), ("new?", "red"))
+        train = [*COLOURS, *pairs(("size?", "red"))]
+        assert question_only(train, evaluation, "exact_match").per_sample == [100.0, 100.0, 0.0, 100.0]
+
+    answers = st.sampled_from(["a", "b", "c"])
+    questions = st.sampled_from(["p", "q", "r"])
+    data = st.lists(st.tuples(questions, answers), min_size=1, max_size=12)
+
+    @given(data, data)
+    def test_value_is_that_of_a_most_frequent_answer(self, train, evaluation):
+        counts = Counter(answer for _, answer in train)
+        best = {answer for answer, count in counts.items() if count == max(counts.values())}
+        possible = {100 * sum(answer == guess for _, answer in evaluation) / len(evaluation) for guess in best}
+        found = majority_answer(pairs(*train), pairs(*evaluation), "exact_match").value
+        assert min(abs(found - value) for value in possible) < 1e-9
+
+    @given(data)
+    def test_on_the_training_set_the_question_never_hurts(self, train):
+        score = {question: max(Counter(a for q, a in train if q == question).values()) for question, _ in train}
+        expected = 100 * sum(score.values()) / len(train)
+        assert question_only(pairs(*train), pairs(*train), "exact_match").value == pytest.approx(expected)
+
+
+class TestBoxes:
+    def test_median_beats_the_most_frequent_box(self):
+        train = pairs(
+            *[("where?", box) for box in ("[0.0,0.0,0.1,0.1]", "[0.0,0.0,0.1,0.1]", "[0.3,0.3,0.7,0.7]")],
+            *[("where?", f"[0.3,0.3,0.7,0.{last}]") for last in (68, 69, 71, 72)],
+        )
+        boxes = [[float(v) for v in answers[0][1:-1].split(",")] for _, answers in train]
+        median = [statistics.median(side) for side in zip(*boxes, strict=True)]
+        assert median == [0.3, 0.3, 0.7, 0.69]
+        constant = ConstantAnswers(train, get_metric("accuracy_iou")).best(range(len(train)))
+        assert constant == "[0.3,0.3,0.7,0.69]"
+        assert majority_answer(train, train, "accuracy_iou").value == pytest.approx(100 * 5 / 7)
+
+    def test_most_frequent_box_beats_the_median(self):
+        # The coordinate-wise median has no box it overlaps by half; the repeated one hits twice.
+        train = pairs(
+            *[("?", box) for box in ("[0.0,0.0,0.1,0.1]", "[0.0,0.0,0.1,0.1]", "[0.9,0.9,1.0,1.0]")],
+            *[("?", box) for box in ("[0.4,0.4,0.6,1.0]", "[0.4,0.4,1.0,0.6]")],
+        )
+        constant = ConstantAnswers(train, get_metric("accuracy_iou")).best(range(len(train)))
+        assert constant == "[0.0,0.0,0.1,0.1]"
+
+    def test_unreadable_boxes_do_not_crash(self):
+        train = pairs(("?", "nowhere"))
+        assert majority_answer(train, pairs(("?", "[0,0,1,1]")), "accuracy_iou").value == 0
+
+
+class TestCaptions:
+    texts = st.lists(st.sampled_from(["a", "red", "blue", "box", "car"]), min_size=1, max_size=4).map(" ".join)
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.lists(texts, min_size=2, max_size=10))
+    def test_best_constant_by_exhaustive_search(self, captions):
+        train = pairs(*[("describe", caption) for caption in captions])
+        metric = get_metric("cider")
+        references = [answers for _, answers in train]
+        best = max(metric.compute([caption] * len(train), references).value for caption in captions)
+        assert majority_answer(train, train, "cider").value == pytest.approx(best, abs=1e-9)
+
+    def test_bounded_work(self, monkeypatch):
+        monkeypatch.setattr(baselines, "MAX_CANDIDATES", 4)
+        monkeypatch.setattr(baselines, "MAX_SCORED", 5)
+        calls = []
+
+        def score(self, prediction, samples):
+            calls.append((prediction, list(samples)))
+            return [0.0] * len(samples)
+
+        monkeypatch.setattr(baselines.CiderCorpus, "score", score)
+        train = pairs(*[("q", f"caption {k}") for k in range(50)], ("q", "caption 7"))
+        ConstantAnswers(train, get_metric("cider")).best(range(len(train)))
+        assert len(calls) == 4
+        assert calls[0][0] == "caption 7"  # the most frequent one is always among the candidates
+        assert {len(samples) for _, samples in calls} == {5}
+
+
+class TestQuestions:
+    @pytest.mark.parametrize(
+        ("question", "expected"),
+        [
+            ("<image>\nWhat  is it?\nAnswer the question using a single word or phrase.", "what is it?"),
+            ("[0.1,0.2,0.3,0.4] Provide a short description for this region.", ""),
+            ("Region [0.1, 0.2, 0.3, 0.4]: what?", "region : what?"),
+        ],
+    )
+    def test_normalize(self, question, expected):
+        assert normalize_question(question) == expected
+
+    def test_other_instructions(self):
+        assert normalize_question("Say it. Be brief.", ["Be brief."]) == "say it."
+        train = pairs(("q Be brief.", "x"), ("r", "y"), ("r", "y"))
+        evaluation = pairs(("q", "x"))
+        assert question_only(train, evaluation, "exact_match").value == 0
+        assert question_only(train, evaluation, "exact_match", ["Be brief."]).value == 100
+
+
+@pytest.mark.parametrize("baseline", [majority_answer, question_only])
+def test_bad_input(baseline):
+    with pytest.raises(ValueError, match="at least one training record"):
+        baseline([], pairs(("q", "a")), "exact_match")
+    with pytest.raises(ValueError, match="no samples"):
+        baseline(pairs(("q", "a")), [], "exact_match")
+    with pytest.raises(ValueError, match="unknown metric 'exact'"):
+        baseline(pairs(("q", "a")), pairs(("q", "a")), "exact")

@@ -1,0 +1,266 @@
+"""The finished page of a synthetic run: its numbers, that it loads and runs nothing, and hostile text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+
+import pytest
+from PIL import Image
+from synthetic_run import (
+    ERRORS,
+    HOSTILE,
+    LAMBDAS,
+    MAJORITY,
+    TASKS,
+    V_FULL,
+    V_MINI,
+    VALUES,
+    make_run,
+    page,
+    write,
+)
+
+from trainer import report_plots
+from trainer.report import build_report, duration
+from trainer.report_plots import smooth
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "a run")
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Laying out four figures takes seconds; tests of tables and messages do without."""
+    monkeypatch.setattr(report_plots, "_svg", lambda figure, label: f'<svg aria-label="{label}"></svg>')
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The page of the unchanged run with its figures, drawn once."""
+    return page(make_run(tmp_path_factory.mktemp("report") / "a run"))
+
+
+@pytest.mark.usefixtures("no_drawing")
+class TestNumbers:
+    def test_test_scores(self, run):
+        found = page(run)
+        assert found.tables["test-scores"][0] == [
+            "Task", "majority answer", "question only", "STL", "EW", "CoTBal",
+        ]  # fmt: skip
+        assert found.row("test-scores", "captions")[1:] == [
+            "0.400", "0.400", "0.500 ± 0.010", "0.600 ± 0.020", "0.550 ± 0.030",
+        ]  # fmt: skip
+        assert found.row("test-scores", "boxes")[1:] == [
+            "10.0", "24.0", "20.0 ± 2.0", "19.0 ± 2.0", "25.0 ± 3.0",
+        ]  # fmt: skip
+
+    def test_at_chance_is_said_in_words(self, run):
+        found = page(run)
+        for task in TASKS:
+            cells = found.row("test-scores", task)[3:]
+            for name, cell in zip(("STL", "EW", "CoTBal"), cells, strict=True):
+                margin = VALUES[name][task] - MAJORITY[task]
+                assert cell.endswith("at chance") == (margin <= 2 * ERRORS[name][task]), (task, name)
+        assert "on 2 of 3 test scores; at chance on questions." in found.words
+        # Over question-only: captions 5 and questions 10 standard errors, boxes 1/3 of one.
+        assert "question-only baseline by more than two standard errors on 2 of 3" in found.words
+        assert "; not on boxes." in found.words
+
+    def test_deltas(self, run):
+        found = page(run)
+        for name in ("EW", "CoTBal"):
+            changes = [100 * (VALUES[name][t] - VALUES["STL"][t]) / VALUES["STL"][t] for t in TASKS]
+            delta_i, delta_e = sum(changes) / 3, -sum(min(0, c) for c in changes) / 3
+            assert found.row("deltas", name)[1:] == [
+                f"{delta_i:+.2f}", f"{delta_e:.2f}", *(f"{c:+.2f}" for c in changes),
+            ]  # fmt: skip
+            assert f"ΔI = {delta_i:+.2f} %" in found.words
+            assert f"ΔE = {delta_e:.2f} %" in found.words
+
+    def test_difference_and_its_error(self, run):
+        difference, variance = 0.0, 0.0
+        for task in TASKS:
+            base = VALUES["STL"][task]
+            difference += 100 * (VALUES["CoTBal"][task] - VALUES["EW"][task]) / base / 3
+            variance += (ERRORS["CoTBal"][task] ** 2 + ERRORS["EW"][task] ** 2) / base**2 / 9
+        error = 100 * math.sqrt(variance)
+        assert difference < 2 * error  # so the sentence has to say "no more"
+        sentence = f"{difference:+.2f} percentage points, no more than two standard errors"
+        assert sentence in page(run).words
+        assert f"(one is {error:.2f} points)" in page(run).words
+
+    def test_contributions_and_scores(self, run):
+        found = page(run)
+        for i in TASKS:
+            expected = [(V_FULL[i][j] - V_MINI[j]) / (V_FULL[j][j] - V_MINI[j]) for j in TASKS]
+            assert found.row("contributions", i)[1:] == [f"{value:.2f}" for value in expected]
+        assert found.row("scores", "mini")[1:] == ["0.200± 1.250", "20.0± 1.2", "5.0± 1.2"]
+        assert found.row("scores", "questions + mini")[1:] == ["0.300± 1.250", "40.0± 1.2", "7.5± 1.2"]
+        assert found.row("scores", "boxes + mini")[1:] == ["0.200± 1.250", "30.0± 1.2", "15.0± 1.2"]
+
+    def test_weights(self, run):
+        found = page(run)
+        names = ("λ one2all", "λ all2one", "λ C (", "λ D (", "λ CoTBal")
+        for name, key in zip(names, LAMBDAS, strict=True):
+            assert found.row("lambdas", name)[1:] == [f"{value:.3f}" for value in LAMBDAS[key]]
+        assert found.row("lambdas", "difficulty")[1:] == ["0.500", "0.500", "0.667"]
+        assert "most weight to boxes (1.12) and the least to captions (0.85)" in found.words
+
+    def test_other_strategy_is_what_the_summary_names(self, run):
+        table = json.loads((run / "weights.json").read_text())
+        table |= {"strategy": "all2one", "applied": LAMBDAS["lambda_all2one"]}
+        write(run / "weights.json", table)
+        assert "CoTBal (all2one strategy) gives the most weight to questions (1.20)" in page(run).words
+
+    def test_clipping_is_said(self, run):
+        table = json.loads((run / "weights.json").read_text())
+        entry = {"quantity": "contribution", "tasks": ["captions", "boxes"], "original": -40.0, "value": -2.0}
+        table |= {"clipped": [entry], "warnings": ["task 'boxes': too small"]}
+        table["contribution"][0][2] = -2.0
+        write(run / "weights.json", table)
+        found = page(run)
+        assert found.row("contributions", "captions")[3] == "-2.00*"
+        assert "contribution captions → boxes: -40 became -2" in found.words
+        assert "task 'boxes': too small" in found.words
+
+    def test_stages(self, run):
+        found = page(run)
+        assert [row[0] for row in found.tables["stages"][1:]] == ["data", "train-mini", "weights"]
+        assert [row[3] for row in found.tables["stages"][1:]] == ["4.2 s", "1 min 15 s", "1 h 01 min"]
+        assert "Sum over stages: 1 h 02 min" in found.words
+
+    def test_lower_is_better_and_several_metrics(self, run):
+        table = json.loads((run / "results.json").read_text())
+        for place, value in (
+            (table["baseline"], 2.0),
+            (table["methods"]["EW"], 2.5),
+            (table["methods"]["CoTBal"], 1.0),
+        ):
+            place["boxes"]["error"] = value
+        table["tasks"]["boxes"]["error"] = "lower"
+        table["baselines"]["majority"]["boxes"]["error"] = 1.5
+        for name in ERRORS:
+            table["standard_errors"][name]["boxes"]["error"] = 0.1
+        write(run / "results.json", table)
+        found = page(run)
+        (row,) = [row for row in found.tables["test-scores"] if row[0].startswith("boxes") and "error" in row[0]]
+        assert row[3:] == ["2 ± 0.1at chance", "2.5 ± 0.1at chance", "1 ± 0.1"]
+        # (25 % from IoU and 50 % from the error) / 2.
+        assert found.row("deltas", "CoTBal")[-1] == "+37.50"
+
+
+class TestPage:
+    def test_nothing_is_loaded_and_nothing_runs(self, full):
+        policy = next(attrs["content"] for tag, attrs in full.tags if attrs.get("http-equiv"))
+        assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+        assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in full.tags}
+        for _, attrs in full.tags:
+            for name in ("src", "href", "xlink:href", "srcset", "data"):
+                assert attrs.get(name, "#").startswith(("#", "data:image/"))
+            assert not any(name.startswith("on") for name in attrs)
+            assert "url(" not in (attrs.get("style") or "").replace("url(#", "")
+        assert "@import" not in full.html
+        assert not re.search(r"url\((?!#)", full.html)
+
+    def test_ids_are_unique_and_links_lead_somewhere(self, full):
+        ids = [attrs["id"] for _, attrs in full.tags if "id" in attrs]
+        assert len(ids) == len(set(ids))
+        assert {a["href"][1:] for tag, a in full.tags if tag == "a"} <= set(ids)
+
+    def test_figures_follow_the_theme(self, full):
+        labels = [attrs["aria-label"] for tag, attrs in full.tags if tag == "svg" and "aria-label" in attrs]
+        assert len(labels) == 4  # radar, difficulty, weights, losses
+        colors = set(
+            re.findall(r"(?:fill|stroke): ?(#[0-9a-f]{6})", re.sub(r"<style>.*?</style>", "", full.html, flags=re.S))
+        )
+        assert colors == set()
+        assert set(re.findall(r"var\(--([a-z]+)\)", full.html)) <= set(re.findall(r"--([a-z-]+):", full.html)) | {"t"}
+
+    def test_hostile_text_is_text(self, full):
+        assert HOSTILE in full.words
+        assert not any("example.org" in (value or "") for _, attrs in full.tags for value in attrs.values())
+        assert "a < b" in full.words
+
+    def test_hostile_task_name(self, run):
+        for file in run.rglob("*.json"):
+            file.write_text(file.read_text().replace('"captions"', json.dumps("<b>$x$ & y</b>")))
+        found = page(run)
+        assert found.row("contributions", "<b>$x$")[1] == "1.00"
+        assert "b" not in {tag for tag, _ in found.tags}
+
+    def test_images_are_inside_and_answers_are_marked(self, full):
+        images = [attrs["src"] for tag, attrs in full.tags if tag == "img"]
+        assert len(images) == 12
+        colors = set()
+        for source in images:
+            with Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) as picture:
+                assert picture.size == (8, 8)
+                colors.add(picture.convert("RGB").getpixel((4, 4)))
+        assert len(colors) > 1
+        # Two tasks are right or wrong; captions carry their score and say when they match exactly.
+        assert full.words.count("✓ right") == full.words.count("✗ wrong") == 4
+        scores = [float(s) for s in re.findall(r"CIDEr (\d\.\d{3})", full.words)]
+        assert scores == sorted(scores, reverse=True)
+        assert len(scores) == 4
+        boxes = [attrs for tag, attrs in full.tags if tag == "rect" and attrs.get("class") == "predicted"]
+        drawn = {tuple(float(box[k]) for k in ("x", "y", "width", "height")) for box in boxes}
+        assert drawn == {(10, 10, 50, 50), (70, 70, 20, 20)}
+
+    def test_sources(self, full):
+        assert full.row("attributions", "Shared set") == [
+            "Shared set", "A & B", "CC0", "captions, questions, boxes",
+        ]  # fmt: skip
+
+    def test_built_in_sources_are_named_without_being_listed(self, run):
+        from trainer.config import BUILT_IN
+
+        write(run / "config.yaml", f"tasks: {BUILT_IN}\n")
+        table = {"tasks": [{"name": "grounding", "metric": "accuracy_iou", "auxiliary": False}]}
+        write(run / "tasks.json", table)
+        assert "CC-BY-SA-4.0" in page(run).row("attributions", "OpenMoji")
+
+    def test_same_run_same_page(self, run):
+        assert build_report(run).read_text() == build_report(run).read_text()
+        assert not list(run.glob("*.partial"))
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_few_tasks(self, run, count):
+        few = TASKS[:count]
+        weights = json.loads((run / "weights.json").read_text())
+        results = json.loads((run / "results.json").read_text())
+        weights["tasks"] = few
+        weights["contribution"] = [row[:count] for row in weights["contribution"][:count]]
+        for key in ("difficulty", *LAMBDAS):
+            weights[key] = weights[key][:count]
+        results["tasks"] = {task: results["tasks"][task] for task in few}
+        for table in (results["baseline"], *results["methods"].values()):
+            for task in TASKS[count:]:
+                del table[task]
+        write(run / "weights.json", weights)
+        write(run / "results.json", results)
+        write(run / "scores.json", {"tasks": few, "mini": {t: V_MINI[t] for t in few},
+                                    "full": {i: {j: V_FULL[i][j] for j in few} for i in few}})  # fmt: skip
+        found = page(run)
+        assert "Could not be read" not in found.words
+        assert len(found.tables["contributions"]) == count + 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (0.04, "0.0 s"), (59.6, "1 min 00 s"), (3599.4, "59 min 59 s"), (7260, "2 h 01 min")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_smoothing_has_no_lag():
+    line = [3.0 - 0.1 * k for k in range(40)]
+    assert smooth(line) == pytest.approx(line, abs=1e-12)
+    assert smooth([1.0]) == [1.0]
+    assert smooth([0.0, 3.0, 0.0], share=0.34) == pytest.approx([0.0, 1.0, 0.0])

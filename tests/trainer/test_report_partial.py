@@ -1,0 +1,111 @@
+"""The report of runs that are not finished, damaged or unusual: what is missing is said, nothing crashes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from synthetic_run import PIECES, make_run, page, write
+
+from trainer import report_plots
+from trainer.report import build_report
+from trainer.report_run import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "a run")
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Laying out four figures takes seconds; tests of tables and messages do without."""
+    monkeypatch.setattr(report_plots, "_svg", lambda figure, label: f'<svg aria-label="{label}"></svg>')
+
+
+@pytest.mark.usefixtures("no_drawing")
+class TestPartialRuns:
+    @pytest.mark.parametrize("piece", PIECES)
+    def test_without_one_file(self, run, piece):
+        (run / piece).unlink()
+        found = page(run)
+        assert "This run is not complete" in found.words
+        assert f"{piece}:" in found.words
+
+    @pytest.mark.parametrize("piece", PIECES)
+    def test_with_only_one_file(self, run, tmp_path, piece):
+        alone = tmp_path / "alone"
+        write(alone / piece, (run / piece).read_text())
+        found = page(alone)
+        assert found.words.count("Not there yet") >= 4
+        assert all(f"{name}:" in found.words for name in PIECES if name != piece)
+
+    @pytest.mark.parametrize("piece", PIECES[1:])
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"tasks": ["captions"]}', "null", '{"tasks": {"a": 3}}'])
+    def test_damaged_file(self, run, piece, text):
+        write(run / piece, text)
+        page(run)
+
+    def test_damaged_file_is_named(self, run):
+        write(run / "weights.json", '{"tasks": ["captions"]')
+        found = page(run)
+        assert "Could not be read" in found.words
+        assert "weights.json: Expecting" in found.words
+        assert "contributions" not in found.tables
+
+    def test_half_written_log_and_predictions(self, run):
+        log = run / "trainings/cotbal/log.jsonl"
+        log.write_text(log.read_text() + '{"step": 11, "ste')
+        assert "trainings/cotbal/log.jsonl: 1 unreadable line left out" in page(run).words
+
+    def test_resumed_log_keeps_the_later_line(self, run):
+        log = run / "trainings/cotbal/log.jsonl"
+        log.write_text(log.read_text() + json.dumps({"step": 4, "steps": 10, "loss": 123.0}) + "\n")
+        steps = RunDirectory(run).log("cotbal")
+        assert [step["step"] for step in steps] == list(range(1, 11))
+        assert steps[3]["loss"] == 123.0
+
+    def test_test_scores_before_the_results(self, run):
+        (run / "results.json").unlink()
+        entry = {"metric": "EM", "value": 61.5, "standard_error": 1.5, "samples": 8}
+        write(run / "evaluations/stl-questions/test/metrics.json", {"questions": entry})
+        found = page(run)
+        assert found.tables["test-scores"][0] == ["Task", "STL"]
+        assert found.row("test-scores", "questions")[1] == "61.5 ± 1.5"
+        assert "these are the test evaluations so far" in found.words
+
+    def test_missing_and_corrupt_images(self, run):
+        (run / "images/0.png").unlink()
+        (run / "images/1.png").write_bytes(b"not an image")
+        found = page(run)
+        assert "image 0.png not found" in found.words
+        assert "image 1.png cannot be read" in found.words
+
+    def test_run_without_single_task_models(self, run):
+        table = json.loads((run / "results.json").read_text())
+        del table["baseline"]
+        write(run / "results.json", table)
+        found = page(run)
+        assert "which this run does not train" in found.words
+        assert found.row("test-scores", "boxes")[-1] == "25.0 ± 3.0"
+
+    def test_zero_baseline_says_why_there_is_no_delta(self, run):
+        table = json.loads((run / "results.json").read_text())
+        table["baseline"]["boxes"]["IoU@0.5"] = 0.0
+        write(run / "results.json", table)
+        found = page(run)
+        assert "baseline['boxes']['IoU@0.5'] is 0" in found.words
+        assert "deltas" not in found.tables
+
+    def test_nan_standard_error_is_left_out_and_no_verdict_given(self, run):
+        table = json.loads((run / "results.json").read_text())
+        table["standard_errors"]["CoTBal"]["questions"]["EM"] = math.nan
+        write(run / "results.json", table)
+        assert page(run).row("test-scores", "questions")[-1] == "50.0"
+
+    def test_not_a_run(self, tmp_path):
+        with pytest.raises(ValueError, match="no run directory"):
+            build_report(tmp_path / "nowhere")
+        with pytest.raises(ValueError, match="holds nothing of a run"):
+            build_report(tmp_path)

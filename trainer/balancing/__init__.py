@@ -1,0 +1,1 @@
+"""Task-balancing methods. CoTBal's static weights are in `trainer.balancing.cotbal`."""

@@ -1,0 +1,127 @@
+"""What can be scored without looking at the image: the floor that a trained model has to beat.
+
+Both baselines are fitted on training records only, given as (question, answers) pairs:
+
+- the majority answer: one constant for every record, the constant that does best on the training set;
+- question only: the same, but one constant per question text; unseen questions get the global constant.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from trainer.errors import UserError
+from trainer.metrics import Cider, CiderCorpus, Metric, MetricResult, get_metric, normalize_answer, parse_box
+
+Pair = tuple[str, Sequence[str]]
+T = TypeVar("T")
+
+# Response-format prompts of the paper's Table 1; they carry nothing that tells one question from another.
+FORMAT_INSTRUCTIONS = (
+    "Answer the question using a single word or phrase.",
+    "Provide a short description for this region.",
+    "Provide the bounding box coordinate of the region this sentence describes.",
+)
+
+# Constants tried, and training samples they are tried on: a bound on the time that CIDEr takes.
+MAX_CANDIDATES = 48
+MAX_SCORED = 2000
+
+_BOX = re.compile(r"\[[^\[\]]*\]")
+
+
+def normalize_question(question: str, instructions: Iterable[str] = FORMAT_INSTRUCTIONS) -> str:
+    """The question without ``<image>``, format instructions and boxes, lower-cased, white space collapsed."""
+    text = question.replace("<image>", " ")
+    for instruction in instructions:
+        text = text.replace(instruction, " ")
+    return " ".join(_BOX.sub(" ", text).lower().split())
+
+
+def majority_answer(train: Sequence[Pair], evaluation: Sequence[Pair], metric: str | Metric) -> MetricResult:
+    """Score on ``evaluation`` of answering every question with the best constant of ``train``."""
+    metric = get_metric(metric) if isinstance(metric, str) else metric
+    constant = ConstantAnswers(train, metric).best(range(len(train)))
+    return metric.compute([constant] * len(evaluation), [list(answers) for _, answers in evaluation])
+
+
+def question_only(
+    train: Sequence[Pair],
+    evaluation: Sequence[Pair],
+    metric: str | Metric,
+    instructions: Iterable[str] = FORMAT_INSTRUCTIONS,
+) -> MetricResult:
+    """Score on ``evaluation`` of the best constant among the training records with the same question text."""
+    metric = get_metric(metric) if isinstance(metric, str) else metric
+    instructions = tuple(instructions)
+    constants = ConstantAnswers(train, metric)
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, (question, _) in enumerate(train):
+        groups[normalize_question(question, instructions)].append(index)
+    fallback = constants.best(range(len(train)))
+    questions = [normalize_question(question, instructions) for question, _ in evaluation]
+    answer = {question: constants.best(groups[question]) for question in set(questions) & groups.keys()}
+    predictions = [answer.get(question, fallback) for question in questions]
+    return metric.compute(predictions, [list(answers) for _, answers in evaluation])
+
+
+class ConstantAnswers:
+    """The constant answer that scores best on any part of a training set, by the task's own metric."""
+
+    def __init__(self, train: Sequence[Pair], metric: Metric) -> None:
+        if not train:
+            raise UserError("a baseline needs at least one training record")
+        self.answers = [list(answers) for _, answers in train]
+        self.metric = metric
+        self._captions = CiderCorpus(self.answers, metric.tokenize) if isinstance(metric, Cider) else None
+
+    def best(self, samples: Sequence[int]) -> str:
+        """The constant with the best score on these training records; ties go to the more frequent one."""
+        frequent = self._by_frequency(samples)
+        if self.metric.name == "exact_match":
+            return frequent[0]
+        if self.metric.name == "accuracy_iou":
+            candidates = [*self._median_box(samples), frequent[0]]
+        else:
+            # Where most captions are unique the frequent ones are arbitrary: look across the rest as well.
+            half = MAX_CANDIDATES // 2
+            candidates = frequent[:half] + _spread(frequent[half:], half)
+        scored = _spread(samples, MAX_SCORED)
+        return max(candidates, key=lambda candidate: self._score(candidate, scored))
+
+    def _score(self, candidate: str, samples: Sequence[int]) -> float:
+        if self._captions is not None:
+            return sum(self._captions.score(candidate, samples))
+        references = [self.answers[sample] for sample in samples]
+        value = self.metric.compute([candidate] * len(references), references).value
+        return value if self.metric.higher_is_better else -value
+
+    def _by_frequency(self, samples: Iterable[int]) -> list[str]:
+        """Distinct answers, most frequent first, then in order of appearance; spelled as first seen."""
+        spelling: dict[str, str] = {}
+        counts: Counter[str] = Counter()
+        for sample in samples:
+            for answer in self.answers[sample]:
+                key = normalize_answer(answer) if self.metric.name == "exact_match" else answer
+                spelling.setdefault(key, answer)
+                counts[key] += 1
+        return [spelling[key] for key, _ in counts.most_common()]
+
+    def _median_box(self, samples: Iterable[int]) -> list[str]:
+        """The coordinate-wise median of the boxes, when there is a readable box at all."""
+        parsed = [parse_box(answer) for sample in samples for answer in self.answers[sample]]
+        boxes = [box for box in parsed if box is not None]
+        if not boxes:
+            return []
+        return ["[" + ",".join(f"{statistics.median(side):.6g}" for side in zip(*boxes, strict=True)) + "]"]
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` items, evenly spaced."""
+    if len(items) <= count:
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]

@@ -1,0 +1,180 @@
+"""The ``cotbal`` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from trainer.errors import UserError
+
+app = typer.Typer(
+    help="CoTBal: comprehensive task balancing for multi-task visual instruction tuning.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration; see docs/configuration.md")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. training.epochs=2")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print stages, steps and cost, and stop")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="run directory")] = Path("runs/demo"),
+    small: Annotated[
+        bool, typer.Option("--small", help="minutes instead of a quarter of an hour; learns little")
+    ] = False,
+    dry_run: DryRun = False,
+    overrides: Overrides = None,
+) -> None:
+    """Run the whole of Algorithm 1 on built-in tasks and write a report. Run it again to continue."""
+    preset = Path(__file__).parent / "configs" / ("demo_small.yaml" if small else "demo.yaml")
+    _run(preset, {"output_dir": str(output), **_parse_overrides(overrides)}, dry_run)
+
+
+@app.command()
+def run(config: ConfigPath, dry_run: DryRun = False, overrides: Overrides = None) -> None:
+    """Run the pipeline of CONFIG. Run it again after an interruption: it continues where it was."""
+    _run(config, _parse_overrides(overrides), dry_run)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    output: Annotated[Path, typer.Option(help="folder for model/, log.jsonl and tensorboard/")],
+    method: Annotated[str, typer.Option(help="ew | tla | cotbal (cotbal needs --weights)")] = "ew",
+    weights: Annotated[Path | None, typer.Option(help="JSON of `cotbal weights`, or {task: weight}")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train once on the full mixture of CONFIG with one balancing method."""
+    from trainer.config import load_config
+    from trainer.single import train_once
+
+    train_once(load_config(config, _parse_overrides(overrides)), output.absolute(), method, weights)
+
+
+@app.command()
+def weights(
+    scores: Annotated[Path, typer.Argument(help="SCORES.json: {tasks, mini: {j: V}, full: {i: {j: V}}}")],
+    temperature: Annotated[float, typer.Option(help="T of Eq. 5, 7, 10")] = 0.5,
+    alpha: Annotated[float, typer.Option(help="alpha of Eq. 11")] = 0.5,
+    on_degenerate: Annotated[
+        str, typer.Option(help="error | clip: when V_j(j+mini) does not exceed V_j(mini)")
+    ] = "error",
+) -> None:
+    """Print contributions, difficulties and task weights (Eq. 3-11) for a table of validation scores."""
+    from trainer.balancing.cotbal import cotbal_weights
+    from trainer.balancing.scores import Scores
+
+    result = cotbal_weights(Scores.from_json(_read_json(scores)), temperature, alpha, on_degenerate)
+    typer.echo(json.dumps(result.to_json(), indent=2))
+
+
+@app.command()
+def compare(
+    results: Annotated[Path, typer.Argument(help="RESULTS.json: {tasks, baseline, methods}")],
+) -> None:
+    """Print Delta I% and Delta E% (Eq. 12-14) of every method against the baseline."""
+    from trainer.comparison import compare_to_json
+
+    typer.echo(json.dumps(compare_to_json(_read_json(results)), indent=2))
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="a run directory, finished or not")]) -> None:
+    """Write RUN_DIR/report.html from what the run has so far."""
+    from trainer.report import build_report
+
+    typer.echo(build_report(run_dir))
+
+
+@app.command()
+def check(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check records, images and tokens of every task in CONFIG without training anything."""
+    from trainer.config import load_config
+    from trainer.preflight import check_config
+
+    typer.echo(check_config(load_config(config, _parse_overrides(overrides))))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do: packages, GPUs, loss backends."""
+    from trainer.doctor import diagnose
+
+    typer.echo(diagnose())
+
+
+def _run(path: Path, overrides: dict[str, Any], dry_run: bool) -> None:
+    from trainer.config import load_config
+    from trainer.pipeline import Pipeline, plan
+
+    pipeline = Pipeline(load_config(path, overrides))
+    if dry_run:
+        typer.echo(_plan_table(plan(pipeline)))
+        return
+    typer.echo(f"report: {pipeline.run()}")
+
+
+def _plan_table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'training':<28}{'records':>9}{'steps':>8}{'cost':>8}  scored on"]
+    lines += [
+        f"{row['training']:<28}{row['records']:>9}{row['steps']:>8}{row['cost']:>8.2f}  {row['scored on']}"
+        for row in rows
+    ]
+    proxies = sum(row["cost"] for row in rows if row["scored on"] == "validation")
+    total = sum(row["cost"] for row in rows)
+    lines.append(
+        f"cost is in units of the final training, by records: proxies {proxies:.2f} "
+        f"(what CoTBal adds to a plain training), everything {total:.2f}"
+    )
+    return "\n".join(lines)
+
+
+def _parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
+    parsed: dict[str, Any] = {}
+    for item in overrides or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--set takes KEY=VALUE, got '{item}'")
+        parsed[key] = yaml.safe_load(value)
+    return parsed
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def main() -> None:
+    """Console entry point: a user's mistake is one line on stderr, not a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from trainer.launching import TrainingFailedError
+
+    try:
+        app()
+    except (UserError, TrainingFailedError) as error:
+        print(f"cotbal: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("cotbal: interrupted; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The run configuration: one YAML file, validated whole before anything starts.
+
+Every component's options are a model of their own here, so that a key has one place, one type and one
+default, and an unknown key is an error that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from trainer.errors import UserError, nearest
+from trainer.metrics import get_metric
+
+BUILT_IN = "built_in"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class TaskConfig(_Options):
+    """One task: its three record files, its metric, and whether CoTBal balances it."""
+
+    name: str = Field(description="used in file names, tables and plots")
+    train: Path = Field(description="records (.json or .jsonl) in the LLaVA conversation format")
+    validation: Path | None = Field(None, description="scored for V_j in Algorithm 1")
+    test: Path | None = Field(None, description="scored for Delta I and Delta E")
+    image_root: Path = Field(Path("."), description="folder that the records' image paths start from")
+    metric: str | None = Field(None, description="exact_match | accuracy_iou | cider; none for an auxiliary task")
+    auxiliary: bool = Field(False, description="in every mixture with weight 1, outside balancing")
+    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    description: str = ""
+
+    @field_validator("name")
+    @classmethod
+    def _usable_in_paths(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"task name '{name}' must be letters, digits, '_', '-', '.' only")
+        return name
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_exists(cls, metric: str | None) -> str | None:
+        if metric is not None:
+            get_metric(metric)
+        return metric
+
+    @model_validator(mode="after")
+    def _balanced_tasks_are_scored(self) -> TaskConfig:
+        if not self.auxiliary and (self.metric is None or self.validation is None):
+            raise ValueError(
+                f"task '{self.name}' is balanced, so it needs 'metric' and 'validation'; "
+                "a task without a metric can be 'auxiliary: true' (weight 1, outside balancing)"
+            )
+        return self
+
+
+class BuiltInTasksConfig(_Options):
+    """Sizes of the built-in tasks: conversations in training, questions in validation and test."""
+
+    train: Annotated[int, Field(ge=8)] = 1000
+    validation: Annotated[int, Field(ge=2)] = 150
+    test: Annotated[int, Field(ge=2)] = 300
+
+
+class TinyLlavaConfig(_Options):
+    """Size of the built-in LLaVA (only read when ``model.path`` is ``built_in``)."""
+
+    hidden_size: Annotated[int, Field(ge=16)] = 192
+    layers: Annotated[int, Field(ge=1)] = 3
+    heads: Annotated[int, Field(ge=1)] = 4
+    vocabulary: Annotated[int, Field(ge=300)] = 3000
+
+
+class ModelConfig(_Options):
+    """The pretrained LMM that Algorithm 1 starts every training from."""
+
+    path: str = Field(BUILT_IN, description="a transformers image-text-to-text model: folder, hub name, or built_in")
+    tiny_llava: TinyLlavaConfig = TinyLlavaConfig()
+    max_length: Annotated[int, Field(ge=16)] = Field(2048, description="tokens; longer conversations are cut")
+    freeze: list[str] = Field(["vision_tower"], description="parameters whose name contains one of these are frozen")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        None, description="none: the model's own choice"
+    )
+
+
+class TrainingConfig(_Options):
+    """One training run; the same for every run of Algorithm 1, so that only the mixture and lambda differ."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    batch_size: Annotated[int, Field(ge=1)] = Field(16, description="samples per process and micro-batch")
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    gradient_checkpointing: bool = False
+    logging_steps: Annotated[int, Field(ge=1)] = 10
+    save_steps: Annotated[int, Field(ge=1)] = Field(500, description="steps between checkpoints (resume points)")
+    dataloader_workers: Annotated[int, Field(ge=0)] = 0
+
+
+class EvaluationConfig(_Options):
+    """Batched greedy generation on validation and test records."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 32
+
+
+class CotbalConfig(_Options):
+    """Eq. 3-11 of CoTBal; the defaults are the paper's."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.5
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    mini_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(1 / 32, description="share of each task in a mini subset")
+    strategy: Literal["cotbal", "one2all", "all2one", "contribution", "difficulty"] = "cotbal"
+    on_degenerate: Literal["error", "clip"] = Field(
+        "error", description="when V_j(j+mini) does not exceed V_j(mini), which makes Eq. 3 explode"
+    )
+
+
+class LaunchConfig(_Options):
+    """Where trainings run. ``parallel`` independent trainings go at once, each on ``processes`` processes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: Annotated[int, Field(ge=1)] = Field(1, description="processes (GPUs) per training on this machine")
+    parallel: Annotated[int, Field(ge=1)] = Field(1, description="independent trainings at once")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads per process; 0 = cores shared evenly")
+    torchrun_args: list[str] = Field([], description="handed to torchrun as they are, for several machines")
+
+
+class RunConfig(_Options):
+    """The whole of Algorithm 1, from records to the report."""
+
+    output_dir: Path
+    seed: int = 0
+    tasks: list[TaskConfig] | Literal["built_in"]
+    built_in: BuiltInTasksConfig = BuiltInTasksConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cotbal: CotbalConfig = CotbalConfig()
+    comparisons: list[Literal["stl", "ew"]] = Field(
+        ["stl", "ew"], description="stl is the baseline of Delta I and Delta E; ew the usual mixture"
+    )
+    launch: LaunchConfig = LaunchConfig()
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_are_unique(cls, tasks: Any) -> Any:
+        if isinstance(tasks, list):
+            names = [task.name for task in tasks]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"task names must be unique; given twice: {', '.join(twice)}")
+            if not any(not task.auxiliary for task in tasks):
+                raise ValueError("at least one task must be balanced (auxiliary: false)")
+        return tasks
+
+    @field_validator("output_dir")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return path.expanduser().absolute()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, loadable again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Reads and validates a YAML configuration.
+
+    Relative data paths are taken from the configuration file's folder, ``output_dir`` from the current one.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted keys to values, laid over the file (``{"training.epochs": 2}``).
+
+    Raises:
+        UserError: the file is missing, is not YAML, or a key or value is not valid; every problem is listed.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"configuration {path} does not exist") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"configuration {path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"configuration {path} must be a mapping of options, got {type(data).__name__}")
+    for dotted, value in (overrides or {}).items():
+        _set(data, dotted, value)
+    _resolve_paths(data, path.parent)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], source: str) -> RunConfig:
+    """Validates a configuration given as a mapping; `source` names it in errors."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError(f"{source} is not a valid configuration:\n{_explain(error)}") from error
+
+
+def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for key in parents:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise UserError(f"cannot set '{dotted}': '{key}' is not a group of options")
+    data[last] = value
+
+
+def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
+    tasks = data.get("tasks")
+    for task in tasks if isinstance(tasks, list) else []:
+        if isinstance(task, dict):
+            for key in ("train", "validation", "test", "image_root"):
+                if isinstance(task.get(key, "." if key == "image_root" else None), str):
+                    task[key] = str((folder / task.get(key, ".")).absolute())
+    model = data.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str) and (folder / model["path"]).is_dir():
+        model["path"] = str((folder / model["path"]).absolute())
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = [str(part) for part in problem["loc"] if part not in ("list[TaskConfig]", "literal['built_in']")]
+        name = ".".join(where)
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"  {name}: unknown key{nearest(where[-1], _valid_keys(where[:-1]))}")
+        else:
+            given = problem.get("input")
+            shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+            lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{shown}")
+    if isinstance(error.errors()[0].get("input"), list):  # a list of tasks is not the literal either: say it once
+        lines = [line for line in lines if "Input should be 'built_in'" not in line]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _valid_keys(location: list[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if part == "tasks":
+            model = TaskConfig
+        elif part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""Records, collation and the built-in tasks."""

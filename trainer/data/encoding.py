@@ -1,0 +1,177 @@
+"""Conversations to token ids, labels and image inputs, for any processor with a chat template.
+
+A conversation is cut where supervision starts and stops, by rendering the chat template up to each answer, and
+every piece is tokenised on its own: exactly the tokens that generation will see as its prompt. Pieces with an
+image go through the processor, which expands the placeholder into as many tokens as the image has patches.
+
+Legend: S tokens of one sample, P patches of one image, C feature channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from trainer.data.records import IMAGE_PLACEHOLDER, Record, Turn
+from trainer.errors import UserError
+
+IGNORE_INDEX = -100
+_TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+
+
+class ImageFeatures(Protocol):
+    """Features ``[P, C]`` of images by path, used in place of pixels."""
+
+    def __getitem__(self, path: Path) -> Tensor: ...
+
+    def example(self) -> Tensor:
+        """Features of some image, for their shape."""
+
+
+@dataclass
+class Encoded:
+    """One sample. ``image_inputs`` is what the model's forward takes besides text, stacked over its images."""
+
+    input_ids: list[int]
+    labels: list[int]
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)
+    truncated: bool = False
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry loss; the first position has none before it to predict it."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+class ConversationEncoder:
+    """Encodes records for training and prompts for generation.
+
+    Args:
+        processor: a transformers processor (or tokenizer) with a chat template.
+        max_length: longest sample in tokens; what is past it is cut from the end.
+        features: precomputed features of a frozen vision tower, used in place of pixels when given.
+    """
+
+    def __init__(self, processor: Any, max_length: int, features: ImageFeatures | None = None) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.max_length = max_length
+        self.features = features
+        if not getattr(processor, "chat_template", None) and not getattr(self.tokenizer, "chat_template", None):
+            raise UserError("the model's processor has no chat template; add chat_template.jinja to the model folder")
+
+    def training_sample(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
+        """Token ids and labels of a whole conversation; only the answers are supervised.
+
+        Raises:
+            UserError: an image's tokens do not fit into ``max_length``, or no supervised token is left.
+        """
+        encoded = Encoded([], [])
+        images = list(record.images)
+        for text, supervised in self._pieces(record.turns):
+            count = text.count(self._image_token) if images else 0
+            used, images = images[:count], images[count:]
+            ids, image_inputs = self._tokenize(text, [image_path(image) for image in used], not encoded.input_ids)
+            if supervised and self.tokenizer.eos_token_id not in ids and not self._ends_turn(ids):
+                ids = [*ids, self.tokenizer.eos_token_id]  # a template without an end mark never teaches stopping
+            encoded.input_ids += ids
+            encoded.labels += ids if supervised else [IGNORE_INDEX] * len(ids)
+            for key, value in image_inputs.items():
+                held = encoded.image_inputs.get(key)
+                encoded.image_inputs[key] = value if held is None else torch.cat([held, value])
+            if image_inputs and len(encoded.input_ids) > self.max_length:
+                raise UserError(
+                    f"record '{record.id}': its images need {len(encoded.input_ids)} tokens, more than "
+                    f"model.max_length = {self.max_length}; raise max_length"
+                )
+        encoded.truncated = len(encoded.input_ids) > self.max_length
+        del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
+        if not encoded.supervised:
+            raise UserError(f"record '{record.id}': no supervised token within {self.max_length} tokens")
+        return encoded
+
+    def prompt(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
+        """The last question of a record, after the turns before it, ready for generation."""
+        text = self._render(record.turns[:-1], record.turns[-1].question)
+        ids, image_inputs = self._tokenize(text, [image_path(image) for image in record.images], first=True)
+        return Encoded(ids, [IGNORE_INDEX] * len(ids), image_inputs)
+
+    def blank_image(self) -> Encoded:
+        """Tokens and inputs of one black image, for a batch that would otherwise not call the vision tower."""
+        if self.features is not None:
+            features_PC = torch.zeros_like(self.features.example())
+            return self._with_features(self._image_token, [features_PC])
+        out = self.processor(
+            text=self._image_token, images=[Image.new("RGB", (64, 64))], return_tensors="pt", add_special_tokens=False
+        )
+        ids = out["input_ids"][0].tolist()
+        return Encoded(ids, [IGNORE_INDEX] * len(ids), {k: v for k, v in out.items() if k not in _TEXT_INPUTS})
+
+    @property
+    def _image_token(self) -> str:
+        return getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)
+
+    def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
+        """(text, supervised) pairs whose concatenation is the rendered conversation."""
+        pieces: list[tuple[str, bool]] = []
+        done = ""
+        for index, turn in enumerate(turns):
+            asked = self._render(turns[:index], turn.question)
+            answered = self._render(turns[: index + 1], None)
+            if not asked.startswith(done) or not answered.startswith(asked):
+                raise UserError(
+                    "the chat template renders a conversation's beginning differently once it goes on, so answers "
+                    "cannot be told from prompts; use a template that only appends"
+                )
+            pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
+            done = answered
+        return pieces
+
+    def _render(self, turns: Sequence[Turn], question: str | None) -> str:
+        messages = []
+        for turn in turns:
+            messages += [_message("user", turn.question), _message("assistant", turn.answer)]
+        if question is not None:
+            messages.append(_message("user", question))
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=question is not None)
+
+    def _tokenize(self, text: str, images: list[Path], first: bool) -> tuple[list[int], dict[str, Tensor]]:
+        bos = self.tokenizer.bos_token
+        special = first and not (bos and text.startswith(bos))
+        if not images:
+            return self.tokenizer(text, add_special_tokens=special)["input_ids"], {}
+        if self.features is not None:
+            sample = self._with_features(text, [self.features[path] for path in images], special)
+            return sample.input_ids, sample.image_inputs
+        pictures = [Image.open(path).convert("RGB") for path in images]
+        out = self.processor(text=text, images=pictures, return_tensors="pt", add_special_tokens=special)
+        return out["input_ids"][0].tolist(), {k: v for k, v in out.items() if k not in _TEXT_INPUTS}
+
+    def _with_features(self, text: str, features: list[Tensor], special: bool = False) -> Encoded:
+        token = self._image_token
+        head, *rest = text.split(token)
+        for features_PC, tail in zip(features, rest, strict=True):
+            head += token * features_PC.shape[0] + tail
+        ids = self.tokenizer(head, add_special_tokens=special)["input_ids"]
+        return Encoded(ids, [IGNORE_INDEX] * len(ids), {"pixel_values": torch.stack(features)})
+
+    def _ends_turn(self, ids: list[int]) -> bool:
+        """Whether the piece ends in a special token (``<|im_end|>`` and its like), blanks after it aside."""
+        special = set(self.tokenizer.all_special_ids)
+        return any(token in special for token in ids[-2:])
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    content: list[dict[str, str]] = []
+    for index, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        if index:
+            content.append({"type": "image"})
+        if part.strip():
+            content.append({"type": "text", "text": part.strip()})
+    return {"role": role, "content": content}

@@ -1,0 +1,138 @@
+"""Records: the LLaVA conversation format, read strictly.
+
+One record is ``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...], "references"?}`` in a
+JSON list or a JSONL file (Liu et al., "Visual Instruction Tuning", 2023). ``image`` is a path relative to the
+task's image root, or a list of them; ``<image>`` in the human turns says where they go. Only "gpt" turns are
+supervised. ``references`` lists further correct answers for scoring.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+
+IMAGE_PLACEHOLDER = "<image>"
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+class RecordError(UserError):
+    """A record that cannot be used: names the file, the position in it, the id and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question (what the model reads) and the answer it is supervised on."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One conversation about at most a few images."""
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    references: tuple[str, ...]
+
+    @property
+    def answers(self) -> list[str]:
+        """Correct answers of a one-question record, for scoring."""
+        return list(self.references) or [self.turns[-1].answer]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Reads every record of a ``.json`` list or a ``.jsonl`` file, in file order.
+
+    Raises:
+        RecordError: the file is missing, is not JSON, or a record is malformed or repeats an id.
+    """
+    records: list[Record] = []
+    seen: dict[str, str] = {}
+    for where, raw in _raw_records(path):
+        record = _parse(raw, where)
+        if record.id in seen:
+            raise RecordError(f"{where}: id '{record.id}' is already used by {seen[record.id]}; ids must be unique")
+        seen[record.id] = where
+        records.append(record)
+    return records
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes `rows` as JSON lines, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def _raw_records(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        raise RecordError(f"record file {path} does not exist")
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", _loads(line, f"{path}, line {number}")
+        return
+    data = _loads(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(data, list):
+        raise RecordError(f"{path}: expected a JSON list of records, got {type(data).__name__}")
+    for position, raw in enumerate(data):
+        yield f"{path}, record {position}", raw
+
+
+def _loads(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{where}: not valid JSON ({error})") from error
+
+
+def _parse(raw: Any, where: str) -> Record:
+    if not isinstance(raw, dict):
+        raise RecordError(f"{where}: expected an object, got {type(raw).__name__}")
+    if "id" not in raw:
+        raise RecordError(f"{where}: the record has no 'id'")
+    where = f"{where} (id '{raw['id']}')"
+    images = raw.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise RecordError(f"{where}: 'image' must be a path or a list of paths, got {raw['image']!r}")
+    turns = _parse_turns(raw.get("conversations"), where)
+    placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if images and not placeholders:  # LLaVA's own files always carry it; plain exports often do not
+        first = turns[0]
+        turns = (Turn(f"{IMAGE_PLACEHOLDER}\n{first.question}", first.answer), *turns[1:])
+    elif placeholders != len(images):
+        raise RecordError(f"{where}: {placeholders} '{IMAGE_PLACEHOLDER}' in the text but {len(images)} image(s)")
+    references = raw.get("references") or []
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+        raise RecordError(f"{where}: 'references' must be a list of strings")
+    return Record(str(raw["id"]), tuple(images), turns, tuple(references))
+
+
+def _parse_turns(conversation: Any, where: str) -> tuple[Turn, ...]:
+    if not isinstance(conversation, list) or len(conversation) < 2:
+        raise RecordError(f"{where}: 'conversations' must be a list with at least one human and one gpt turn")
+    values: list[str] = []
+    for index, message in enumerate(conversation):
+        role = _ROLES.get(str(message.get("from"))) if isinstance(message, dict) else None
+        if role is None or not isinstance(message.get("value"), str):
+            raise RecordError(
+                f"{where}: turn {index} must be {{'from': 'human'|'gpt', 'value': text}}, got {message!r}"
+            )
+        if role != ("user", "assistant")[index % 2]:
+            raise RecordError(f"{where}: turns must alternate human, gpt; turn {index} is '{message['from']}'")
+        values.append(message["value"])
+    if len(values) % 2:
+        raise RecordError(f"{where}: the last turn must be a gpt answer")
+    if not any(answer.strip() for answer in values[1::2]):
+        raise RecordError(f"{where}: no supervised token: every gpt turn is empty")
+    return tuple(Turn(question, answer) for question, answer in zip(values[::2], values[1::2], strict=True))

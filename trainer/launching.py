@@ -1,0 +1,106 @@
+"""Starting training processes with torchrun, watching them, and making sure none outlives its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.config import LaunchConfig
+from trainer.errors import UserError
+
+_PR_SET_PDEATHSIG = 1
+
+
+class TrainingFailedError(RuntimeError):
+    """A training process ended with an error; carries where its whole output is and its last lines."""
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to end this process when its parent ends, however that happens (Linux; else does nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def resolve_device(device: str) -> str:
+    """``cpu`` or ``cuda`` for ``auto | cpu | cuda``.
+
+    Raises:
+        UserError: a GPU is asked for and this machine has none that torch can use.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "launch.device is 'cuda' but torch sees no GPU here; use 'auto' or 'cpu', or install a CUDA build of torch"
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def threads_per_process(launch: LaunchConfig) -> int:
+    """CPU threads of one process: as configured, else the cores shared evenly."""
+    return launch.threads or max(1, (os.cpu_count() or 1) // (launch.processes * launch.parallel))
+
+
+def run_training(
+    spec: Path, launch: LaunchConfig, device: str, slot: int, log: Path, poll: Callable[[], None] = lambda: None
+) -> None:
+    """Runs ``trainer.training`` on `spec` under torchrun and waits for it.
+
+    Args:
+        spec: path of a ``TrainingSpec`` in JSON.
+        launch: processes, threads and extra torchrun arguments.
+        device: ``cpu`` or ``cuda``.
+        slot: which of the ``launch.parallel`` places this training takes; slot i gets the i-th group of GPUs.
+        log: file that receives all output.
+        poll: called about twice a second while the training runs.
+
+    Raises:
+        TrainingFailedError: the training ended with an error.
+    """
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads_per_process(launch)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+    elif launch.parallel > 1:
+        first = slot * launch.processes
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + index) for index in range(launch.processes))
+    command = [sys.executable, "-m", "trainer.launching", f"--nproc_per_node={launch.processes}"]
+    command += launch.torchrun_args or ["--standalone"]
+    command += ["-m", "trainer.training", str(spec)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                poll()
+                time.sleep(0.5)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        tail = "\n".join("    " + line for line in log.read_text(errors="replace").splitlines()[-25:])
+        raise TrainingFailedError(
+            f"training {spec.parent.name} ended with code {process.returncode}; last lines of {log}:\n{tail}"
+        )
+
+
+def main() -> None:
+    """torchrun that ends with the process that started it."""
+    die_with_parent()
+    from torch.distributed.run import main as torchrun
+
+    torchrun(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""Algorithm 1 of CoTBal as a graph of stages, from records to the report.
+
+data ─ base_model ─ features ─ check              what every training starts from
+  train-mini, train-plus-<i>                       lines 1-4: proxy models
+  score-mini, score-plus-<i>                       V_j(mini), V_j(i + mini) on validation data
+  weights                                          lines 5-19: C, D, lambda
+  train-cotbal, test-cotbal                        line 20: Eq. 2 with lambda_CoTBal
+  train-ew, test-ew, train-stl-<i>, test-stl-<i>   what Delta I and Delta E compare with
+  results ─ report
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import platform
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trainer import builtin_stages, outcome
+from trainer.balancing.cotbal import cotbal_weights
+from trainer.balancing.scores import Scores
+from trainer.config import BUILT_IN, RunConfig, TaskConfig
+from trainer.data.mixtures import Mixture, select
+from trainer.errors import UserError
+from trainer.evaluation import EvaluationSpec, evaluate
+from trainer.launching import die_with_parent, resolve_device, run_training, threads_per_process
+from trainer.metrics import get_metric
+from trainer.preflight import check_run
+from trainer.progress import Progress
+from trainer.report import build_report
+from trainer.stages import Stage, StageContext, StageRunner, write_json
+from trainer.training import TrainingSpec
+
+# Raised whenever a change of the code makes finished stages of older runs worthless.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of the run: its mixture, what it is scored on, and how it comes by its weights."""
+
+    name: str
+    mixture: Mixture
+    split: str
+    tasks: tuple[str, ...]
+    weighted: bool = False
+
+
+class Pipeline:
+    """The stages of one run directory.
+
+    Args:
+        config: the validated configuration.
+        progress: where to show what happens.
+    """
+
+    def __init__(self, config: RunConfig, progress: Progress | None = None) -> None:
+        self.config = config
+        self.run_dir = config.output_dir
+        self.progress = progress or Progress()
+        self.device = resolve_device(config.launch.device)
+        self.tasks: list[TaskConfig] = (
+            builtin_stages.task_configs(self.run_dir / "data", config.built_in)
+            if isinstance(config.tasks, str)
+            else config.tasks
+        )
+        self.balanced = tuple(task.name for task in self.tasks if not task.auxiliary)
+        self.resolved = config.model_copy(update={"tasks": self.tasks})
+        own_model = config.model.path == BUILT_IN
+        self.model_path = str(self.run_dir / "base_model") if own_model else config.model.path
+        self.features = self.run_dir / "features" if own_model else None
+        self._evaluators: ProcessPoolExecutor | None = None
+
+    # -- what is run ---------------------------------------------------------------------------------------
+
+    def trainings(self) -> list[Training]:
+        """Every training of the run, proxies first: N + 1 of Algorithm 1, the final one, and the compared ones."""
+        proxies = [Training("mini", Mixture("mini"), "validation", self.balanced)]
+        proxies += [Training(f"plus-{i}", Mixture("plus", i), "validation", self.balanced) for i in self.balanced]
+        scored = tuple(task.name for task in self.tasks if task.name in self.balanced and task.test)
+        finals = [Training("cotbal", Mixture("all"), "test", scored, weighted=True)]
+        if "ew" in self.config.comparisons:
+            finals.append(Training("ew", Mixture("all"), "test", scored))
+        if "stl" in self.config.comparisons:
+            finals += [Training(f"stl-{i}", Mixture("single", i), "test", (i,)) for i in scored]
+        return proxies + finals
+
+    def stages(self) -> list[Stage]:
+        """The whole graph, each stage after those it needs."""
+        stages = self._preparation()
+        ready = tuple(stage.name for stage in stages)
+        trainings = self.trainings()
+        proxies = [training for training in trainings if training.split == "validation"]
+        finals = [training for training in trainings if training.split == "test"]
+        for training in proxies:
+            stages += [self._train_stage(training, ready), self._score_stage(training)]
+        stages.append(
+            Stage(
+                "weights",
+                self.config.cotbal.model_dump(mode="json"),
+                tuple(f"score-{training.name}" for training in proxies),
+                (self.run_dir / "scores.json", self.run_dir / "weights.json"),
+                self._compute_weights,
+            )
+        )
+        for training in sorted(finals, key=lambda training: training.weighted):  # the one that waits comes last
+            needs = (*ready, "weights") if training.weighted else ready
+            stages += [self._train_stage(training, needs), self._score_stage(training)]
+        tested = tuple(f"test-{training.name}" for training in finals)
+        stages.append(
+            Stage("results", FORMAT, (*tested, "weights"), (self.run_dir / "results.json",), self._collect_results)
+        )
+        return stages
+
+    def run(self) -> Path:
+        """Runs what is not done yet and returns the path of the report.
+
+        Raises:
+            UserError: bad input, found before any training starts, or another process works on this run.
+            TrainingFailedError: a training process ended with an error.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with (self.run_dir / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UserError(f"another process is working on {self.run_dir}; wait for it or stop it") from error
+            (self.run_dir / "config.yaml").write_text(self.config.to_yaml())
+            write_json(self.run_dir / "environment.json", self._environment())
+            parallel = self.config.launch.parallel
+            with ProcessPoolExecutor(
+                parallel, multiprocessing.get_context("spawn"), initializer=die_with_parent
+            ) as self._evaluators:
+                StageRunner(self.run_dir / "stages", self.stages(), parallel, self.progress).run()
+            return build_report(self.run_dir)
+
+    # -- stages --------------------------------------------------------------------------------------------
+
+    def _preparation(self) -> list[Stage]:
+        stages: list[Stage] = []
+        needs: tuple[str, ...] = ()
+        if isinstance(self.config.tasks, str):
+            stages.append(
+                Stage(
+                    "data",
+                    [FORMAT, self.config.built_in.model_dump(), self.config.seed],
+                    (),
+                    (self.run_dir / "data",),
+                    lambda context: builtin_stages.write_data(
+                        self.run_dir / "data", self.config.built_in, self.config.seed, context
+                    ),
+                )
+            )
+            needs = ("data",)
+            files = None  # the data stage's fingerprint stands for them
+        else:
+            files = [
+                [task.model_dump(mode="json"), *(_digest(p) for p in (task.train, task.validation, task.test) if p)]
+                for task in self.tasks
+            ]
+        if self.config.model.path == BUILT_IN:
+            options = [self.config.model.tiny_llava.model_dump(), self.config.model.max_length, self.config.seed]
+            stages.append(
+                Stage(
+                    "base_model",
+                    [FORMAT, files, options],
+                    needs,
+                    (self.run_dir / "base_model",),
+                    lambda context: builtin_stages.write_base_model(self.run_dir / "base_model", self.resolved),
+                )
+            )
+            needs = (*needs, "base_model")
+        stages.append(
+            Stage(
+                "check",
+                [FORMAT, files, self.config.model.model_dump(mode="json")],
+                needs,
+                (self.run_dir / "tasks.json",),
+                self._check,
+            )
+        )
+        if self.features is not None:
+            stages.append(
+                Stage(
+                    "features",
+                    [FORMAT, files],
+                    (*needs, "check"),
+                    (self.features,),
+                    lambda context: builtin_stages.write_image_features(
+                        self.run_dir / "features", Path(self.model_path), self.resolved, context
+                    ),
+                )
+            )
+        return stages
+
+    def _train_stage(self, training: Training, needs: tuple[str, ...]) -> Stage:
+        inputs = {
+            "mixture": [training.mixture.kind, training.mixture.task],
+            "training": self.config.training.model_dump(mode="json", exclude={"logging_steps", "save_steps"}),
+            "model": self.config.model.model_dump(mode="json"),
+            "mini_ratio": self.config.cotbal.mini_ratio,
+            "processes": self.config.launch.processes,
+            "seed": self.config.seed,
+        }
+        return Stage(
+            f"train-{training.name}",
+            inputs,
+            needs,
+            (self._training_dir(training),),
+            lambda context: self._train(training, context),
+        )
+
+    def _score_stage(self, training: Training) -> Stage:
+        kind = "score" if training.split == "validation" else "test"
+        limits = {task.name: [task.metric, task.max_new_tokens] for task in self.tasks if task.name in training.tasks}
+        return Stage(
+            f"{kind}-{training.name}",
+            limits,
+            (f"train-{training.name}",),
+            (self._evaluation_dir(training),),
+            lambda context: self._evaluate(training, context),
+        )
+
+    # -- their work ----------------------------------------------------------------------------------------
+
+    def _check(self, context: StageContext) -> None:
+        self.progress.say("checking records, images and supervised tokens")
+        check_run(self.resolved, self.model_path, self.run_dir / "tasks.json", context)
+
+    def _train(self, training: Training, context: StageContext) -> None:
+        directory = self._training_dir(training)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = json.loads((self.run_dir / "weights.json").read_text()) if training.weighted else None
+        spec = TrainingSpec(
+            name=training.name,
+            config=self.resolved,
+            model_path=self.model_path,
+            mixture=training.mixture.kind,
+            mixture_task=training.mixture.task,
+            task_weights=dict(zip(weights["tasks"], weights["applied"], strict=True)) if weights else {},
+            output_dir=directory,
+            features=self.features,
+        )
+        write_json(directory / "spec.json", spec.model_dump(mode="json"))
+        if (directory / "model").is_dir():  # killed between the end of the training and its manifest
+            return
+
+        def poll() -> None:
+            step, steps = _last_step(directory / "log.jsonl")
+            context.report(step, steps, "step")
+
+        run_training(
+            directory / "spec.json", self.config.launch, self.device, context.slot, directory / "output.log", poll
+        )
+
+    def _evaluate(self, training: Training, context: StageContext) -> None:
+        spec = EvaluationSpec(
+            config=self.resolved,
+            model_path=self._training_dir(training) / "model",
+            split=training.split,
+            tasks=training.tasks,
+            output_dir=self._evaluation_dir(training),
+            features=self.features,
+            device=self.device if self.device == "cpu" else f"cuda:{context.slot * self.config.launch.processes}",
+            threads=threads_per_process(self.config.launch) * self.config.launch.processes,
+        )
+        assert self._evaluators is not None
+        try:
+            self._evaluators.submit(evaluate, spec).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"the evaluation of '{training.name}' was ended from outside (out of memory?); "
+                "lower evaluation.batch_size and run again: what is done is kept"
+            ) from error
+
+    def _compute_weights(self, context: StageContext) -> None:
+        cotbal = self.config.cotbal
+        values = {
+            training.name: outcome.read_metrics(self._evaluation_dir(training))
+            for training in self.trainings()
+            if training.split == "validation"
+        }
+        metrics = {task.name: get_metric(task.metric) for task in self.tasks if task.metric}
+        table = {
+            "tasks": list(self.balanced),
+            "mini": {j: values["mini"][j]["value"] for j in self.balanced},
+            "full": {i: {j: values[f"plus-{i}"][j]["value"] for j in self.balanced} for i in self.balanced},
+            "higher_is_better": {j: metrics[j].higher_is_better for j in self.balanced},
+        }
+        write_json(self.run_dir / "scores.json", table)
+        result = cotbal_weights(Scores.from_json(table), cotbal.temperature, cotbal.alpha, cotbal.on_degenerate)
+        applied = list(result.by_strategy(cotbal.strategy).values())
+        write_json(self.run_dir / "weights.json", result.to_json() | {"strategy": cotbal.strategy, "applied": applied})
+
+    def _collect_results(self, context: StageContext) -> None:
+        outcome.write_results(self.run_dir, self.resolved, [t for t in self.trainings() if t.split == "test"])
+
+    # -- places --------------------------------------------------------------------------------------------
+
+    def _training_dir(self, training: Training) -> Path:
+        return self.run_dir / "trainings" / training.name
+
+    def _evaluation_dir(self, training: Training) -> Path:
+        return self.run_dir / "evaluations" / training.name / training.split
+
+    def _environment(self) -> dict[str, Any]:
+        packages = ("torch", "transformers", "deepspeed", "accelerate", "cotbal")
+        return {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+            "platform": f"{platform.system()} {platform.machine()}",
+            "device": self.device,
+            "world_size": self.config.launch.processes,
+            "parallel": self.config.launch.parallel,
+        }
+
+
+def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """Every training with its records, optimizer steps and cost in units of the final training (``--dry-run``)."""
+    config = pipeline.config
+    counts = builtin_stages.planned_records(config, pipeline.tasks)
+    window = config.training.batch_size * config.launch.processes
+    rows: list[dict[str, Any]] = []
+    for training in pipeline.trainings():
+        records = sum(
+            len(select(range(count), training.mixture.share(name, config.cotbal.mini_ratio), config.seed, name))
+            for name, count in counts.items()
+        )
+        batches = -(-records // window)
+        steps = max(1, round(-(-batches // config.training.gradient_accumulation_steps) * config.training.epochs))
+        rows.append({"training": training.name, "records": records, "steps": steps, "scored on": training.split})
+    final = next(row["records"] for row in rows if row["training"] == "cotbal")
+    for row in rows:
+        row["cost"] = row["records"] / final
+    return rows
+
+
+def _digest(path: Path) -> str:
+    """Content hash of a record file; a missing one is the check stage's to report."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "missing"
+
+
+def _last_step(log: Path) -> tuple[int, int]:
+    try:
+        line = json.loads(log.read_text().splitlines()[-1])
+    except (FileNotFoundError, IndexError, json.JSONDecodeError):
+        return 0, 1
+    return line["step"], line["steps"]

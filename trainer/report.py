@@ -1,0 +1,379 @@
+"""``report.html``: one page, without scripts and without anything loaded from elsewhere, about one run.
+
+The page is built from whatever the run directory holds, so it can be made at any time; what is not there yet is
+said in its place. Numbers come from `trainer.report_tables`, figures from `trainer.report_plots`, sample
+predictions from `trainer.report_samples`; this file puts them together.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+
+from trainer import report_plots as plots
+from trainer.balancing.scores import Scores
+from trainer.config import BUILT_IN
+from trainer.errors import UserError
+from trainer.report_run import FINAL_TRAININGS, RunDirectory, number
+from trainer.report_samples import sample_groups
+from trainer.report_tables import (
+    BASELINES,
+    EQUAL,
+    FINAL,
+    SINGLE,
+    ScoreTable,
+    comparisons,
+    format_value,
+    headline,
+    metric_label,
+    read_scores,
+    score_rows,
+)
+
+T = TypeVar("T")
+
+# What the report is made of, in the order in which a run writes it, and what each file is for.
+EXPECTED = {
+    "config.yaml": "the configuration",
+    "environment.json": "versions of the software",
+    "tasks.json": "the tasks, once their records are checked",
+    "scores.json": "validation scores of the proxies",
+    "weights.json": "the task weights",
+    "results.json": "test scores of the final models",
+}
+STRATEGIES = {
+    "lambda_one2all": ("λ one2all (Eq. 5)", "green"),
+    "lambda_all2one": ("λ all2one (Eq. 7)", "gold"),
+    "lambda_c": ("λ C (Eq. 8)", "violet"),
+    "lambda_d": ("λ D (Eq. 10)", "orange"),
+    "weights": ("λ CoTBal (Eq. 11)", "blue"),
+}
+
+
+def build_report(run_dir: Path) -> Path:
+    """Write ``run_dir/report.html`` from what is in ``run_dir`` and return its path.
+
+    Raises:
+        UserError: there is no such directory, or nothing of a run is in it.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError(f"there is no run directory {run_dir}")
+    if not any((run_dir / name).exists() for name in (*EXPECTED, "trainings", "evaluations", "stages")):
+        raise UserError(f"{run_dir} holds nothing of a run: none of {', '.join(EXPECTED)} is there")
+    page = _template().render(report_context(RunDirectory(run_dir)))
+    target = run_dir / "report.html"
+    partial = target.with_suffix(".html.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = breakable
+    return environment.get_template("report.html.j2")
+
+
+def report_context(run: RunDirectory) -> dict[str, Any]:
+    """Everything the template shows."""
+    scores = read_scores(run)
+    deltas, why_no_deltas = comparisons(run)
+    samples = {task["name"]: task.get("test_records") for task in run.tasks}
+    sampled = next((name for name in ("cotbal", "ew") if (run.path / "evaluations" / name / "test").is_dir()), None)
+    weights = _attempt(run, "weights.json", lambda: _weights(run))
+    context = {
+        "title": run.path.resolve().name,
+        "facts": _facts(run),
+        "headline": headline(scores, deltas),
+        "weight_sentence": weights["sentence"] if weights else None,
+        "tiles": [
+            {"method": name, "delta_i": delta.delta_i, "delta_e": delta.delta_e}
+            for name, delta in sorted(deltas.items(), key=lambda item: (item[0] != FINAL, item[0] != EQUAL))
+        ][:2],
+        "columns": [{"name": name, "label": BASELINES.get(name, name)} for name in scores.values],
+        "test_rows": score_rows(scores, samples),
+        "test_complete": scores.complete,
+        "deltas": deltas,
+        "why_no_deltas": why_no_deltas,
+        "radar": _radar(scores),
+        "weights": weights,
+        "score_matrix": _attempt(run, "scores.json", lambda: _score_matrix(run)),
+        "curves": _curves(run),
+        "sampled": FINAL_TRAININGS.get(sampled or "", sampled),
+        "sample_groups": sample_groups(run, sampled) if sampled else [],
+        "stages": _stages(run),
+        "environment": _flatten(run.environment or {}),
+        "config": run.config,
+        "tasks": [{**task, "metric": metric_label(task.get("metric") or "–")} for task in run.tasks],
+        "sources": _sources(run),
+        "styles": Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
+    }
+    # Last: reading everything above is what fills these.
+    context["absent"] = {name: what for name, what in EXPECTED.items() if name in run.missing}
+    context["damaged"] = list(dict.fromkeys(run.damaged))
+    return context
+
+
+def breakable(name: str) -> Markup:
+    """A name that may break after "_", "-" and "/"."""
+    return Markup(re.sub("([_/-])", r"\1<wbr>", str(escape(name))))
+
+
+def _attempt(run: RunDirectory, name: str, make: Callable[[], T]) -> T | None:
+    """A section from a file written by hand or by another version: said to be damaged instead of fatal."""
+    try:
+        return make()
+    except (UserError, KeyError, TypeError, ValueError, IndexError) as error:
+        run.damaged.append(f"{name}: {type(error).__name__}: {error}")
+        return None
+
+
+def _facts(run: RunDirectory) -> list[str]:
+    balanced = sum(not task.get("auxiliary") for task in run.tasks)
+    facts = []
+    if run.tasks:
+        auxiliary = len(run.tasks) - balanced
+        facts.append(f"{balanced} tasks" + (f" + {auxiliary} auxiliary" if auxiliary else ""))
+    environment = run.environment or {}
+    if environment.get("device"):
+        processes = environment.get("world_size")
+        plural = "" if processes == 1 else "es"
+        facts.append(f"{environment['device']}" + (f", {processes} process{plural} per training" if processes else ""))
+    if run.stages:
+        facts.append(f"started {_moment(run.stages[0].get('started'))}")
+    return facts
+
+
+def _weights(run: RunDirectory) -> dict[str, Any] | None:
+    """Contribution heatmap, difficulties and the weights of every strategy."""
+    table = run.weights
+    if table is None:
+        return None
+    tasks = [str(task) for task in table["tasks"]]
+    contribution = [[float(value) for value in row] for row in table["contribution"]]
+    off_diagonal = [abs(v) for i, row in enumerate(contribution) for j, v in enumerate(row) if i != j]
+    # An own contribution is 1 by definition, so 1 is the least that full colour stands for.
+    largest = max([1.0, *off_diagonal])
+    clipped = [entry.get("tasks") for entry in table.get("clipped") or [] if entry.get("quantity") == "contribution"]
+    heatmap = [
+        {
+            "task": task,
+            "cells": [
+                {
+                    "value": f"{value:.2f}",
+                    "own": i == j,
+                    "clipped": [task, tasks[j]] in clipped,
+                    "tone": "negative" if value < 0 else "positive",
+                    "strength": round(abs(value) / largest, 3),
+                }
+                for j, value in enumerate(row)
+            ],
+        }
+        for i, (task, row) in enumerate(zip(tasks, contribution, strict=True))
+    ]
+    applied = [float(value) for value in table.get("applied") or table["weights"]]
+    high, low = max(range(len(tasks)), key=applied.__getitem__), min(range(len(tasks)), key=applied.__getitem__)
+    strategy = table.get("strategy", "cotbal")
+    named = "CoTBal" if strategy == "cotbal" else f"CoTBal ({strategy} strategy)"
+    strategies = {key: label for key, (label, _) in STRATEGIES.items()}
+    return {
+        "tasks": tasks,
+        "heatmap": heatmap,
+        "difficulty": Markup(plots.difficulty_bars(tasks, table["difficulty"])),
+        "bars": Markup(
+            plots.grouped_bars(
+                tasks,
+                {label: table[key] for key, label in strategies.items()},
+                dict(STRATEGIES.values()),
+                1.0,
+                "task weight λ",
+                "Task weights by strategy",
+            )
+        ),
+        "rows": [{"label": strategies[key], "values": [f"{v:.3f}" for v in table[key]]} for key in STRATEGIES],
+        "difficulties": [f"{value:.3f}" for value in table["difficulty"]],
+        "temperature": table["temperature"],
+        "alpha": table["alpha"],
+        "strategy": strategy,
+        "warnings": table.get("warnings") or [],
+        "clipped": table.get("clipped") or [],
+        "sentence": (
+            f"{named} gives the most weight to {tasks[high]} ({applied[high]:.2f}) and the least to "
+            f"{tasks[low]} ({applied[low]:.2f}); equal weighting is 1 for every task."
+            if len(tasks) > 1
+            else f"There is one balanced task, {tasks[0]}, so its weight is {applied[0]:.2f}."
+        ),
+    }
+
+
+def _score_matrix(run: RunDirectory) -> dict[str, Any] | None:
+    """V_j(mini) and V_j(i+mini), with standard errors where the evaluations are at hand."""
+    if run.scores is None:
+        return None
+    scores = Scores.from_json(run.scores)
+    labels = [metric_label(next((t.get("metric") for t in run.tasks if t["name"] == n), "")) for n in scores.tasks]
+    rows = [("mini", "mini", scores.mini)]
+    rows += [(f"{task} + mini", f"plus-{task}", scores.full[i]) for i, task in enumerate(scores.tasks)]
+    columns = [[row[2][j] for row in rows] for j in range(len(scores.tasks))]
+    matrix = []
+    for position, (name, training, values) in enumerate(rows):
+        evaluated = run.metrics(training, "validation")
+        cells = []
+        for j, task in enumerate(scores.tasks):
+            low, high = min(columns[j]), max(columns[j])
+            error = number(evaluated.get(task, {}).get("standard_error"))
+            cells.append(
+                {
+                    "value": format_value(float(values[j]), labels[j]),
+                    "error": format_value(error, labels[j]) if error is not None else None,
+                    "strength": round(float((values[j] - low) / (high - low)), 3) if high > low else 0.0,
+                    "own": position == j + 1,
+                }
+            )
+        matrix.append({"name": name, "cells": cells})
+    headers = [{"task": task, "metric": label} for task, label in zip(scores.tasks, labels, strict=True)]
+    return {"headers": headers, "rows": matrix}
+
+
+def _radar(scores: ScoreTable) -> Markup | None:
+    """Fig. 2. Lower-is-better metrics enter as STL / method, several metrics of a task as their mean."""
+    single = scores.values.get(SINGLE, {})
+    methods = [name for name in (EQUAL, FINAL) if name in scores.values]
+    usable = [
+        key for key in scores.directions if single.get(key, 0) > 0 and all(key in scores.values[m] for m in methods)
+    ]
+    tasks = list(dict.fromkeys(task for task, _ in usable))
+    if not methods or not tasks:
+        return None
+    ratios: dict[str, list[float]] = {}
+    for method in methods:
+        ratios[method] = []
+        for task in tasks:
+            found = []
+            for key in usable:
+                if key[0] == task:
+                    value = scores.values[method][key]
+                    higher = scores.directions[key] == "higher"
+                    found.append(value / single[key] if higher else single[key] / value if value else 0.0)
+            ratios[method].append(sum(found) / len(found))
+    if len(tasks) >= 3:
+        return Markup(plots.radar(tasks, ratios))
+    colors = {name: plots.method_color(name, k) for k, name in enumerate(methods)}
+    label = "Score divided by the single-task score"
+    return Markup(plots.grouped_bars(tasks, ratios, colors, 1.0, "score / STL score", label))
+
+
+def _curves(run: RunDirectory) -> Markup | None:
+    """Training loss of every task in the final trainings, over the share of the training."""
+    tasks = [task["name"] for task in run.tasks]
+    panels: dict[str, dict[str, plots.Curve]] = {}
+    for name in run.trainings:
+        if name == "mini" or name.startswith("plus-"):
+            continue
+        method = SINGLE if name.startswith("stl-") else FINAL_TRAININGS.get(name, name)
+        points: dict[str, list[tuple[float, float]]] = {}
+        for step in run.log(name):
+            total, entries = number(step.get("steps")), step.get("tasks")
+            if not total or not isinstance(entries, Mapping):
+                continue
+            for task, entry in entries.items():
+                loss = number(entry.get("loss")) if isinstance(entry, Mapping) and entry.get("tokens", 1) else None
+                if loss is not None:
+                    points.setdefault(task, []).append((100 * step["step"] / total, loss))
+        for task, line in points.items():
+            x, y = zip(*line, strict=True)
+            panels.setdefault(task, {})[method] = (x, y)
+    if not panels:
+        return None
+    order = [task for task in tasks if task in panels] + sorted(set(panels) - set(tasks))
+    methods = {SINGLE: 0, EQUAL: 1, FINAL: 3}
+    return Markup(
+        plots.loss_curves(
+            {task: dict(sorted(panels[task].items(), key=lambda item: methods.get(item[0], 2))) for task in order}
+        )
+    )
+
+
+def _stages(run: RunDirectory) -> dict[str, Any]:
+    rows = [
+        {
+            "stage": stage.get("stage", "?"),
+            "status": stage.get("status", "?"),
+            "started": _moment(stage.get("started")),
+            "seconds": number(stage.get("seconds")),
+        }
+        for stage in run.stages
+    ]
+    longest = max((row["seconds"] or 0.0 for row in rows), default=0.0)
+    for row in rows:
+        row["share"] = round(row["seconds"] / longest, 3) if row["seconds"] and longest else 0.0
+        row["duration"] = duration(row["seconds"])
+    return {"rows": rows, "total": duration(sum(row["seconds"] or 0.0 for row in rows))}
+
+
+def duration(seconds: float | None) -> str:
+    """``75.2`` as ``1 min 15 s``."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _moment(started: Any) -> str:
+    """A manifest's start, which may be an ISO string or seconds since the epoch."""
+    if (seconds := number(started)) is not None:
+        return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "minutes")
+    return str(started or "–").replace("T", " ")[:16]
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            rows += _flatten(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)))
+    return rows
+
+
+def _sources(run: RunDirectory) -> list[dict[str, Any]]:
+    """Where the tasks' material comes from: ``sources`` in tasks.json, or the built-in catalogue."""
+    built_in: dict[str, Sequence[Any]] = {}
+    try:
+        config = yaml.safe_load(run.config or "")
+    except yaml.YAMLError:
+        config = None
+    if isinstance(config, Mapping) and config.get("tasks") == BUILT_IN:
+        from trainer.data.built_in.catalogue import BUILT_IN_TASKS
+
+        built_in = {info.name: [vars(source) for source in info.sources] for info in BUILT_IN_TASKS}
+    found: dict[str, dict[str, Any]] = {}
+    for task in run.tasks:
+        for source in task.get("sources") or built_in.get(task["name"], ()):
+            entry = source if isinstance(source, Mapping) else {"name": str(source)}
+            fields = {key: entry.get(key) for key in ("name", "author", "licence", "url")}
+            row = found.setdefault(str(fields["name"]), {**fields, "tasks": []})
+            row["tasks"].append(task["name"])
+    return list(found.values())

@@ -1,0 +1,223 @@
+"""Figures of the report as inline SVG.
+
+Every colour drawn here is a placeholder that is replaced by a CSS variable of the page, so that one figure
+serves the light and the dark theme; text stays text and takes the page's font.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+PLACEHOLDERS = {
+    "ink": "#100000",
+    "muted": "#100001",
+    "grid": "#100002",
+    "surface": "#100003",
+    "blue": "#100004",
+    "orange": "#100005",
+    "gray": "#100006",
+    "green": "#100007",
+    "violet": "#100008",
+    "gold": "#100009",
+}
+METHOD_COLORS = {"CoTBal": "blue", "EW": "orange", "STL": "gray"}
+SERIES = ("green", "gold", "violet", "orange", "blue")
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # task names are text, "$" included
+    "font.size": 8.5,
+    "text.color": PLACEHOLDERS["ink"],
+    "axes.labelcolor": PLACEHOLDERS["muted"],
+    "axes.edgecolor": PLACEHOLDERS["grid"],
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": PLACEHOLDERS["grid"],
+    "grid.linewidth": 0.6,
+    "xtick.color": PLACEHOLDERS["grid"],
+    "ytick.color": PLACEHOLDERS["grid"],
+    "xtick.labelcolor": PLACEHOLDERS["muted"],
+    "ytick.labelcolor": PLACEHOLDERS["muted"],
+    "legend.frameon": False,
+    "legend.labelcolor": PLACEHOLDERS["ink"],
+}
+
+
+def method_color(name: str, position: int = 0) -> str:
+    """CSS variable of a method; methods without a colour of their own take the series in turn."""
+    return METHOD_COLORS.get(name, ("green", "violet", "gold")[position % 3])
+
+
+def _svg(figure: Figure, label: str) -> str:
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    view = re.search(r'viewBox="([^"]+)"', text)
+    assert view is not None
+    title = html.escape(label)
+    head = f'<svg viewBox="{view.group(1)}" role="img" aria-label="{title}"><title>{title}</title>'
+    text = head + text[text.index(">") + 1 :]
+    # matplotlib numbers its groups alike in every figure; keep the ids that something refers to.
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda found: found.group(0) if found.group(1) in used else "", text)
+    for name, color in PLACEHOLDERS.items():
+        text = text.replace(color, f"var(--{name})")
+    text = re.sub(r"font:( [0-9.]+px) [^;\"]+", r"font:\1 inherit", text)
+    text = re.sub(r"font-family: [^;\"]+;?", "", text)
+    return re.sub(r"font:( [0-9.]+px) inherit", r"font-size:\1", text)
+
+
+def difficulty_bars(tasks: Sequence[str], difficulty: Sequence[float]) -> str:
+    """Fig. 3b: intra-task difficulty D_i of Eq. 9, one bar per task."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 0.5 + 0.3 * len(tasks)), layout="constrained")
+        axes = figure.subplots()
+        rows = range(len(tasks))
+        axes.barh(rows, difficulty, height=0.62, color=PLACEHOLDERS["blue"])
+        for row, value in zip(rows, difficulty, strict=True):
+            axes.annotate(
+                f"{value:.2f}",
+                (max(value, 0), row),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+            )
+        axes.axvline(0, color=PLACEHOLDERS["muted"], linewidth=0.8)
+        axes.set(
+            yticks=list(rows),
+            yticklabels=list(tasks),
+            xlim=(min(0.0, *difficulty), max(1.0, *difficulty) * 1.1),
+        )
+        axes.tick_params(axis="y", labelcolor=PLACEHOLDERS["ink"], length=0)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.invert_yaxis()
+        axes.set_xlabel("D = 1 − V(mini) / V(own + mini)")
+        return _svg(figure, "Bar chart of intra-task difficulty")
+
+
+def grouped_bars(
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    colors: Mapping[str, str],
+    reference: float,
+    ylabel: str,
+    label: str,
+) -> str:
+    """One group per task and one bar per series, with a line at the reference value."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(max(5.4, 1.1 * len(groups)), 3.1), layout="constrained")
+        axes = figure.subplots()
+        width = 0.8 / max(len(series), 1)
+        for k, (name, values) in enumerate(series.items()):
+            left = [g + (k - (len(series) - 1) / 2) * width for g in range(len(groups))]
+            axes.bar(left, values, width=width * 0.9, color=PLACEHOLDERS[colors[name]], label=name)
+        axes.axhline(reference, color=PLACEHOLDERS["ink"], linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xticks(range(len(groups)), [_wrap(group) for group in groups])
+        axes.tick_params(axis="x", labelcolor=PLACEHOLDERS["ink"], length=0)
+        axes.grid(visible=False, axis="x")
+        axes.set_ylabel(ylabel)
+        figure.legend(loc="outside upper left", ncols=max(len(series), 1), handlelength=1, handleheight=1)
+        return _svg(figure, label)
+
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def loss_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
+    """One panel per task; a faint line per logged step and a smoothed one per method."""
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2.1 * columns + 0.6, 1.75 * rows + 0.5), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        handles = {}
+        for axes, (task, curves) in zip(grid, panels.items(), strict=False):
+            for k, (method, (x, y)) in enumerate(curves.items()):
+                color = PLACEHOLDERS[method_color(method, k)]
+                axes.plot(x, y, color=color, linewidth=0.6, alpha=0.3)
+                (handles[method],) = axes.plot(x, smooth(y), color=color, linewidth=1.6, label=method)
+            axes.set_title(task, fontsize=9, loc="left", color=PLACEHOLDERS["ink"])
+            axes.set_xlim(0, 100)
+            axes.set_ylim(bottom=0)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        figure.supxlabel("% of the training", fontsize=8.5, color=PLACEHOLDERS["muted"])
+        figure.supylabel("cross-entropy per token", fontsize=8.5, color=PLACEHOLDERS["muted"])
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside upper left",
+            ncols=max(len(handles), 1),
+            handlelength=1.4,
+        )
+        return _svg(figure, "Training loss of each task")
+
+
+def smooth(values: Sequence[float], share: float = 0.06) -> list[float]:
+    """Centred moving average over ``share`` of the points to either side, shorter at the ends: no lag."""
+    reach = round(share * len(values))
+    sums = [0.0, *itertools.accumulate(values)]
+    out = []
+    for k in range(len(values)):
+        side = min(reach, k, len(values) - 1 - k)
+        out.append((sums[k + side + 1] - sums[k - side]) / (2 * side + 1))
+    return out
+
+
+def radar(tasks: Sequence[str], ratios: Mapping[str, Sequence[float]]) -> str:
+    """Fig. 2: score of each method divided by the single-task model's, one spoke per task, STL = 100 %."""
+    values = [value for row in ratios.values() for value in row] + [1.0]
+    # Leave the centre out when nothing comes near it, or the differences cannot be seen.
+    low = max(0.0, math.floor((min(values) - 0.15) * 10) / 10) if min(values) > 0.5 else 0.0
+    high = math.ceil(max(values) * 10 + 0.2) / 10
+    angles = [2 * math.pi * k / len(tasks) for k in range(len(tasks))]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 4.6), layout="constrained")
+        axes = figure.add_subplot(projection="polar")
+        axes.set_theta_offset(math.pi / 2)  # type: ignore[attr-defined]
+        axes.set_theta_direction(-1)  # type: ignore[attr-defined]
+        closed = [*angles, angles[0]]
+        circle = [2 * math.pi * k / 120 for k in range(121)]
+        axes.plot(circle, [1.0] * 121, color=PLACEHOLDERS["gray"], linewidth=1.3, linestyle=(0, (4, 3)), label="STL")
+        for k, (method, row) in enumerate(ratios.items()):
+            color = PLACEHOLDERS[method_color(method, k)]
+            axes.plot(closed, [*row, row[0]], color=color, linewidth=1.8, marker="o", markersize=3.5, label=method)
+            axes.fill(closed, [*row, row[0]], color=color, alpha=0.1)
+        axes.set_ylim(low, high)
+        ticks = mpl.ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        ticks = [tick for tick in ticks if low < tick <= high]
+        axes.set_yticks(ticks, [f"{100 * tick:.0f}%" for tick in ticks], fontsize=7.5)
+        axes.set_xticks(angles, [_wrap(task) for task in tasks])
+        axes.tick_params(axis="x", labelcolor=PLACEHOLDERS["ink"], pad=7)
+        axes.set_rlabel_position(180 / len(tasks))  # type: ignore[attr-defined]  # between two spokes
+        axes.spines["polar"].set_visible(False)
+        figure.legend(loc="outside upper left", ncols=len(ratios) + 1, handlelength=1.4)
+        return _svg(figure, "Radar chart of scores relative to single-task models")
+
+
+def _wrap(name: str, width: int = 11) -> str:
+    """Break a task name at spaces, dashes and underscores so that neighbouring labels do not collide."""
+    lines = [""]
+    for part in re.findall(r"[^\s_-]+[\s_-]?", name) or [name]:
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,136 @@
+"""Reads a run directory for the report. A file that is absent or damaged is noted, never fatal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+# One logged optimizer step, as the trainer writes it.
+Step = dict[str, Any]
+
+# Trainings of the final comparison: directory name under trainings/ and evaluations/ -> name of the method.
+# STL is not one training but one per task, "stl-<task>".
+FINAL_TRAININGS = {"ew": "EW", "cotbal": "CoTBal"}
+
+
+class RunDirectory:
+    """The files of one run. ``missing`` collects what is not there yet, ``damaged`` what cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.missing: list[str] = []
+        self.damaged: list[str] = []
+
+    @cached_property
+    def tasks(self) -> list[dict[str, Any]]:
+        table = self._json("tasks.json")
+        entries = table.get("tasks", []) if isinstance(table, Mapping) else []
+        return [
+            {"metric": None, "auxiliary": False, "description": None, **entry, "name": str(entry["name"])}
+            for entry in entries
+            if isinstance(entry, Mapping) and "name" in entry
+        ]
+
+    @cached_property
+    def scores(self) -> dict[str, Any] | None:
+        return self._object("scores.json")
+
+    @cached_property
+    def weights(self) -> dict[str, Any] | None:
+        return self._object("weights.json")
+
+    @cached_property
+    def results(self) -> dict[str, Any] | None:
+        return self._object("results.json")
+
+    @cached_property
+    def environment(self) -> dict[str, Any] | None:
+        return self._object("environment.json")
+
+    @cached_property
+    def config(self) -> str | None:
+        return self._text("config.yaml")
+
+    @cached_property
+    def stages(self) -> list[dict[str, Any]]:
+        """Stage manifests in the order in which they started."""
+        manifests = [
+            manifest
+            for file in sorted((self.path / "stages").glob("*.json"))
+            if isinstance(manifest := self._json(f"stages/{file.name}"), dict)
+        ]
+        return sorted(manifests, key=lambda manifest: str(manifest.get("started", "")))
+
+    @cached_property
+    def trainings(self) -> list[str]:
+        return sorted(file.parent.name for file in (self.path / "trainings").glob("*/log.jsonl"))
+
+    def log(self, training: str) -> list[Step]:
+        """Logged steps in order; a resumed training logs some steps twice and the later line counts."""
+        steps: dict[int, Step] = {}
+        for line in self._lines(f"trainings/{training}/log.jsonl"):
+            if isinstance(line.get("step"), int):
+                steps[line["step"]] = line
+        return [steps[step] for step in sorted(steps)]
+
+    def metrics(self, training: str, split: str) -> dict[str, Any]:
+        """{task: {"metric", "value", "standard_error", "samples"}}, empty when not evaluated yet."""
+        name = f"evaluations/{training}/{split}/metrics.json"
+        table = self._object(name) if (self.path / name).exists() else None
+        return {task: entry for task, entry in (table or {}).items() if isinstance(entry, Mapping)}
+
+    def predictions(self, training: str, split: str, task: str) -> list[dict[str, Any]]:
+        return self._lines(f"evaluations/{training}/{split}/{task}.jsonl")
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        """JSON lines; the last one may be cut off where a process was killed."""
+        file = self.path / name
+        if not file.exists():
+            return []
+        lines, bad = [], 0
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:
+                bad += 1
+                continue
+            if isinstance(value, dict):
+                lines.append(value)
+        if bad:
+            self.damaged.append(f"{name}: {bad} unreadable line{'s' * (bad > 1)} left out")
+        return lines
+
+    def _object(self, name: str) -> dict[str, Any] | None:
+        value = self._json(name)
+        if value is not None and not isinstance(value, dict):
+            self.damaged.append(f"{name}: an object was expected, got {type(value).__name__}")
+            return None
+        return value
+
+    def _json(self, name: str) -> Any:
+        text = self._text(name)
+        if text is None:
+            return None
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            self.damaged.append(f"{name}: {error}")
+            return None
+
+    def _text(self, name: str) -> str | None:
+        file = self.path / name
+        if not file.exists():
+            self.missing.append(name)
+            return None
+        return file.read_text(encoding="utf-8", errors="replace")
+
+
+def number(value: Any) -> float | None:
+    """The value as a finite float, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -1,0 +1,244 @@
+"""Numbers of the report: test scores with their standard errors and baselines, Delta I and Delta E, headlines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.comparison import Comparison, compare
+from trainer.errors import UserError
+from trainer.metrics import METRICS
+from trainer.report_run import FINAL_TRAININGS, RunDirectory, number
+
+BASELINES = {"majority": "majority answer", "question_only": "question only"}
+FINAL, EQUAL, SINGLE = "CoTBal", "EW", "STL"
+
+
+def metric_label(metric: Any) -> str:
+    """ "EM" for "exact_match"; a label stays what it is."""
+    return METRICS[metric].label if metric in METRICS else str(metric)
+
+
+def format_value(value: float | None, label: str) -> str:
+    """Percentages with one decimal, CIDEr with three, anything else with four digits."""
+    if value is None:
+        return "–"
+    if label.startswith("CIDEr"):
+        return f"{value:.3f}"
+    return f"{value:.1f}" if label.startswith(("EM", "IoU")) else f"{value:.4g}"
+
+
+@dataclass
+class ScoreTable:
+    """Scores of every column by (task, metric); columns are the baselines, STL and the methods, in that order."""
+
+    directions: dict[tuple[str, str], str] = field(default_factory=dict)
+    values: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
+    errors: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
+    complete: bool = False
+
+    @property
+    def methods(self) -> list[str]:
+        return [name for name in self.values if name not in BASELINES]
+
+    @property
+    def final(self) -> str | None:
+        """The model the report is about: CoTBal's, or the last one there is."""
+        methods = self.methods
+        return FINAL if FINAL in methods else methods[-1] if methods else None
+
+    def advantage(self, method: str, over: str, key: tuple[str, str]) -> float | None:
+        """How much better ``method`` is than ``over``, in units of its own standard error; None if unknown."""
+        value, floor = self.values[method].get(key), self.values.get(over, {}).get(key)
+        error = self.errors.get(method, {}).get(key)
+        if value is None or floor is None or error is None:
+            return None
+        gap = (value - floor) * (1 if self.directions[key] == "higher" else -1)
+        return gap / error if error > 0 else math.copysign(math.inf, gap) if gap else 0.0
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(row, Mapping) for row in value.values())
+
+
+def _flat(table: Any) -> dict[tuple[str, str], float]:
+    if not isinstance(table, Mapping):
+        return {}
+    return {
+        (task, metric): value
+        for task, metrics in table.items()
+        if isinstance(metrics, Mapping)
+        for metric, raw in metrics.items()
+        if (value := number(raw)) is not None
+    }
+
+
+def read_scores(run: RunDirectory) -> ScoreTable:
+    """From ``results.json``, or from the test evaluations that exist so far."""
+    results = run.results
+    if results is None or not _is_table(results.get("tasks")):
+        if results is not None:
+            run.damaged.append("results.json: 'tasks' must map tasks to metrics and their directions")
+        return _scores_so_far(run)
+    methods = {name: table for name, table in (results.get("methods") or {}).items() if name != FINAL}
+    ordered = {
+        **{name: (results.get("baselines") or {}).get(name) for name in BASELINES},
+        SINGLE: results.get("baseline"),
+        **methods,
+        FINAL: (results.get("methods") or {}).get(FINAL),
+    }
+    errors = results.get("standard_errors") or {}
+    return ScoreTable(
+        directions={
+            (task, metric): direction
+            for task, metrics in results["tasks"].items()
+            for metric, direction in metrics.items()
+        },
+        values={name: flat for name, table in ordered.items() if (flat := _flat(table))},
+        errors={name: _flat(table) for name, table in errors.items()},
+        complete=True,
+    )
+
+
+def _scores_so_far(run: RunDirectory) -> ScoreTable:
+    scores = ScoreTable()
+    root = run.path / "evaluations"
+    names = sorted(file.parent.parent.name for file in root.glob("*/test/metrics.json"))
+    names.sort(key=lambda name: (not name.startswith("stl-"), name == "cotbal"))
+    for name in names:
+        method = SINGLE if name.startswith("stl-") else FINAL_TRAININGS.get(name, name)
+        for task, entry in run.metrics(name, "test").items():
+            label = metric_label(entry.get("metric"))
+            better = next((m.higher_is_better for m in METRICS.values() if m.label == label), True)
+            value, error = number(entry.get("value")), number(entry.get("standard_error"))
+            if value is None:
+                continue
+            scores.directions[task, label] = "higher" if better else "lower"
+            scores.values.setdefault(method, {})[task, label] = value
+            if error is not None:
+                scores.errors.setdefault(method, {})[task, label] = error
+    return scores
+
+
+def score_rows(scores: ScoreTable, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per task and metric; a trained model within two standard errors of the majority is "at chance"."""
+    rows = []
+    for key in scores.directions:
+        task, label = key
+        cells = []
+        best = _best(scores, key)
+        for name in scores.values:
+            value, error = scores.values[name].get(key), scores.errors.get(name, {}).get(key)
+            advantage = scores.advantage(name, "majority", key) if name in scores.methods else None
+            cells.append(
+                {
+                    "column": name,
+                    "value": format_value(value, label),
+                    "error": format_value(error, label) if error is not None else None,
+                    "best": value is not None and name in scores.methods and value == best,
+                    "at_chance": advantage is not None and advantage <= 2,
+                }
+            )
+        rows.append({"task": task, "metric": label, "samples": samples.get(task), "cells": cells})
+    return rows
+
+
+def _best(scores: ScoreTable, key: tuple[str, str]) -> float | None:
+    values = [value for name in scores.methods if (value := scores.values[name].get(key)) is not None]
+    if len(values) < 2:
+        return None
+    return max(values) if scores.directions[key] == "higher" else min(values)
+
+
+def comparisons(run: RunDirectory) -> tuple[dict[str, Comparison], str | None]:
+    """Eq. 12-14 of the run, or the reason why they cannot be computed."""
+    if run.results is None:
+        return {}, "They need the test scores of every model (results.json)."
+    if not run.results.get("baseline"):
+        return {}, "They compare with single-task models (STL), which this run does not train."
+    try:
+        found = compare(run.results)
+    except UserError as error:
+        return {}, f"They cannot be computed: {error}."
+    return dict(sorted(found.items(), key=lambda item: item[0] == FINAL)), None
+
+
+def headline(scores: ScoreTable, deltas: Mapping[str, Comparison]) -> list[str]:
+    """Plain sentences about the outcome that claim no more than the numbers carry."""
+    sentences = []
+    for name in (FINAL, EQUAL):
+        if name in deltas:
+            delta = deltas[name]
+            word = "better" if delta.delta_i >= 0 else "worse"
+            sentences.append(
+                f"{name}: averaged over tasks, {abs(delta.delta_i):.2f} % {word} than one model per task "
+                f"(ΔI = {delta.delta_i:+.2f} %); the tasks that fell behind account for ΔE = {delta.delta_e:.2f} %."
+            )
+    if FINAL in deltas and EQUAL in deltas:
+        sentences.append(_difference(scores, deltas[FINAL].delta_i - deltas[EQUAL].delta_i))
+    sentences += [
+        f"ΔI of {name} rests mostly on {task} ({deltas[name].per_task[task]:+.0f} %): relative changes are "
+        "large where the single-task score is small."
+        for name in (FINAL, EQUAL)
+        if name in deltas and (task := dominant_task(deltas[name])) is not None
+    ]
+    return sentences + learned(scores)
+
+
+def _difference(scores: ScoreTable, difference: float) -> str:
+    """CoTBal against EW in Delta I, with the error that the finite test sets alone put on it.
+
+    The difference is mean_i mean_j of (M_CoTBal - M_EW) / M_STL; M_STL is taken as given and the two models as
+    independent, which overstates the error of models scored on the same samples.
+    """
+    text = f"CoTBal − EW in ΔI: {difference:+.2f} percentage points"
+    per_task: dict[str, list[float | None]] = {}
+    for key in scores.directions:
+        base = scores.values.get(SINGLE, {}).get(key)
+        errors = [scores.errors.get(name, {}).get(key) for name in (FINAL, EQUAL)]
+        known = base and None not in errors
+        per_task.setdefault(key[0], []).append(
+            sum((error or 0) ** 2 for error in errors) / base**2 if known and base else None
+        )
+    variances = [None if None in row else math.fsum(v or 0 for v in row) / len(row) ** 2 for row in per_task.values()]
+    if not variances or None in variances:
+        return f"{text}; the error of this difference is not known."
+    error = 100 * math.sqrt(math.fsum(v or 0 for v in variances)) / len(variances)
+    verdict = "more" if abs(difference) > 2 * error else "no more"
+    return (
+        f"{text}, {verdict} than two standard errors of the test sampling (one is {error:.2f} points); how much "
+        "another seed would move it is not in this figure."
+    )
+
+
+def dominant_task(comparison: Comparison) -> str | None:
+    """The task that makes up more than half of all relative change, when that change is above 50 %."""
+    total = math.fsum(abs(value) for value in comparison.per_task.values())
+    task = max(comparison.per_task, key=lambda name: abs(comparison.per_task[name]))
+    value = abs(comparison.per_task[task])
+    return task if len(comparison.per_task) > 1 and value > 50 and value > total / 2 else None
+
+
+def learned(scores: ScoreTable) -> list[str]:
+    """On how many tasks the final model beats what needs no image, by more than two standard errors."""
+    method = scores.final
+    if method is None:
+        return []
+    sentences = []
+    for baseline, label in BASELINES.items():
+        advantages = {key: scores.advantage(method, baseline, key) for key in scores.directions}
+        known = {key: value for key, value in advantages.items() if value is not None}
+        if not known:
+            continue
+        behind = [key for key, value in known.items() if value <= 2]
+        text = (
+            f"{method} beats the {label.replace(' ', '-')} baseline by more than two standard errors on "
+            f"{len(known) - len(behind)} of {len(known)} test scores"
+        )
+        names = ", ".join(dict.fromkeys(key[0] for key in behind))
+        if behind:
+            text += f"; {'at chance' if baseline == 'majority' else 'not'} on {names}"
+        sentences.append(text + ".")
+    return sentences

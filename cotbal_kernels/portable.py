@@ -249,8 +249,8 @@ def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``grad * factor`` in ``dtype``, out of place, so that a second backward finds ``grad``
     unchanged.
 
-    The product is float32: a plain ``bf16 * 0-dim fp32`` would round the factor to bf16 first. Blocks of rows
-    keep the widened copy within the workspace.
+    The product is float32 on every device, whatever type promotion does with a 0-dimensional factor. Blocks of
+    rows keep the widened copy within the workspace.
     """
     out = torch.empty_like(grad, dtype=dtype)
     wide = compute_dtype(grad.dtype)

@@ -17,11 +17,12 @@ from trainer.errors import UserError, nearest
 from trainer.metrics import get_metric
 
 BUILT_IN = "built_in"
+_TASKS_WORD = "literal['built_in']"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class TaskConfig(_Options):
@@ -187,10 +188,12 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
         UserError: the file is missing, is not YAML, or a key or value is not valid; every problem is listed.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"configuration {path} does not exist") from error
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise UserError(f"configuration {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"configuration {path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"configuration {path} must be a mapping of options, got {type(data).__name__}")
@@ -232,17 +235,22 @@ def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        where = [str(part) for part in problem["loc"] if part not in ("list[TaskConfig]", "literal['built_in']")]
+        location, given = problem["loc"], problem.get("input")
+        # `tasks` is a list or a word, and pydantic reports how either alternative fails, each under a name of its own.
+        if location == ("tasks", _TASKS_WORD):
+            if not isinstance(given, list):
+                lines.append(f"  tasks: must be a list of tasks or '{BUILT_IN}' (got {given!r})")
+            continue
+        if problem["type"] == "list_type" and location[:-1] == ("tasks",):
+            continue
+        where = [str(part) for part in location if not str(part).startswith("list[")]
         name = ".".join(where)
         if problem["type"] == "extra_forbidden":
             lines.append(f"  {name}: unknown key{nearest(where[-1], _valid_keys(where[:-1]))}")
         else:
-            given = problem.get("input")
             shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
             lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{shown}")
-    if isinstance(error.errors()[0].get("input"), list):  # a list of tasks is not the literal either: say it once
-        lines = [line for line in lines if "Input should be 'built_in'" not in line]
-    return "\n".join(dict.fromkeys(lines))
+    return "\n".join(lines)
 
 
 def _valid_keys(location: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from typing import Any
 from trainer.progress import Progress
 
 
-class Cancelled(Exception):  # noqa: N818  not an error of its own: another stage failed or the user interrupted
+class Cancelled(Exception):
     """The run is ending; a stage that polls stops."""
 
 

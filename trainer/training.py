@@ -15,17 +15,18 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from cotbal_kernels.huggingface import apply_fused_loss
 from pydantic import BaseModel
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from cotbal_kernels import global_normalizer
+from cotbal_kernels.huggingface import apply_fused_loss
 from trainer.config import RunConfig, TrainingConfig
 from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import ConversationEncoder
@@ -226,8 +227,7 @@ def training_arguments(spec: TrainingSpec, use_cpu: bool) -> TrainingArguments:
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         bf16=training.precision == "bf16",
-        gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **_checkpointing(training.gradient_checkpointing),
         logging_steps=training.logging_steps,
         logging_first_step=True,
         save_steps=training.save_steps,
@@ -241,6 +241,13 @@ def training_arguments(spec: TrainingSpec, use_cpu: bool) -> TrainingArguments:
         report_to=["tensorboard"],
         disable_tqdm=not sys.stderr.isatty(),
     )
+
+
+def _checkpointing(enabled: bool) -> dict[str, Any]:
+    """Activation checkpointing under the name that this version of transformers has for it."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: enabled, f"{name}_kwargs": {"use_reentrant": False}} if enabled else {}
 
 
 def train(spec: TrainingSpec) -> None:

@@ -24,9 +24,10 @@ from synthetic_run import (
     write,
 )
 
-from trainer import report_plots
-from trainer.report import build_report, duration
-from trainer.report_plots import smooth
+from trainer.report import build_report
+from trainer.report import plots as report_plots
+from trainer.report.page import duration
+from trainer.report.plots import smooth
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import math
 import pytest
 from synthetic_run import PIECES, make_run, page, write
 
-from trainer import report_plots
 from trainer.report import build_report
-from trainer.report_run import RunDirectory
+from trainer.report import plots as report_plots
+from trainer.report.run_directory import RunDirectory
 
 
 @pytest.fixture

@@ -73,11 +73,11 @@ class ConversationEncoder:
             UserError: an image's tokens do not fit into ``max_length``, or no supervised token is left.
         """
         encoded = Encoded([], [])
-        images = list(record.images)
-        for text, supervised in self._pieces(record.turns):
-            count = text.count(self._image_token) if images else 0
-            used, images = images[:count], images[count:]
-            ids, image_inputs = self._tokenize(text, [image_path(image) for image in used], not encoded.input_ids)
+        images = iter(record.images)
+        pieces = self._pieces(record.turns)
+        used = [[image_path(next(images)) for _ in range(text.count(self._image_token))] for text, _ in pieces]
+        tokens = self._tokenize([text for text, _ in pieces], used)
+        for (_, supervised), (ids, image_inputs) in zip(pieces, tokens, strict=True):
             if supervised and self.tokenizer.eos_token_id not in ids and not self._ends_turn(ids):
                 ids = [*ids, self.tokenizer.eos_token_id]  # a template without an end mark never teaches stopping
             encoded.input_ids += ids
@@ -98,8 +98,8 @@ class ConversationEncoder:
 
     def prompt(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
         """The last question of a record, after the turns before it, ready for generation."""
-        text = self._render(record.turns[:-1], record.turns[-1].question)
-        ids, image_inputs = self._tokenize(text, [image_path(image) for image in record.images], first=True)
+        (text,) = self._render([_messages(record.turns)[:-1]], add_generation_prompt=True)
+        ((ids, image_inputs),) = self._tokenize([text], [[image_path(image) for image in record.images]])
         return Encoded(ids, [IGNORE_INDEX] * len(ids), image_inputs)
 
     def blank_image(self) -> Encoded:
@@ -119,37 +119,43 @@ class ConversationEncoder:
 
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
         """(text, supervised) pairs whose concatenation is the rendered conversation."""
+        messages = _messages(turns)
+        asked = self._render([messages[: 2 * n + 1] for n in range(len(turns))], add_generation_prompt=True)
+        answered = self._render([messages[: 2 * n + 2] for n in range(len(turns))], add_generation_prompt=False)
         pieces: list[tuple[str, bool]] = []
         done = ""
-        for index, turn in enumerate(turns):
-            asked = self._render(turns[:index], turn.question)
-            answered = self._render(turns[: index + 1], None)
-            if not asked.startswith(done) or not answered.startswith(asked):
+        for prompt, whole in zip(asked, answered, strict=True):
+            if not prompt.startswith(done) or not whole.startswith(prompt):
                 raise UserError(
                     "the chat template renders a conversation's beginning differently once it goes on, so answers "
                     "cannot be told from prompts; use a template that only appends"
                 )
-            pieces += [(asked[len(done) :], False), (answered[len(asked) :], True)]
-            done = answered
+            pieces += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
+            done = whole
         return pieces
 
-    def _render(self, turns: Sequence[Turn], question: str | None) -> str:
-        messages = []
-        for turn in turns:
-            messages += [_message("user", turn.question), _message("assistant", turn.answer)]
-        if question is not None:
-            messages.append(_message("user", question))
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=question is not None)
+    def _render(self, conversations: list[list[dict[str, Any]]], add_generation_prompt: bool) -> list[str]:
+        return self.processor.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
 
-    def _tokenize(self, text: str, images: list[Path], first: bool) -> tuple[list[int], dict[str, Tensor]]:
+    def _tokenize(self, texts: list[str], images: list[list[Path]]) -> list[tuple[list[int], dict[str, Tensor]]]:
+        """Token ids and image inputs of consecutive pieces of one conversation."""
         bos = self.tokenizer.bos_token
-        special = first and not (bos and text.startswith(bos))
-        if not images:
-            return self.tokenizer(text, add_special_tokens=special)["input_ids"], {}
+        special = not (bos and texts[0].startswith(bos))  # a template may write the first token itself
+        plain = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if special and not images[0]:
+            plain[0] = self.tokenizer(texts[0])["input_ids"]
+        return [
+            self._with_images(text, paths, special and index == 0) if paths else (ids, {})
+            for index, (text, ids, paths) in enumerate(zip(texts, plain, images, strict=True))
+        ]
+
+    def _with_images(self, text: str, paths: list[Path], special: bool) -> tuple[list[int], dict[str, Tensor]]:
         if self.features is not None:
-            sample = self._with_features(text, [self.features[path] for path in images], special)
+            sample = self._with_features(text, [self.features[path] for path in paths], special)
             return sample.input_ids, sample.image_inputs
-        pictures = [Image.open(path).convert("RGB") for path in images]
+        pictures = [Image.open(path).convert("RGB") for path in paths]
         out = self.processor(text=text, images=pictures, return_tensors="pt", add_special_tokens=special)
         return out["input_ids"][0].tolist(), {k: v for k, v in out.items() if k not in _TEXT_INPUTS}
 
@@ -165,6 +171,13 @@ class ConversationEncoder:
         """Whether the piece ends in a special token (``<|im_end|>`` and its like), blanks after it aside."""
         special = set(self.tokenizer.all_special_ids)
         return any(token in special for token in ids[-2:])
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """User and assistant messages in turn, as chat templates take them."""
+    return [
+        message for turn in turns for message in (_message("user", turn.question), _message("assistant", turn.answer))
+    ]
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

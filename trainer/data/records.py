@@ -76,22 +76,22 @@ def _raw_records(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         raise RecordError(f"record file {path} does not exist")
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}, line {number}", _loads(line, f"{path}, line {number}")
         return
-    data = _loads(path.read_text(encoding="utf-8"), str(path))
+    data = _loads(path.read_bytes(), str(path))
     if not isinstance(data, list):
         raise RecordError(f"{path}: expected a JSON list of records, got {type(data).__name__}")
     for position, raw in enumerate(data):
         yield f"{path}, record {position}", raw
 
 
-def _loads(text: str, where: str) -> Any:
+def _loads(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or a nesting beyond all limits
         raise RecordError(f"{where}: not valid JSON ({error})") from error
 
 
@@ -100,10 +100,12 @@ def _parse(raw: Any, where: str) -> Record:
         raise RecordError(f"{where}: expected an object, got {type(raw).__name__}")
     if "id" not in raw:
         raise RecordError(f"{where}: the record has no 'id'")
+    if isinstance(raw["id"], bool) or not isinstance(raw["id"], (str, int, float)):
+        raise RecordError(f"{where}: 'id' must be a string or a number, got {raw['id']!r}")
     where = f"{where} (id '{raw['id']}')"
-    images = raw.get("image") or []
+    images = [] if raw.get("image") in (None, "") else raw["image"]
     images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+    if not isinstance(images, list) or not all(isinstance(image, str) and "\0" not in image for image in images):
         raise RecordError(f"{where}: 'image' must be a path or a list of paths, got {raw['image']!r}")
     turns = _parse_turns(raw.get("conversations"), where)
     placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
@@ -112,9 +114,14 @@ def _parse(raw: Any, where: str) -> Record:
         turns = (Turn(f"{IMAGE_PLACEHOLDER}\n{first.question}", first.answer), *turns[1:])
     elif placeholders != len(images):
         raise RecordError(f"{where}: {placeholders} '{IMAGE_PLACEHOLDER}' in the text but {len(images)} image(s)")
-    references = raw.get("references") or []
+    references = [] if raw.get("references") is None else raw["references"]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise RecordError(f"{where}: 'references' must be a list of strings")
+    texts = [str(raw["id"]), *images, *(text for turn in turns for text in (turn.question, turn.answer)), *references]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character ("\ud800"), which a tokenizer refuses
+        raise RecordError(f"{where}: its text is not valid Unicode ({error})") from error
     return Record(str(raw["id"]), tuple(images), turns, tuple(references))
 
 
@@ -130,6 +137,10 @@ def _parse_turns(conversation: Any, where: str) -> tuple[Turn, ...]:
             )
         if role != ("user", "assistant")[index % 2]:
             raise RecordError(f"{where}: turns must alternate human, gpt; turn {index} is '{message['from']}'")
+        if role == "assistant" and IMAGE_PLACEHOLDER in message["value"]:
+            raise RecordError(
+                f"{where}: turn {index} is an answer with '{IMAGE_PLACEHOLDER}' in it; images belong to questions"
+            )
         values.append(message["value"])
     if len(values) % 2:
         raise RecordError(f"{where}: the last turn must be a gpt answer")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import error, make_problem
+from loss_problems import error, make_problem
 
 from cotbal_kernels import global_normalizer, global_task_tokens, linear_task_cross_entropy
 

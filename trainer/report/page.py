@@ -1,8 +1,8 @@
 """``report.html``: one page, without scripts and without anything loaded from elsewhere, about one run.
 
 The page is built from whatever the run directory holds, so it can be made at any time; what is not there yet is
-said in its place. Numbers come from `trainer.report_tables`, figures from `trainer.report_plots`, sample
-predictions from `trainer.report_samples`; this file puts them together.
+said in its place. Numbers come from `trainer.report.tables`, figures from `trainer.report.plots`, sample
+predictions from `trainer.report.samples`; this file puts them together.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from trainer import report_plots as plots
 from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN
 from trainer.errors import UserError
-from trainer.report_run import FINAL_TRAININGS, RunDirectory, number
-from trainer.report_samples import sample_groups
-from trainer.report_tables import (
+from trainer.report import plots
+from trainer.report.run_directory import FINAL_TRAININGS, RunDirectory, number
+from trainer.report.samples import sample_groups
+from trainer.report.tables import (
     BASELINES,
     EQUAL,
     FINAL,

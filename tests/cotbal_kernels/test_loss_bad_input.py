@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_problem
+from loss_problems import make_problem
 
 from cotbal_kernels import global_normalizer, linear_task_cross_entropy, portable, task_cross_entropy
 from cotbal_kernels.validation import checks_requested

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.comparison import Comparison, compare
 from trainer.errors import UserError
 from trainer.metrics import METRICS
-from trainer.report_run import FINAL_TRAININGS, RunDirectory, number
+from trainer.report.run_directory import FINAL_TRAININGS, RunDirectory, number
 
 BASELINES = {"majority": "majority answer", "question_only": "question only"}
 FINAL, EQUAL, SINGLE = "CoTBal", "EW", "STL"

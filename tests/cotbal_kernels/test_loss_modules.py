@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_problem
+from loss_problems import make_problem
 from torch import nn
 
 from cotbal_kernels import (

@@ -1,12 +1,14 @@
 """The torch.library ops: opcheck, torch.compile, checkpointing, autocast, backends."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FP32, Problem, error, make_problem
+from loss_problems import FP32, Problem, error, make_problem
 from torch.utils.checkpoint import checkpoint
 
-from cotbal_kernels import linear_task_cross_entropy, ops, task_cross_entropy
+from cotbal_kernels import backends, linear_task_cross_entropy, ops, portable, task_cross_entropy
 from cotbal_kernels.reference import reference_linear_task_cross_entropy
 
 
@@ -133,6 +135,30 @@ def test_autocast_casts_as_linear_does(rows: bool) -> None:
     for a, b in zip(torch.autograd.grad(out.loss, inputs), torch.autograd.grad(by_hand.loss, inputs), strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_backends_run_outside_autocast(rows: bool) -> None:
+    """A backend's own float32 products must not be cast, in the forward or the backward pass."""
+    seen = []
+
+    def watched(function):
+        def wrapper(*args):
+            seen.append((function.__name__, torch.is_autocast_enabled("cpu")))
+            return function(*args)
+
+        return wrapper
+
+    names = [name for name in dir(backends.Backend) if not name.startswith("_")]
+    watching = SimpleNamespace(**{name: watched(getattr(portable, name)) for name in names})
+    backends.register_backend("watching", watching)
+    p = make_problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_task_cross_entropy(*p.tensors, backend="watching", differentiable_tasks=rows)
+        out.loss.backward()
+    del backends.BACKENDS["watching"]
+    computed = [enabled for name, enabled in seen if name.startswith("linear")]
+    assert computed == [False] * (2 if rows else 1)
 
 
 def test_autocast_accepts_mixed_dtypes_and_logits() -> None:

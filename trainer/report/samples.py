@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from trainer.metrics import normalize_answer, parse_box
-from trainer.report_run import RunDirectory, number
-from trainer.report_tables import format_value, metric_label
+from trainer.report.run_directory import RunDirectory, number
+from trainer.report.tables import format_value, metric_label
 
 PER_TASK = 4
 LONGEST_TEXT = 400

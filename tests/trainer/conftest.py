@@ -1,0 +1,169 @@
+"""Small material on disk that the trainer's tests share: three tasks, and two model folders to read them with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, settings
+from PIL import Image, ImageDraw
+
+from trainer.config import RunConfig, TaskConfig, TinyLlavaConfig, parse_config
+from trainer.models.tiny_llava import CHAT_TEMPLATE, train_tokenizer, write_tiny_llava
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+# How long an example takes says nothing on a machine that other work shares.
+settings.register_profile("trainer", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("trainer")
+
+COLOURS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 220), "yellow": (240, 220, 40)}
+COUNTS = {"train": 8, "validation": 4, "test": 4}
+SIDE = 64  # pixels of an image, two by two patches of either tower
+
+
+def _colour(folder: Path, split: str, number: int) -> dict[str, Any]:
+    name = list(COLOURS)[number % len(COLOURS)]
+    Image.new("RGB", (SIDE, SIDE), COLOURS[name]).save(folder / "images" / f"colour_{split}_{number}.png")
+    return {
+        "id": f"colour-{split}-{number}",
+        "image": f"images/colour_{split}_{number}.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhat colour is it? Answer with one word."},
+            {"from": "gpt", "value": name},
+        ],
+    }
+
+
+def _grounding(folder: Path, split: str, number: int) -> dict[str, Any]:
+    picture = Image.new("RGB", (SIDE, SIDE), "white")
+    x, y = 8 * (number % 4), 8 * (number // 4)
+    ImageDraw.Draw(picture).rectangle((x, y, x + 31, y + 31), fill="black")
+    picture.save(folder / "images" / f"box_{split}_{number}.png")
+    box = ", ".join(f"{value / SIDE:.2f}" for value in (x, y, x + 32, y + 32))
+    return {
+        "id": f"box-{split}-{number}",
+        "image": f"images/box_{split}_{number}.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhere is the black square?"},
+            {"from": "gpt", "value": f"[{box}]"},
+        ],
+    }
+
+
+def _chat(folder: Path, split: str, number: int) -> dict[str, Any]:
+    return {
+        "id": f"chat-{split}-{number}",
+        "conversations": [
+            {"from": "human", "value": f"How much is {number} plus one?"},
+            {"from": "gpt", "value": f"It is {number + 1}."},
+            {"from": "human", "value": "Are you sure?"},
+            {"from": "gpt", "value": "Yes, quite sure."},
+        ],
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks(tmp_path_factory: pytest.TempPathFactory) -> list[TaskConfig]:
+    """``colour`` (exact match), ``box`` (grounding) and ``chat`` (text only, two turns, auxiliary), in that order."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "images").mkdir()
+    for name, draw in (("colour", _colour), ("box", _grounding), ("chat", _chat)):
+        for split, count in COUNTS.items():
+            rows = [draw(folder, split, number) for number in range(count)]
+            (folder / f"{name}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def task(name: str, **options: Any) -> TaskConfig:
+        files = {split: folder / f"{name}_{split}.jsonl" for split in COUNTS}
+        return TaskConfig(name=name, image_root=folder, max_new_tokens=12, **files, **options)
+
+    return [task("colour", metric="exact_match"), task("box", metric="accuracy_iou"), task("chat", auxiliary=True)]
+
+
+@pytest.fixture(scope="session")
+def texts(tiny_tasks: list[TaskConfig]) -> list[str]:
+    """Every turn of every training record, for a tokenizer."""
+    rows = [json.loads(line) for task in tiny_tasks for line in task.train.read_text().splitlines()]
+    return [" " + turn["value"].replace("<image>", "").strip() for row in rows for turn in row["conversations"]]
+
+
+@pytest.fixture(scope="session")
+def feature_model(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """The built-in LLaVA at its smallest; its tower takes features in place of pixels."""
+    folder = tmp_path_factory.mktemp("feature_model")
+    size = TinyLlavaConfig(hidden_size=32, layers=1, heads=2, vocabulary=340)
+    write_tiny_llava(folder, texts, size, image_size=SIDE, max_length=256, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pixel_model(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """A LLaVA as transformers ships it, with a CLIP tower, made from a configuration; it takes pixels only."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = train_tokenizer(texts, 340)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
+            patch_size=SIDE // 2, projection_dim=32,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config)
+    folder = tmp_path_factory.mktemp("pixel_model")
+    model.save_pretrained(folder)
+    side = {"height": SIDE, "width": SIDE}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=side, do_center_crop=False, crop_size=side),
+        tokenizer=tokenizer,
+        patch_size=SIDE // 2,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run_data(tiny_tasks: list[TaskConfig], pixel_model: Path, tmp_path: Path) -> dict[str, Any]:
+    """A whole run configuration as a mapping that a test may change: the three tasks on the pixel model."""
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "tasks": [task.model_dump(mode="json") for task in tiny_tasks],
+        "model": {"path": str(pixel_model), "max_length": 128},
+        "training": {"batch_size": 4, "precision": "fp32", "zero_stage": 1},
+        "cotbal": {"mini_ratio": 0.25},
+        "launch": {"device": "cpu", "threads": 1},
+    }
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """Writes a mapping as ``config.yaml`` and returns its path."""
+
+    def write(data: dict[str, Any]) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_config(run_data: dict[str, Any]) -> RunConfig:
+    return parse_config(run_data, "the tests' configuration")

@@ -1,0 +1,182 @@
+"""The configuration: every mistake is one line that names its place, and what is valid survives a round trip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import trainer.config
+from trainer.config import RunConfig, load_config, parse_config
+from trainer.errors import UserError
+
+SHIPPED = sorted((Path(trainer.config.__file__).parent / "configs").glob("*.yaml"))
+
+
+def task(**changes: Any) -> dict[str, Any]:
+    return {"name": "a", "train": "a.jsonl", "validation": "v.jsonl", "metric": "exact_match", **changes}
+
+
+def problems(data: dict[str, Any]) -> list[str]:
+    """The lines that the error lists."""
+    with pytest.raises(UserError) as caught:
+        parse_config({"output_dir": "out", "tasks": "built_in", **data}, "some.yaml")
+    first, *lines = str(caught.value).splitlines()
+    assert first == "some.yaml is not a valid configuration:"
+    return [line.strip() for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"seeed": 1}, "seeed: unknown key (did you mean 'seed'?)"),
+        ({"training": {"epoch": 1}}, "training.epoch: unknown key (did you mean 'epochs'?)"),
+        ({"model": {"tiny_llava": {"layer": 2}}}, "model.tiny_llava.layer: unknown key (did you mean 'layers'?)"),
+        ({"launch": {"procs": 2}}, "launch.procs: unknown key (did you mean 'processes'?)"),
+        ({"tasks": [task(metrc="cider")]}, "tasks.0.metrc: unknown key (did you mean 'metric'?)"),
+        ({"tasks": [task(), task(name="b", valid="x")]}, "tasks.1.valid: unknown key (did you mean 'validation'?)"),
+        ({"xyzzy": 1}, "xyzzy: unknown key"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_valid_one(data: dict[str, Any], line: str) -> None:
+    assert problems(data) == [line]
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"seed": "x"}, "seed: Input should be a valid integer, unable to parse string as an integer (got 'x')"),
+        ({"training": {"epochs": 0}}, "training.epochs: Input should be greater than 0 (got 0)"),
+        ({"training": {"epochs": float("inf")}}, "training.epochs: Input should be a finite number (got inf)"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: Input should be a finite number"),
+        ({"training": {"zero_stage": 4}}, "training.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
+        ({"training": {"precision": "fp8"}}, "training.precision: Input should be 'fp32' or 'bf16' (got 'fp8')"),
+        ({"training": {"batch_size": 0}}, "training.batch_size: Input should be greater than or equal to 1 (got 0)"),
+        ({"cotbal": {"mini_ratio": 1}}, "cotbal.mini_ratio: Input should be less than 1 (got 1)"),
+        ({"cotbal": {"alpha": 1.5}}, "cotbal.alpha: Input should be less than or equal to 1 (got 1.5)"),
+        ({"comparisons": ["slt"]}, "comparisons.0: Input should be 'stl' or 'ew' (got 'slt')"),
+        ({"tasks": "builtin"}, "tasks: must be a list of tasks or 'built_in' (got 'builtin')"),
+        ({"tasks": 3}, "tasks: must be a list of tasks or 'built_in' (got 3)"),
+        ({"tasks": []}, "tasks: at least one task must be balanced (auxiliary: false)"),
+        ({"tasks": [task(auxiliary=True)]}, "tasks: at least one task must be balanced (auxiliary: false)"),
+        ({"tasks": [task(), task(name="b"), task()]}, "tasks: task names must be unique; given twice: a"),
+        ({"tasks": [task(name="a/b")]}, "tasks.0.name: task name 'a/b' must be letters, digits"),
+        ({"tasks": [task(name="..")]}, "tasks.0.name: task name '..' must be letters, digits"),
+        ({"tasks": [task(metric=None)]}, "tasks.0: task 'a' is balanced, so it needs 'metric' and 'validation'"),
+        ({"tasks": [task(validation=None)]}, "tasks.0: task 'a' is balanced, so it needs 'metric' and 'validation'"),
+        ({"tasks": [{"name": "a"}]}, "tasks.0.train: Field required"),
+        (
+            {"tasks": [task(metric="exact_mach")]},
+            "tasks.0.metric: unknown metric 'exact_mach' (did you mean 'exact_match'?); "
+            "valid: exact_match, accuracy_iou, cider",
+        ),
+    ],
+)
+def test_a_bad_value_is_one_line_with_its_place(data: dict[str, Any], line: str) -> None:
+    (found,) = problems(data)
+    assert found.startswith(line)
+
+
+def test_every_problem_is_listed() -> None:
+    found = problems({"sed": 1, "training": {"epochs": -1, "zero": 1}, "tasks": [task(metric="em", nam="b")]})
+    places = {line.split(":")[0] for line in found}
+    assert places == {"sed", "training.epochs", "training.zero", "tasks.0.metric", "tasks.0.nam"}
+
+
+def test_an_auxiliary_task_needs_no_metric() -> None:
+    chat = {"name": "chat", "train": "c.jsonl", "auxiliary": True}
+    config = parse_config({"output_dir": "out", "tasks": [task(), chat]}, "x")
+    assert [(found.name, found.metric) for found in config.tasks] == [("a", "exact_match"), ("chat", None)]  # type: ignore[union-attr]
+
+
+class TestFiles:
+    def test_data_paths_start_at_the_file_and_the_output_here(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here, there = tmp_path / "here", tmp_path / "there"
+        (there / "llava").mkdir(parents=True)
+        here.mkdir()
+        elsewhere = tmp_path / "absolute.jsonl"
+        data = {
+            "output_dir": "runs/one",
+            "tasks": [task(train="data/a.jsonl", test=str(elsewhere)), task(name="b", image_root="pictures")],
+            "model": {"path": "llava"},
+        }
+        (there / "c.yaml").write_text(yaml.safe_dump(data))
+        monkeypatch.chdir(here)
+        config = load_config(Path("../there/c.yaml"))
+        a, b = config.tasks
+        assert not isinstance(a, str)
+        assert not isinstance(b, str)
+        found = [path.resolve() for path in (a.train, a.validation, a.test, a.image_root, b.image_root) if path]
+        assert found == [there / "data/a.jsonl", there / "v.jsonl", elsewhere, there, there / "pictures"]
+        assert all(path.is_absolute() for path in (a.train, a.image_root, b.image_root, config.output_dir))
+        assert config.output_dir == here / "runs/one"
+        assert Path(config.model.path).resolve() == there / "llava"
+
+    def test_a_hub_name_is_no_path(self, tmp_path: Path) -> None:
+        (tmp_path / "c.yaml").write_text("output_dir: o\ntasks: built_in\nmodel: {path: llava-hf/llava-1.5-7b-hf}\n")
+        assert load_config(tmp_path / "c.yaml").model.path == "llava-hf/llava-1.5-7b-hf"
+
+    def test_overrides_lie_over_the_file(self, tmp_path: Path) -> None:
+        (tmp_path / "c.yaml").write_text("output_dir: o\ntasks: built_in\ntraining: {epochs: 3, batch_size: 2}\n")
+        overrides = {"training.epochs": 5, "model.tiny_llava.layers": 7, "seed": 9}
+        config = load_config(tmp_path / "c.yaml", overrides)
+        assert (config.training.epochs, config.training.batch_size) == (5, 2)
+        assert (config.model.tiny_llava.layers, config.seed) == (7, 9)
+        with pytest.raises(UserError, match=r"training\.epoch: unknown key \(did you mean 'epochs'\?\)"):
+            load_config(tmp_path / "c.yaml", {"training.epoch": 5})
+        with pytest.raises(UserError, match=r"cannot set 'seed\.x': 'seed' is not a group"):
+            load_config(tmp_path / "c.yaml", {"seed": 1, "seed.x": 5})
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"tasks: [", "is not valid YAML"),
+            (b"- a\n- b\n", "must be a mapping of options, got list"),
+            (b"", "must be a mapping of options, got NoneType"),
+            (b"tasks: \xff", "is not valid YAML"),
+            (b"1: 2\noutput_dir: o\ntasks: built_in\n", "1: Keys should be strings"),
+        ],
+    )
+    def test_a_file_that_is_no_configuration(self, tmp_path: Path, content: bytes, message: str) -> None:
+        (tmp_path / "c.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=message) as caught:
+            load_config(tmp_path / "c.yaml")
+        assert "c.yaml" in str(caught.value)
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"configuration .*none\.yaml does not exist"):
+            load_config(tmp_path / "none.yaml")
+        with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
+            load_config(tmp_path)
+
+    @pytest.mark.parametrize("source", ["tasks", *(path.name for path in SHIPPED)])
+    def test_round_trip(
+        self, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path, source: str
+    ) -> None:
+        run_data["training"]["epochs"] = 2.5
+        path = write_config(run_data) if source == "tasks" else SHIPPED[0].parent / source
+        config = load_config(path)
+        (tmp_path / "again.yaml").write_text(config.to_yaml())
+        again = load_config(tmp_path / "again.yaml")
+        assert again == config
+        assert again.to_yaml() == config.to_yaml()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configurations_say_what_is_read_from_them(path: Path) -> None:
+    config = load_config(path)
+    assert isinstance(config, RunConfig)
+    assert config.tasks == "built_in"
+    written = yaml.safe_load(path.read_text())
+    for group in ("built_in", "training", "cotbal", "launch", "evaluation"):
+        found = getattr(config, group).model_dump(mode="json")
+        assert {key: found[key] for key in written[group]} == written[group]
+
+
+def test_both_demos_are_shipped() -> None:
+    assert {path.name for path in SHIPPED} >= {"demo.yaml", "demo_small.yaml"}

@@ -1,0 +1,206 @@
+"""Whole trainings in subprocesses: the plumbing between ``transformers.Trainer``, DeepSpeed and Eq. 2."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, set_seed
+
+from trainer.config import LaunchConfig, parse_config
+from trainer.data.collator import Collator, MixtureDataset
+from trainer.data.encoding import ConversationEncoder
+from trainer.errors import UserError
+from trainer.launching import TrainingFailedError, run_training
+from trainer.models.loading import load_processor
+from trainer.stages import write_json
+from trainer.tasks import load_task
+from trainer.training import COMPLETE, TrainingSpec, newest_checkpoint
+
+pytestmark = pytest.mark.slow
+WEIGHTS = {"colour": 0.4, "box": 1.6}
+STEPS = 6  # 24 samples in batches of 8, two epochs
+
+
+def run(run_data: dict[str, Any], output: Path, **training: Any) -> dict[str, torch.Tensor]:
+    """Trains on everything with WEIGHTS and returns the final parameters."""
+    processes = training.pop("processes", 1)
+    aggregation = training.pop("aggregation", "token")
+    run_data["training"] |= {"epochs": 2, "learning_rate": 1e-2, "logging_steps": 1} | training
+    spec = TrainingSpec(
+        name="parity",
+        config=parse_config(run_data, "test"),
+        model_path=run_data["model"]["path"],
+        mixture="all",
+        task_weights=WEIGHTS,
+        aggregation=aggregation,
+        output_dir=output,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "spec.json", spec.model_dump(mode="json"))
+    launch = LaunchConfig(device="cpu", processes=processes, threads=1)
+    run_training(output / "spec.json", launch, "cpu", 0, output / "output.log")
+    return load_file(output / "model" / "model.safetensors")
+
+
+def log_lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def oracle(run_data: dict[str, Any], aggregation: str) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The same training as a plain loop on the unpatched model: Eq. 2 (or TLA) written out, AdamW, cosine, clipping."""
+    config = parse_config(run_data, "test")
+    assert not isinstance(config.tasks, str)
+    training = config.training
+    tasks = [load_task(task) for task in config.tasks]
+    encoder = ConversationEncoder(load_processor(config.model.path), config.model.max_length)
+    dataset = MixtureDataset(encoder, tasks, [task.train for task in tasks])
+    collate = Collator(encoder.tokenizer.pad_token_id, encoder.blank_image())
+    model = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=torch.float32).train()
+    parameters = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
+    weights_K = torch.tensor([WEIGHTS.get(task.name, 1.0) for task in tasks])
+    warmup = math.ceil(training.warmup_ratio * STEPS)
+    losses, step = [], 0
+    set_seed(config.seed)
+    for epoch in range(2):
+        shuffle = torch.Generator().manual_seed(config.seed + epoch)  # accelerate's seedable sampler
+        order = torch.randperm(len(dataset), generator=shuffle).tolist()
+        for start in range(0, len(dataset), 8):
+            batch = collate([dataset[index] for index in order[start : start + 8]])
+            task_ids, labels = batch.pop("loss_task_ids"), batch.pop("labels")[:, 1:]
+            logits = model(**batch).logits[:, :-1].float()
+            entropy = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+            supervised = labels != -100
+            if aggregation == "token":
+                weight = weights_K[task_ids][:, None] * supervised
+                loss = (weight * entropy).sum() / weight.sum()
+            else:
+                rows = [(task_ids == k)[:, None] & supervised for k in task_ids.unique()]
+                lambdas = weights_K[task_ids.unique()]
+                means = torch.stack([entropy[row].mean() for row in rows])
+                loss = (lambdas * means).sum() / lambdas.sum()
+            for group in optimizer.param_groups:
+                ratio = (step - warmup) / max(1, STEPS - warmup)
+                cosine = 0.5 * (1 + math.cos(math.pi * ratio))
+                group["lr"] = training.learning_rate * (step / max(1, warmup) if step < warmup else cosine)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+    return {name: p.detach() for name, p in model.state_dict().items()}, losses
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name, value in found.items():
+        error = (value - expected[name]).abs().max().item()
+        assert error < tolerance, f"{name} is off by {error:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("processes", "accumulation", "batch_size", "zero_stage", "aggregation"),
+    [(1, 1, 8, 2, "token"), (1, 2, 4, 1, "token"), (2, 2, 2, 3, "token"), (2, 1, 4, 2, "task")],
+)
+def test_training_equals_a_plain_loop(
+    processes: int,
+    accumulation: int,
+    batch_size: int,
+    zero_stage: int,
+    aggregation: str,
+    run_data: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """However a batch of 8 is spread, losses and parameters are those of a single-process loop over Eq. 2."""
+    found = run(
+        run_data,
+        tmp_path / "out",
+        processes=processes,
+        gradient_accumulation_steps=accumulation,
+        batch_size=batch_size,
+        zero_stage=zero_stage,
+        aggregation=aggregation,
+    )
+    expected, losses = oracle(run_data, aggregation)
+    lines = log_lines(tmp_path / "out")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    # Adam divides by the root of tiny second moments, which magnifies rounding: 1e-2 per step times 1e-4.
+    assert [line["loss"] for line in lines] == pytest.approx(losses, abs=2e-5)
+    assert_same(found, expected, 2e-4)
+
+
+def test_per_task_log_adds_up_to_the_loss(run_data: dict[str, Any], tmp_path: Path) -> None:
+    run(run_data, tmp_path / "out", batch_size=8)
+    for line in log_lines(tmp_path / "out"):
+        tasks = line["tasks"].values()
+        numerator = sum(task["weight"] * task["tokens"] * task["loss"] for task in tasks)
+        denominator = sum(task["weight"] * task["tokens"] for task in tasks)
+        assert line["loss"] == pytest.approx(numerator / denominator, rel=1e-5)
+        assert {name: entry["weight"] for name, entry in line["tasks"].items()} == {
+            name: pytest.approx(WEIGHTS.get(name, 1.0)) for name in line["tasks"]
+        }
+    assert any((tmp_path / "out" / "tensorboard").rglob("events.*"))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_resumed_training_is_bitwise_the_uninterrupted_one(run_data: dict[str, Any], tmp_path: Path) -> None:
+    """A kill leaves a truncated newest checkpoint: it is passed over and the one before it is used."""
+    whole = run(run_data, tmp_path / "whole", batch_size=8, save_steps=2)
+    run_data["training"]["epochs"] = 2
+    interrupted = tmp_path / "interrupted"
+    spec = json.loads((tmp_path / "whole" / "spec.json").read_text()) | {"output_dir": str(interrupted)}
+    interrupted.mkdir()
+    write_json(interrupted / "spec.json", spec)
+    seen: list[int] = []
+
+    def kill_after_the_second_checkpoint() -> None:
+        checkpoints = list((interrupted / "checkpoints").glob(f"checkpoint-*/{COMPLETE}"))
+        seen.append(len(checkpoints))
+        if len(checkpoints) >= 2:
+            raise KeyboardInterrupt
+
+    launch = LaunchConfig(device="cpu", threads=1)
+    try:
+        run_training(
+            interrupted / "spec.json", launch, "cpu", 0, interrupted / "output.log", kill_after_the_second_checkpoint
+        )
+        pytest.skip("the training ended before it could be interrupted")
+    except KeyboardInterrupt:
+        pass
+    newest = newest_checkpoint(interrupted / "checkpoints", world_size=1)
+    assert newest is not None
+    (newest / COMPLETE).unlink()
+    for file in newest.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    run_training(interrupted / "spec.json", launch, "cpu", 0, interrupted / "output.log")
+    resumed = load_file(interrupted / "model" / "model.safetensors")
+    assert_same(resumed, whole, 1e-30)
+    keys = ("step", "loss", "tasks")
+    assert [[line[key] for key in keys] for line in log_lines(interrupted)] == [
+        [line[key] for key in keys] for line in log_lines(tmp_path / "whole")
+    ]
+
+
+def test_another_number_of_processes_is_refused_before_loading(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    (checkpoint / COMPLETE).touch()
+    for rank in range(2):
+        (checkpoint / f"rng_state_{rank}.pth").touch()
+    assert newest_checkpoint(tmp_path, world_size=2) == checkpoint
+    with pytest.raises(UserError, match="written by 2 process"):
+        newest_checkpoint(tmp_path, world_size=1)
+
+
+def test_a_failing_training_names_its_log_and_shows_its_end(run_data: dict[str, Any], tmp_path: Path) -> None:
+    run_data["model"]["freeze"] = ["no_such_parameter"]
+    with pytest.raises(TrainingFailedError, match=r"output\.log") as caught:
+        run(run_data, tmp_path / "out")
+    assert "no parameter of" in str(caught.value)

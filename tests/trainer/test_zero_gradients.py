@@ -1,0 +1,111 @@
+"""Eq. 2 is global: k micro-batches x r ranks give the gradient of one big batch, under every ZeRO stage."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+pytestmark = pytest.mark.slow
+VOCABULARY, IMAGE_TOKEN, PATCHES, WIDTH, ROWS = 97, 96, 4, 12, 8
+# fp32 with sums in another order: a few units of 2^-24 on gradients of magnitude up to about 1.
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+        text_config=LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        ),
+        image_token_id=IMAGE_TOKEN,
+        image_seq_length=PATCHES,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-1,
+    )
+    directory = tmp_path_factory.mktemp("model")
+    LlavaForConditionalGeneration(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    """Eight samples of three tasks, unevenly spread: the second quarter has no supervised token at all, so with two
+    ranks and two micro-batches a micro-batch, and below a whole rank, contributes nothing."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(0, VOCABULARY - 1, (ROWS, WIDTH), generator=generator)
+    input_ids[:, 1 : 1 + PATCHES] = IMAGE_TOKEN
+    labels = input_ids.clone()
+    for row, supervised in enumerate((6, 2, 0, 0, 1, 5, 3, 6)):
+        labels[row, : WIDTH - supervised] = -100
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "pixel_values": torch.randn(ROWS, 3, 8, 8, generator=generator),
+        "labels": labels,
+        "loss_task_ids": torch.tensor([0, 0, 2, 1, 1, 0, 2, 2]),
+        "task_weights": torch.tensor([0.5, 1.75, 0.75]),
+    }
+
+
+@pytest.fixture(scope="module")
+def ignored_rank_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As `batch`, with every token of the second half, a whole rank of two, ignored."""
+    labels = batch["labels"].clone()
+    labels[ROWS // 2 :] = -100
+    return batch | {"labels": labels}
+
+
+def oracle(model_dir: Path, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Eq. 2 written out on the unpatched model in float64."""
+    model = LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float64)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    logits = model(**inputs, pixel_values=batch["pixel_values"].double()).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    entropy = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+    weight = batch["task_weights"].double()[batch["loss_task_ids"]][:, None] * (targets != -100)
+    ((weight * entropy).sum() / weight.sum()).backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("which", ["batch", "ignored_rank_batch"])
+def test_micro_batches_and_ranks_give_the_single_batch_gradient(
+    ranks: int, which: str, model_dir: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    data = request.getfixturevalue(which)
+    torch.save(data, tmp_path / "batch.pt")
+    worker = Path(__file__).with_name("zero_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(worker)]
+    done = subprocess.run(
+        [*command, str(model_dir), str(tmp_path / "batch.pt"), str(tmp_path / "out.pt")],
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    expected = oracle(model_dir, data)
+    results = torch.load(tmp_path / "out.pt")
+    assert set(results) == {(stage, k) for stage in (0, 1, 2, 3) for k in (1, 2)}
+    for (stage, k), found in results.items():
+        assert set(found) == set(expected)
+        for name, gradient in expected.items():
+            error = (found[name].double() - gradient).abs().max().item()
+            assert error < TOLERANCE, f"ZeRO-{stage}, k={k}, r={ranks}: {name} is off by {error:.2e}"

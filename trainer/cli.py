@@ -72,7 +72,7 @@ def weights(
         str, typer.Option(help="error | clip: when V_j(j+mini) does not exceed V_j(mini)")
     ] = "error",
 ) -> None:
-    """Print contributions, difficulties and task weights (Eq. 3-11) for a table of validation scores."""
+    """Print task weights, contributions and difficulties for a table of validation scores (equations 3-11)."""
     from trainer.balancing.cotbal import cotbal_weights
     from trainer.balancing.scores import Scores
 
@@ -84,7 +84,7 @@ def weights(
 def compare(
     results: Annotated[Path, typer.Argument(help="RESULTS.json: {tasks, baseline, methods}")],
 ) -> None:
-    """Print Delta I% and Delta E% (Eq. 12-14) of every method against the baseline."""
+    """Print Delta I% and Delta E% of every method against the baseline (equations 12-14)."""
     from trainer.comparison import compare_to_json
 
     typer.echo(json.dumps(compare_to_json(_read_json(results)), indent=2))
@@ -147,16 +147,21 @@ def _parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"--set takes KEY=VALUE, got '{item}'")
-        parsed[key] = yaml.safe_load(value)
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {item}: the value is not valid YAML ({' '.join(str(error).split())})") from error
     return parsed
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 

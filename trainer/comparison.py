@@ -44,6 +44,8 @@ def compare(results: Mapping[str, Any]) -> dict[str, Comparison]:
         UserError: naming the place of a missing, unknown or non-finite entry, an unknown direction, or a
             baseline that is not positive (Eq. 12 divides by it).
     """
+    if not isinstance(results, Mapping):
+        raise UserError(f"results must be an object with 'tasks', 'baseline' and 'methods', got {results!r}")
     for key in ("tasks", "baseline", "methods"):
         if not isinstance(results.get(key), Mapping):
             raise UserError(f"results: {key!r} must be an object, got {results.get(key)!r}")

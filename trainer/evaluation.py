@@ -141,7 +141,7 @@ def _generate(
         key: value.to(device, dtype=next(model.parameters()).dtype if value.is_floating_point() else None)
         for key, value in stack_images(prompts).items()
     }
-    generated = model.generate(
+    generated = model.generate(  # type: ignore[operator]  # any transformers model that generates
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         max_new_tokens=max_new_tokens,

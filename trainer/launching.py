@@ -14,11 +14,12 @@ from pathlib import Path
 from trainer.config import LaunchConfig
 from trainer.errors import UserError
 
+ERROR_FILE = "error.txt"  # where a training process leaves the reason of its end
 _PR_SET_PDEATHSIG = 1
 
 
 class TrainingFailedError(RuntimeError):
-    """A training process ended with an error; carries where its whole output is and its last lines."""
+    """A training process ended with an error; says why and where its whole output is."""
 
 
 def die_with_parent() -> None:
@@ -77,6 +78,8 @@ def run_training(
     command += launch.torchrun_args or ["--standalone"]
     command += ["-m", "trainer.training", str(spec)]
     log.parent.mkdir(parents=True, exist_ok=True)
+    reason = spec.parent / ERROR_FILE
+    reason.unlink(missing_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -88,9 +91,10 @@ def run_training(
                 process.terminate()
                 process.wait()
     if process.returncode:
-        tail = "\n".join("    " + line for line in log.read_text(errors="replace").splitlines()[-25:])
+        text = (reason if reason.exists() else log).read_text(errors="replace")
+        tail = "\n".join("    " + line for line in text.splitlines()[-20:])
         raise TrainingFailedError(
-            f"training {spec.parent.name} ended with code {process.returncode}; last lines of {log}:\n{tail}"
+            f"training {spec.parent.name} ended with code {process.returncode}; all its output is in {log}:\n{tail}"
         )
 
 

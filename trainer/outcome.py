@@ -33,13 +33,13 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     for training in finals:
         method = METHOD_LABELS.get(training.name, BASELINE)
         metrics = read_metrics(run_dir / "evaluations" / training.name / training.split)
-        for task, entry in metrics.items():
-            values.setdefault(method, {})[task] = {entry["metric"]: entry["value"]}
-            errors.setdefault(method, {})[task] = {entry["metric"]: entry["standard_error"]}
+        for name, entry in metrics.items():
+            values.setdefault(method, {})[name] = {entry["metric"]: entry["value"]}
+            errors.setdefault(method, {})[name] = {entry["metric"]: entry["standard_error"]}
     assert not isinstance(config.tasks, str)
     directions: dict[str, dict[str, str]] = {}
     baselines: dict[str, Table] = {"majority": {}, "question_only": {}}
-    for task in (load_task(task) for task in config.tasks if task.test and task.metric):
+    for task in [load_task(options) for options in config.tasks if options.test and options.metric]:
         assert task.config.metric is not None
         metric = get_metric(task.config.metric)
         directions[task.name] = {metric.label: "higher" if metric.higher_is_better else "lower"}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import platform
 from concurrent.futures import ProcessPoolExecutor
@@ -334,7 +335,7 @@ def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
             for name, count in counts.items()
         )
         batches = -(-records // window)
-        steps = max(1, round(-(-batches // config.training.gradient_accumulation_steps) * config.training.epochs))
+        steps = math.ceil(-(-batches // config.training.gradient_accumulation_steps) * config.training.epochs)
         rows.append({"training": training.name, "records": records, "steps": steps, "scored on": training.split})
     final = next(row["records"] for row in rows if row["training"] == "cotbal")
     for row in rows:

@@ -26,8 +26,13 @@ def read_weights(path: Path, tasks: list[str]) -> dict[str, float]:
         content = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise UserError(f"weights file {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must be an object, {{task: weight}} or the output of `cotbal weights`")
     if "weights" in content and "tasks" in content:
-        content = dict(zip(content["tasks"], content.get("applied", content["weights"]), strict=True))
+        names, values = content["tasks"], content.get("applied", content["weights"])
+        if not isinstance(names, list) or not isinstance(values, list) or len(names) != len(values):
+            raise UserError(f"{path}: 'tasks' and the weights must be lists of the same length")
+        content = dict(zip(map(str, names), values, strict=True))
     for name, value in content.items():
         if name not in tasks:
             raise unknown_name(f"task in {path}", name, tasks)

@@ -65,7 +65,7 @@ def check_images(task: Task) -> int:
     Raises:
         UserError: an image that is missing, outside the image root, or does not decode, named with its record.
     """
-    root = task.config.image_root.resolve()
+    root = task.config.image_root
     first_use: dict[str, str] = {}
     for split in SPLITS:
         for record in task.split(split):
@@ -75,7 +75,7 @@ def check_images(task: Task) -> int:
     def check(item: tuple[str, str]) -> None:
         path = task.image_path(item[0])
         where = f"{item[1]}: image {path}"
-        if not path.resolve().is_relative_to(root):
+        if not path.is_relative_to(root) or ".." in Path(item[0]).parts:  # links inside the root may lead anywhere
             raise UserError(f"{where} is outside the task's image_root {root}")
         if not path.is_file():
             raise UserError(f"{where} does not exist")

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.mixtures import Mixture, select
 from trainer.errors import UserError
-from trainer.launching import die_with_parent
+from trainer.launching import ERROR_FILE, die_with_parent
 from trainer.models.features import FeatureStore
 from trainer.models.loading import load_model, load_processor
 from trainer.tasks import load_task
@@ -147,7 +148,7 @@ class RunLog(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
-        line = {"step": state.global_step, "steps": state.max_steps, "epoch": logs.get("epoch", 0.0)}
+        line: dict[str, Any] = {"step": state.global_step, "steps": state.max_steps, "epoch": logs.get("epoch", 0.0)}
         line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
         line["seconds"] = time.monotonic() - self._started
         line["tasks"] = {
@@ -317,7 +318,13 @@ def _parsed(line: str) -> dict[str, Any] | None:
 def main() -> None:
     """Entry point of the training process."""
     die_with_parent()
-    train(TrainingSpec.model_validate_json(Path(sys.argv[1]).read_text()))
+    spec = TrainingSpec.model_validate_json(Path(sys.argv[1]).read_text())
+    try:
+        train(spec)
+    except Exception as error:
+        text = str(error) if isinstance(error, UserError) else traceback.format_exc()
+        (spec.output_dir / ERROR_FILE).write_text(text)  # torchrun's own last words would bury it
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 

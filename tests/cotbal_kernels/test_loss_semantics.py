@@ -158,7 +158,7 @@ def test_target_minus_one_is_formed_before_rounding(dtype: torch.dtype, p_target
 
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_upstream_gradients_other_than_one(differentiable: bool) -> None:
-    """Regressions: grad_output[0] applied to every row; an upstream rounded to the gradient's dtype before it is used."""
+    """Regressions: grad_output[0] applied to every row; an upstream rounded before use."""
     p = make_problem()
     upstream = torch.linspace(-3, 3, p.labels.numel()).reshape(p.labels.shape)
     out = linear_task_cross_entropy(*p.tensors, aggregation="none", differentiable_tasks=differentiable)

@@ -210,7 +210,7 @@ def test_gradient_of_task_weights_is_the_formula(problem: Problem) -> None:
     normalizer = (p.task_weights * out.task_tokens).sum()
     wanted = (out.task_loss - out.loss * out.task_tokens) / normalizer
     # The two terms nearly cancel: the rounding is that of the terms, not of their difference.
-    assert float((actual - wanted).abs().max()) <= FP32 * float((out.task_loss / normalizer).max().detach())
+    assert float((actual - wanted).detach().abs().max()) <= FP32 * float((out.task_loss / normalizer).max().detach())
 
 
 def test_shift_is_the_next_label_and_its_task() -> None:

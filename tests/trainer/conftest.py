@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
 
+import trainer.cli
 from trainer.config import RunConfig, TaskConfig, TinyLlavaConfig, parse_config
 from trainer.models.tiny_llava import CHAT_TEMPLATE, train_tokenizer, write_tiny_llava
 
@@ -119,7 +121,7 @@ def pixel_model(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> P
             num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         ),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=int(tokenizer.vocab["<image>"]),
         image_seq_length=4,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -162,6 +164,33 @@ def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
         return path
 
     return write
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cotbal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs the console entry point in this process, its treatment of errors included."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["cotbal", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            trainer.cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from trainer.data.records import Record, RecordError, Turn, read_records, write_
 
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}
 # As in llava_v1_5_mix665k.json (Liu et al. 2023): extra keys, image-less chats, integer ids, several turns.
-LLAVA = [
+LLAVA: list[dict[str, Any]] = [
     {
         "id": "000000033471",
         "image": "coco/train2017/000000033471.jpg",
@@ -64,8 +64,7 @@ def test_llava_files_load_unchanged(tmp_path: Path, suffix: str) -> None:
         assert loaded.id == str(row["id"])
         assert list(loaded.images) == ([row["image"]] if "image" in row else [])
         values = [text for turn in loaded.turns for text in (turn.question, turn.answer)]
-        conversation: Any = row["conversations"]
-        assert values == [message["value"] for message in conversation]
+        assert values == [message["value"] for message in row["conversations"]]
         assert loaded.references == ()
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, set_seed
 
 from trainer.config import LaunchConfig, parse_config
@@ -46,7 +45,11 @@ def run(run_data: dict[str, Any], output: Path, **training: Any) -> dict[str, to
     write_json(output / "spec.json", spec.model_dump(mode="json"))
     launch = LaunchConfig(device="cpu", processes=processes, threads=1)
     run_training(output / "spec.json", launch, "cpu", 0, output / "output.log")
-    return load_file(output / "model" / "model.safetensors")
+    return parameters(output)
+
+
+def parameters(output: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(output / "model", dtype=torch.float32).state_dict()
 
 
 def log_lines(output: Path) -> list[dict[str, Any]]:
@@ -152,8 +155,7 @@ def test_per_task_log_adds_up_to_the_loss(run_data: dict[str, Any], tmp_path: Pa
 
 def test_a_resumed_training_is_bitwise_the_uninterrupted_one(run_data: dict[str, Any], tmp_path: Path) -> None:
     """A kill leaves a truncated newest checkpoint: it is passed over and the one before it is used."""
-    whole = run(run_data, tmp_path / "whole", batch_size=8, save_steps=2)
-    run_data["training"]["epochs"] = 2
+    whole = run(run_data, tmp_path / "whole", batch_size=8, save_steps=4, epochs=20)
     interrupted = tmp_path / "interrupted"
     spec = json.loads((tmp_path / "whole" / "spec.json").read_text()) | {"output_dir": str(interrupted)}
     interrupted.mkdir()
@@ -180,8 +182,7 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(run_data: dict[str,
     for file in newest.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
     run_training(interrupted / "spec.json", launch, "cpu", 0, interrupted / "output.log")
-    resumed = load_file(interrupted / "model" / "model.safetensors")
-    assert_same(resumed, whole, 1e-30)
+    assert_same(parameters(interrupted), whole, 1e-30)
     keys = ("step", "loss", "tasks")
     assert [[line[key] for key in keys] for line in log_lines(interrupted)] == [
         [line[key] for key in keys] for line in log_lines(tmp_path / "whole")

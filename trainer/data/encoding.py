@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from trainer.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from trainer.errors import UserError
@@ -63,8 +64,7 @@ class ConversationEncoder:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length = max_length
         self.features = features
-        if not getattr(processor, "chat_template", None) and not getattr(self.tokenizer, "chat_template", None):
-            raise UserError("the model's processor has no chat template; add chat_template.jinja to the model folder")
+        _ = self._chat_template  # complain now, not at the first sample
 
     def training_sample(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
         """Token ids and labels of a whole conversation; only the answers are supervised.
@@ -73,8 +73,9 @@ class ConversationEncoder:
             UserError: an image's tokens do not fit into ``max_length``, or no supervised token is left.
         """
         encoded = Encoded([], [])
-        images = iter(record.images)
         pieces = self._pieces(record.turns)
+        self._check_placeholders("".join(text for text, _ in pieces), record)
+        images = iter(record.images)
         used = [[image_path(next(images)) for _ in range(text.count(self._image_token))] for text, _ in pieces]
         tokens = self._tokenize([text for text, _ in pieces], used)
         for (_, supervised), (ids, image_inputs) in zip(pieces, tokens, strict=True):
@@ -87,8 +88,8 @@ class ConversationEncoder:
                 encoded.image_inputs[key] = value if held is None else torch.cat([held, value])
             if image_inputs and len(encoded.input_ids) > self.max_length:
                 raise UserError(
-                    f"record '{record.id}': its images need {len(encoded.input_ids)} tokens, more than "
-                    f"model.max_length = {self.max_length}; raise max_length"
+                    f"record '{record.id}': its images and the text around them need {len(encoded.input_ids)} "
+                    f"tokens, more than model.max_length = {self.max_length}; raise max_length"
                 )
         encoded.truncated = len(encoded.input_ids) > self.max_length
         del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
@@ -99,6 +100,7 @@ class ConversationEncoder:
     def prompt(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
         """The last question of a record, after the turns before it, ready for generation."""
         (text,) = self._render([_messages(record.turns)[:-1]], add_generation_prompt=True)
+        self._check_placeholders(text, record)
         ((ids, image_inputs),) = self._tokenize([text], [[image_path(image) for image in record.images]])
         return Encoded(ids, [IGNORE_INDEX] * len(ids), image_inputs)
 
@@ -116,6 +118,15 @@ class ConversationEncoder:
     @property
     def _image_token(self) -> str:
         return getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)
+
+    def _check_placeholders(self, text: str, record: Record) -> None:
+        found = text.count(self._image_token)
+        if found != len(record.images):
+            raise UserError(
+                f"record '{record.id}': its conversation comes out with {found} '{self._image_token}' for "
+                f"{len(record.images)} image(s); either its text contains that token, or the model's chat template "
+                "does not write one for every image"
+            )
 
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
         """(text, supervised) pairs whose concatenation is the rendered conversation."""
@@ -135,9 +146,24 @@ class ConversationEncoder:
         return pieces
 
     def _render(self, conversations: list[list[dict[str, Any]]], add_generation_prompt: bool) -> list[str]:
-        return self.processor.apply_chat_template(
-            conversations, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        # The compiled template itself: `apply_chat_template` copies every message first, which is most of its time.
+        render = _compile_jinja_template(self._chat_template).render
+        special = self.tokenizer.special_tokens_map
+        return [
+            render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **special
+            )
+            for messages in conversations
+        ]
+
+    @property
+    def _chat_template(self) -> str:
+        template = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
+            raise UserError("the model's processor has no chat template; add chat_template.jinja to the model folder")
+        return template
 
     def _tokenize(self, texts: list[str], images: list[list[Path]]) -> list[tuple[list[int], dict[str, Tensor]]]:
         """Token ids and image inputs of consecutive pieces of one conversation."""

@@ -62,7 +62,7 @@ def write_features(
     """
     directory.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
-    model = model.eval().to(memory_format=torch.channels_last)
+    model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch documents it
 
     def compute(start: int) -> tuple[int, np.ndarray]:
         pictures = [Image.open(path).convert("RGB") for path in images[start : start + batch_size]]
@@ -71,7 +71,7 @@ def write_features(
             features_BPC = model(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state
         return start, features_BPC.to("cpu", torch.float16).numpy()
 
-    store: np.ndarray | None = None
+    store: np.memmap | None = None
     with ThreadPoolExecutor(workers) as pool:
         for start, features in pool.map(compute, range(0, len(images), batch_size)):
             if store is None:

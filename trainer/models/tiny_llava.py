@@ -99,13 +99,11 @@ def write_tiny_llava(
     llava_config = LlavaConfig(
         vision_config=tower.config,
         text_config=text_config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        image_token_index=int(tokenizer.vocab[IMAGE_PLACEHOLDER]),
         image_seq_length=(image_size // STRIDE) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,0 +1,1 @@
+"""Throughput of the loss beside its peers: ``pytest bench/ --benchmark-only``."""

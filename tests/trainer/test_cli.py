@@ -1,0 +1,312 @@
+"""The console entry point: what it prints, and how it ends when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.balancing.cotbal import cotbal_weights
+from trainer.balancing.scores import Scores
+from trainer.errors import UserError
+from trainer.single import read_weights
+
+Command = Callable[..., Any]
+
+SCORES: dict[str, Any] = {
+    "tasks": ["a", "b"],
+    "mini": {"a": 0.31, "b": 0.2},
+    "full": {"a": {"a": 0.6, "b": 0.25}, "b": {"a": 0.35, "b": 0.5}},
+}
+OPTIONS = {
+    "demo": ["--output", "--small", "--dry-run", "--set"],
+    "run": ["config", "--dry-run", "--set"],
+    "train": ["config", "--output", "--method", "--weights", "--set"],
+    "weights": ["scores", "--temperature", "--alpha", "--on-degenerate"],
+    "compare": ["results"],
+    "report": ["run_dir"],
+    "check": ["config", "--set"],
+    "doctor": [],
+}
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the score table, changed as told, and returns its path."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "scores.json"
+        path.write_text(json.dumps(SCORES | changes))
+        return path
+
+    return write
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", OPTIONS)
+    def test_names_every_option(self, cotbal: Command, command: str) -> None:
+        outcome = cotbal(command, "--help")
+        assert (outcome.code, outcome.err) == (0, "")
+        for option in OPTIONS[command]:
+            assert option in outcome.out.lower()
+
+    def test_lists_every_command_with_a_whole_sentence(self, cotbal: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        lines = cotbal("--help").out.splitlines()
+        listed = [line.split(maxsplit=1) for line in lines[lines.index("Commands:") + 1 :] if line.strip()]
+        assert [name for name, _ in listed] == list(OPTIONS)
+        for _, sentence in listed:
+            assert "(Eq." not in sentence  # typer ends the short help at the first stop
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["runn"], "No such command 'runn'"),
+            (["demo", "--dry"], "No such option: --dry"),
+            (["weights"], "Missing argument"),
+            (["weights", "x.json", "--alpha", "much"], "Invalid value for '--alpha'"),
+        ],
+    )
+    def test_usage_errors(self, cotbal: Command, arguments: list[str], message: str) -> None:
+        outcome = cotbal(*arguments)
+        assert outcome.code == 2
+        assert message in outcome.err
+
+
+class TestWeights:
+    def test_prints_the_keys_of_the_design(self, cotbal: Command, scores: Callable[..., Path]) -> None:
+        outcome = cotbal("weights", scores())
+        assert (outcome.code, outcome.err) == (0, "")
+        printed = json.loads(outcome.out)
+        promised = {
+            "contribution", "difficulty", "lambda_one2all", "lambda_all2one", "lambda_c", "lambda_d", "weights",
+        }  # fmt: skip
+        # Beyond the design's keys: the inputs that produced them, and what had to be changed.
+        assert set(printed) == promised | {"tasks", "temperature", "alpha", "clipped", "warnings"}
+        assert printed == cotbal_weights(Scores.from_json(SCORES)).to_json()
+        assert printed["tasks"] == ["a", "b"]
+        # Eq. 3-11 on two tasks by hand.
+        c_ab, c_ba = (0.25 - 0.2) / (0.5 - 0.2), (0.35 - 0.31) / (0.6 - 0.31)
+        d = np.array([1 - 0.31 / 0.6, 1 - 0.2 / 0.5])
+        lambdas = [
+            2 * np.exp(x / 0.5) / np.exp(x / 0.5).sum() for x in (np.array([c_ab, c_ba]), -np.array([c_ba, c_ab]), d)
+        ]
+        np.testing.assert_allclose(printed["contribution"], [[1, c_ab], [c_ba, 1]], rtol=1e-12)
+        np.testing.assert_allclose(printed["weights"], ((lambdas[0] + lambdas[1]) / 2 + lambdas[2]) / 2, rtol=1e-12)
+
+    def test_options_reach_the_library(self, cotbal: Command, scores: Callable[..., Path]) -> None:
+        printed = json.loads(cotbal("weights", scores(), "--temperature", 2, "--alpha", 0.25).out)
+        assert printed == cotbal_weights(Scores.from_json(SCORES), 2.0, 0.25).to_json()
+
+    def test_a_degenerate_task_is_named(self, cotbal: Command, scores: Callable[..., Path]) -> None:
+        path = scores(mini={"a": 0.31, "b": 0.55})
+        outcome = cotbal("weights", path)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert outcome.err.startswith("cotbal: task 'b': V(b+mini) = 0.5 does not exceed V(mini) = 0.55")
+        assert "task 'a'" not in outcome.err
+        assert len(outcome.err.splitlines()) == 1
+        clipped = cotbal("weights", path, "--on-degenerate", "clip")
+        assert clipped.code == 0
+        assert [entry["tasks"] for entry in json.loads(clipped.out)["clipped"]] == [["a", "b"], ["b"]]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(None, "does not exist"), ("{", "is not valid JSON"), ("[]", "scores must be an object"), ("\xff", "")],
+    )
+    @pytest.mark.parametrize("command", ["weights", "compare"])
+    def test_files_that_cannot_be_used(
+        self, cotbal: Command, tmp_path: Path, content: str | None, message: str, command: str
+    ) -> None:
+        path = tmp_path / "table.json"
+        if content is not None:
+            path.write_text(content, encoding="latin-1")
+        outcome = cotbal(command, path)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message.replace("scores", "results" if command == "compare" else "scores") in outcome.err
+        assert outcome.err.startswith("cotbal: ")
+        assert len(outcome.err.splitlines()) == 1
+
+    def test_a_folder_is_no_table(self, cotbal: Command, tmp_path: Path) -> None:
+        assert cotbal("weights", tmp_path).err == f"cotbal: {tmp_path} cannot be read: Is a directory\n"
+
+
+def test_compare_prints_table_2_of_the_paper(cotbal: Command, tmp_path: Path) -> None:
+    paper = json.loads((Path(__file__).parent / "paper_tables.json").read_text())
+
+    def nested(row: list[Any]) -> dict[str, dict[str, Any]]:
+        table: dict[str, dict[str, Any]] = {}
+        for (task, metric), value in zip(paper["columns"], row, strict=False):
+            table.setdefault(task, {})[metric] = value
+        return table
+
+    rows: dict[str, list[float]] = paper["table_2"]
+    path = tmp_path / "results.json"
+    table = {"tasks": nested(["higher"] * 11), "baseline": nested(paper["STL"])}
+    path.write_text(json.dumps(table | {"methods": {name: nested(row) for name, row in rows.items()}}))
+    printed = json.loads(cotbal("compare", path).out)
+    # Printed with two decimals: half a unit of the last one, and the dust of a binary fraction.
+    assert {name: set(row) for name, row in printed.items()} == {
+        name: {"delta_i", "delta_e", "per_task"} for name in rows
+    }
+    for name, row in rows.items():
+        assert printed[name]["delta_i"] == pytest.approx(row[-2], abs=0.005 + 1e-9)
+        assert printed[name]["delta_e"] == pytest.approx(row[-1], abs=0.005 + 1e-9)
+
+
+def test_doctor(cotbal: Command) -> None:
+    outcome = cotbal("doctor")
+    assert outcome.code == 0
+    assert f"python {sys.version.split()[0]} on" in outcome.out
+    assert f"torch {torch.__version__}" in outcome.out
+    assert ("GPU 0: " in outcome.out) == torch.cuda.is_available()
+    assert ("GPU: none that torch can use" in outcome.out) != torch.cuda.is_available()
+    backends = outcome.out.splitlines()[-1]
+    assert {"portable", "reference"} <= set(backends.removeprefix("loss backends: ").split(", "))
+
+
+class TestDryRun:
+    def plan(self, outcome: Any) -> tuple[dict[str, list[str]], float, float]:
+        """Rows by training, and the two sums at the end."""
+        assert outcome.code == 0, outcome.err
+        _, *rows, last = outcome.out.splitlines()
+        words = last.replace(",", " ").split()
+        sums = float(words[words.index("proxies") + 1]), float(words[words.index("everything") + 1])
+        return {row.split()[0]: row.split()[1:] for row in rows}, *sums
+
+    @pytest.mark.parametrize(
+        ("arguments", "task", "mini", "chat", "chat_mini", "epochs"),
+        [
+            ([], 1000, 125, 500, 62, 4),  # 62.5 is rounded to even
+            (["--small"], 48, 12, 24, 6, 1),
+            (["--set", "cotbal.mini_ratio=0.5", "--set", "built_in.train=200"], 200, 100, 100, 50, 4),
+        ],
+    )
+    def test_demo(
+        self, cotbal: Command, tmp_path: Path, arguments: list[str], task: int, mini: int, chat: int, chat_mini: int,
+        epochs: int,
+    ) -> None:  # fmt: skip
+        """Seven tasks and half as much chat; sixteen conversations a step. In records, the mini model is 7 minis and
+        chat's, each of the 7 others exchanges one mini for the whole task."""
+        rows, proxies, everything = self.plan(cotbal("demo", "--dry-run", "--output", tmp_path / "run", *arguments))
+        full, smallest = 7 * task + chat, 7 * mini + chat_mini
+        plus = smallest - mini + task
+        expected = {"mini": smallest, "cotbal": full, "ew": full}
+        expected |= {name: plus if name.startswith("plus-") else task for name in rows if "-" in name}
+        assert {name: int(row[0]) for name, row in rows.items()} == expected
+        assert sum(name.startswith("plus-") for name in rows) == sum(name.startswith("stl-") for name in rows) == 7
+        for name, records in expected.items():
+            assert int(rows[name][1]) == -(-records // 16) * epochs, name
+            assert float(rows[name][2]) == pytest.approx(records / full, abs=0.005 + 1e-9)
+        assert proxies == pytest.approx((smallest + 7 * plus) / full, abs=0.005 + 1e-9)
+        # The share of balanced tasks b, the ratio r: (N + 1) r + b (1 - r), but for rounding minis to whole records.
+        ratio, balanced = mini / task, 7 * task / full
+        assert proxies == pytest.approx(8 * ratio + balanced * (1 - ratio), abs=0.005 + 8 * 0.5 / full + 1e-9)
+        assert everything == pytest.approx((smallest + 7 * plus + 2 * full + 7 * task) / full, abs=0.005 + 1e-9)
+        assert not (tmp_path / "run").exists()
+
+    def test_run_counts_the_users_records(
+        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path]
+    ) -> None:
+        """8 records a task, minis of 2, batches of 4 in windows of 2, one and a half epochs; `box` has no test set."""
+        run_data["tasks"][1]["test"] = None
+        run_data["training"] |= {"gradient_accumulation_steps": 2, "epochs": 1.5}
+        rows, proxies, _ = self.plan(cotbal("run", write_config(run_data), "--dry-run"))
+        counted = {name: (int(row[0]), int(row[1])) for name, row in rows.items()}
+        assert counted == {
+            "mini": (6, 2),  # 6 records, 2 batches, 1 window: 1.5 steps, and transformers rounds up
+            "plus-colour": (12, 3),
+            "plus-box": (12, 3),
+            "cotbal": (24, 5),  # 3 windows, 4.5 steps
+            "ew": (24, 5),
+            "stl-colour": (8, 2),
+        }
+        assert proxies == pytest.approx(30 / 24, abs=0.005 + 1e-9)
+
+
+class TestSet:
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ("training.epoch=2", "training.epoch: unknown key (did you mean 'epochs'?)"),
+            ("training.epochs=many", "training.epochs: Input should be a valid number"),
+            ("training.epochs", "--set takes KEY=VALUE, got 'training.epochs'"),
+            ("training.epochs=[", "--set training.epochs=[: the value is not valid YAML"),
+            ("tasks.0.name=x", "cannot set 'tasks.0.name': 'tasks' is not a group of options"),
+        ],
+    )
+    def test_errors(self, cotbal: Command, setting: str, message: str) -> None:
+        outcome = cotbal("demo", "--dry-run", "--set", setting)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert outcome.err.startswith("cotbal: ")
+        assert message in outcome.err
+
+
+class TestTrain:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"a": 1.0, "c": 2.0}, "unknown task in .*w.json 'c'"),
+            ({"a": -1.0}, "weight of 'a' must be a finite number of at least 0, got -1.0"),
+            ({"a": "1"}, "weight of 'a' must be a finite number"),
+            ([1.0], "must be an object"),
+            ({"tasks": ["a", "b"], "weights": [1.0]}, "must be lists of the same length"),
+            ({"tasks": "ab", "weights": 3}, "must be lists of the same length"),
+        ],
+    )
+    def test_bad_weights(self, tmp_path: Path, content: Any, message: str) -> None:
+        (tmp_path / "w.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            read_weights(tmp_path / "w.json", ["a", "b"])
+
+    def test_weights_of_any_origin(self, cotbal: Command, tmp_path: Path, scores: Callable[..., Path]) -> None:
+        path = tmp_path / "w.json"
+        path.write_text(cotbal("weights", scores()).out)
+        found = read_weights(path, ["b", "a", "chat"])
+        assert found == cotbal_weights(Scores.from_json(SCORES)).by_strategy()
+        path.write_text(json.dumps({"a": 2, "b": 0}))
+        assert read_weights(path, ["a", "b"]) == {"a": 2.0, "b": 0.0}
+        path.write_text(json.dumps({"tasks": ["b", "a"], "weights": [1, 1], "applied": [0.5, 1.5]}))
+        assert read_weights(path, ["a", "b"]) == {"b": 0.5, "a": 1.5}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--method", "cotbl"], "unknown method 'cotbl' (did you mean 'cotbal'?)"),
+            (["--method", "cotbal"], "method 'cotbal' needs --weights"),
+            (["--weights", "none.json"], "weights file none.json cannot be read"),
+        ],
+    )
+    def test_errors(
+        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
+        options: list[str], message: str,
+    ) -> None:  # fmt: skip
+        outcome = cotbal("train", write_config(run_data), "--output", tmp_path / "one", *options)
+        assert outcome.code == 2
+        assert message in outcome.err
+        assert not (tmp_path / "one").exists()
+
+
+def test_report_without_a_run(cotbal: Command, tmp_path: Path) -> None:
+    outcome = cotbal("report", tmp_path / "none")
+    assert outcome.code == 2
+    assert outcome.err == f"cotbal: there is no run directory {tmp_path / 'none'}\n"
+    assert not (tmp_path / "none").exists()
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    """Exit code and streams of a real process, from another folder."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    found = subprocess.run(
+        [sys.executable, "-m", "trainer.cli", "weights", "none.json"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "cotbal: none.json does not exist\n"

@@ -1,0 +1,346 @@
+"""Conversations to tokens: the answers and nothing else are supervised, and generation sees the training's prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import processors
+from torch import Tensor
+
+from trainer.config import ModelConfig, TaskConfig
+from trainer.data.collator import Collator, MixtureDataset
+from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded
+from trainer.data.records import Record, Turn
+from trainer.errors import UserError
+from trainer.models.loading import load_model, load_processor
+from trainer.tasks import load_task
+
+PATCHES, CHANNELS = 4, 6
+# llava-hf/llava-1.5-7b-hf: roles in capitals, a blank after each text, no mark at an answer's end.
+LLAVA_15 = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{{ 'ASSISTANT: ' if add_generation_prompt }}"
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+TEXT = Record("text", (), (Turn("How much is 2 plus one?", "It is 3."),), ())
+TURNS = Record("turns", (), (Turn("How much?", "It is 3."), Turn("Are you sure?", "Yes, quite sure.")), ())
+IMAGE = Record("image", ("images/colour_train_0.png",), (Turn("<image>\nWhat colour is it?", "red"),), ())
+IMAGES = Record(
+    "images",
+    ("images/colour_train_1.png", "images/box_train_0.png"),
+    (Turn("<image>\nWhat colour is it?", "green"), Turn("And where is it? <image>", "[0.00, 0.00]")),
+    (),
+)
+RECORDS = [TEXT, TURNS, IMAGE, IMAGES]
+
+
+class Features:
+    """Features that name their image: every entry is the number in the file's name."""
+
+    def __getitem__(self, path: Path) -> Tensor:
+        return torch.full((PATCHES, CHANNELS), float(path.stem.split("_")[-1]))
+
+    def example(self) -> Tensor:
+        return torch.ones(PATCHES, CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_tasks: list[TaskConfig]) -> Path:
+    return tiny_tasks[0].image_root
+
+
+@pytest.fixture
+def processor(pixel_model: Path) -> Any:
+    return load_processor(str(pixel_model))
+
+
+@pytest.fixture
+def encoder(processor: Any) -> ConversationEncoder:
+    return ConversationEncoder(processor, 200)
+
+
+def with_template(processor: Any, template: str, *, bos: bool = False) -> ConversationEncoder:
+    """The pixel model's processor speaking another template; `bos` puts ``<s>`` before every text, as Llama's does."""
+    processor.chat_template = template
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<s>", "extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+        )
+    return ConversationEncoder(processor, 200)
+
+
+def supervised_texts(encoder: ConversationEncoder, encoded: Encoded) -> list[str]:
+    """The supervised stretches as text; every supervised label is the token at its own place."""
+    stretches: list[list[int]] = []
+    before = IGNORE_INDEX
+    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+        assert label in (IGNORE_INDEX, token)
+        if label != IGNORE_INDEX:
+            if before == IGNORE_INDEX:
+                stretches.append([])
+            stretches[-1].append(label)
+        before = label
+    return [encoder.tokenizer.decode(stretch) for stretch in stretches]
+
+
+def question(turn: Turn) -> str:
+    return turn.question.replace("<image>", "").strip()
+
+
+class TestSupervision:
+    @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.id)
+    def test_built_in_template(self, encoder: ConversationEncoder, folder: Path, record: Record) -> None:
+        encoded = encoder.training_sample(record, folder.joinpath)
+        assert supervised_texts(encoder, encoded) == [f" {turn.answer}</s>" for turn in record.turns]
+        # The whole conversation written out by hand and tokenised in one go.
+        image = "<image>" * PATCHES
+        text = ""
+        for turn in record.turns:
+            first = image if turn.question.startswith("<image>") else ""
+            last = image if turn.question.endswith("<image>") else ""
+            text += f"<|user|>{first} {question(turn)}{last}<|assistant|> {turn.answer}</s>"
+        assert encoded.input_ids == encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert encoded.supervised == sum(label != IGNORE_INDEX for label in encoded.labels)
+        assert not encoded.truncated
+
+    @pytest.mark.parametrize("bos", [False, True], ids=["", "bos"])
+    @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.id)
+    def test_a_template_without_an_end_mark_gets_one(
+        self, processor: Any, folder: Path, record: Record, bos: bool
+    ) -> None:
+        encoder = with_template(processor, LLAVA_15, bos=bos)
+        encoded = encoder.training_sample(record, folder.joinpath)
+        assert supervised_texts(encoder, encoded) == [f"{turn.answer} </s>" for turn in record.turns]
+        text = encoder.tokenizer.decode(encoded.input_ids).replace("<image>" * PATCHES, "<image>")
+        image = {True: "<image>\n", False: ""}
+        assert text == ("<s>" if bos else "") + "".join(
+            f"USER: {image['<image>' in turn.question]}{question(turn)} ASSISTANT: {turn.answer} </s>"
+            for turn in record.turns
+        )
+
+    @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.id)
+    def test_chatml_ends_by_itself(self, processor: Any, folder: Path, record: Record) -> None:
+        """``<|im_end|>`` is not the tokenizer's EOS; no second end mark is added to it."""
+        encoder = with_template(processor, CHATML)
+        encoded = encoder.training_sample(record, folder.joinpath)
+        assert supervised_texts(encoder, encoded) == [f"{turn.answer}<|im_end|>\n" for turn in record.turns]
+        assert encoder.tokenizer.eos_token_id not in encoded.input_ids
+
+    @pytest.mark.parametrize("record", [TEXT, IMAGE], ids=lambda record: record.id)
+    def test_a_template_that_writes_the_first_token_itself(self, processor: Any, folder: Path, record: Record) -> None:
+        encoder = with_template(processor, "{{ '<s>' }}" + CHATML, bos=True)
+        for encoded in (encoder.training_sample(record, folder.joinpath), encoder.prompt(record, folder.joinpath)):
+            first = encoder.tokenizer.convert_tokens_to_ids("<s>")
+            assert encoded.input_ids[0] == first
+            assert encoded.input_ids.count(first) == 1
+
+    def test_an_empty_answer_among_others(self, encoder: ConversationEncoder) -> None:
+        record = Record("a", (), (Turn("One?", ""), Turn("Two?", "sure")), ())
+        encoded = encoder.training_sample(record, Path)
+        assert supervised_texts(encoder, encoded) == ["</s>", " sure</s>"]
+
+    @pytest.mark.parametrize("template", ["", LLAVA_15, CHATML], ids=["built_in", "llava_15", "chatml"])
+    @pytest.mark.parametrize("record", [TEXT, IMAGE], ids=lambda record: record.id)
+    def test_generation_sees_the_prompt_of_training(
+        self, processor: Any, folder: Path, record: Record, template: str
+    ) -> None:
+        encoder = with_template(processor, template or processor.chat_template, bos=bool(template))
+        encoded = encoder.training_sample(record, folder.joinpath)
+        prompt = encoder.prompt(record, folder.joinpath)
+        length = len(prompt.input_ids)
+        assert encoded.input_ids[:length] == prompt.input_ids
+        assert encoded.labels == [IGNORE_INDEX] * length + encoded.input_ids[length:]
+        assert prompt.labels == [IGNORE_INDEX] * length
+        assert encoded.image_inputs.keys() == prompt.image_inputs.keys()
+        for key, value in prompt.image_inputs.items():
+            assert torch.equal(encoded.image_inputs[key], value)
+
+    def test_a_prompt_has_the_turns_before_it(self, encoder: ConversationEncoder) -> None:
+        prompt = encoder.prompt(TURNS, Path)
+        assert encoder.tokenizer.decode(prompt.input_ids) == (
+            "<|user|> How much?<|assistant|> It is 3.</s><|user|> Are you sure?<|assistant|>"
+        )
+
+
+class TestErrors:
+    def test_a_template_that_changes_what_it_wrote(self, processor: Any) -> None:
+        encoder = with_template(processor, "{{ messages | length }}" + CHATML)
+        with pytest.raises(UserError, match="use a template that only appends"):
+            encoder.training_sample(TEXT, Path)
+
+    def test_no_template(self, processor: Any) -> None:
+        processor.chat_template = processor.tokenizer.chat_template = None
+        with pytest.raises(UserError, match="no chat template"):
+            ConversationEncoder(processor, 10)
+
+    def test_a_template_that_writes_no_image_token(self, processor: Any, folder: Path) -> None:
+        """Without a word, a model would be trained blind."""
+        encoder = with_template(processor, CHATML.replace("<image>", "<picture>"))
+        for encode in (encoder.training_sample, encoder.prompt):
+            with pytest.raises(UserError, match=r"record 'image': .* 0 '<image>' for 1 image\(s\)"):
+                encode(IMAGE, folder.joinpath)
+
+    def test_a_text_that_spells_the_models_image_token(self, processor: Any) -> None:
+        encoder = with_template(processor, CHATML.replace("<image>", "<pad>"))
+        processor.image_token = "<pad>"
+        with pytest.raises(UserError, match=r"record 'a': .* 1 '<pad>' for 0 image\(s\)"):
+            encoder.training_sample(Record("a", (), (Turn("What is <pad>?", "no"),), ()), Path)
+
+    def test_truncation(self, processor: Any, folder: Path) -> None:
+        whole = ConversationEncoder(processor, 200).training_sample(TURNS, folder.joinpath)
+        starts = [index for index, label in enumerate(whole.labels) if label != IGNORE_INDEX]
+        for length in range(starts[0] + 1, len(whole.input_ids) + 1):
+            cut = ConversationEncoder(processor, length).training_sample(TURNS, folder.joinpath)
+            assert (cut.input_ids, cut.labels) == (whole.input_ids[:length], whole.labels[:length])
+            assert cut.truncated == (length < len(whole.input_ids))
+            assert cut.supervised == sum(start < length for start in starts)
+        with pytest.raises(UserError, match=rf"record 'turns': no supervised token within {starts[0]} tokens"):
+            ConversationEncoder(processor, starts[0]).training_sample(TURNS, folder.joinpath)
+
+    def test_images_that_do_not_fit(self, processor: Any, folder: Path) -> None:
+        """An image cut in half would crash the model, so the second turn is not cut but refused."""
+        encoder = ConversationEncoder(processor, 200)
+        needed = len(encoder.prompt(IMAGES, folder.joinpath).input_ids)
+        assert ConversationEncoder(processor, needed).training_sample(IMAGES, folder.joinpath).truncated
+        message = rf"record 'images': its images .* need {needed} tokens, more than model\.max_length = {needed - 1}"
+        with pytest.raises(UserError, match=message):
+            ConversationEncoder(processor, needed - 1).training_sample(IMAGES, folder.joinpath)
+
+
+class TestImages:
+    def test_features_and_pixels_lay_out_the_same_tokens(
+        self, feature_model: Path, tiny_tasks: list[TaskConfig]
+    ) -> None:
+        processor = load_processor(str(feature_model))
+        pixels, features = ConversationEncoder(processor, 200), ConversationEncoder(processor, 200, Features())
+        tasks = [load_task(config) for config in tiny_tasks]
+        records = [*((record, task) for task in tasks for record in task.train), (IMAGES, tasks[0])]
+        for record, task in records:
+            image_path = task.image_path
+            with_pixels, with_features = (one.training_sample(record, image_path) for one in (pixels, features))
+            assert (with_pixels.input_ids, with_pixels.labels) == (with_features.input_ids, with_features.labels)
+            assert pixels.prompt(record, image_path).input_ids == features.prompt(record, image_path).input_ids
+            count = len(record.images)
+            assert [tuple(v.shape) for v in with_pixels.image_inputs.values()] == [(count, 3, 64, 64)][:count]
+        assert pixels.blank_image().input_ids == features.blank_image().input_ids
+
+    def test_features_come_in_the_order_of_the_images(self, processor: Any, folder: Path) -> None:
+        encoded = ConversationEncoder(processor, 200, Features()).training_sample(IMAGES, folder.joinpath)
+        found = encoded.image_inputs["pixel_values"]
+        assert found.shape == (2, PATCHES, CHANNELS)
+        assert found[:, 0, 0].tolist() == [1, 0]  # colour_train_1, box_train_0
+
+    def test_pixels_are_the_image_processors(self, encoder: ConversationEncoder, folder: Path) -> None:
+        """A square of one colour: every pixel is (colour / 255 - mean) / std of CLIP."""
+        encoded = encoder.training_sample(IMAGE, folder.joinpath)
+        mean, std = (
+            torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+            torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+        )
+        expected = (torch.tensor([220, 30, 30]) / 255 - mean) / std
+        # Eight-bit input, single precision: a few units of 1e-7 times values below 3.
+        torch.testing.assert_close(
+            encoded.image_inputs["pixel_values"], expected[None, :, None, None].expand(1, 3, 64, 64), rtol=0, atol=2e-6
+        )
+
+    @pytest.mark.parametrize("features", [None, Features()], ids=["pixels", "features"])
+    def test_blank_image(self, processor: Any, features: Features | None) -> None:
+        blank = ConversationEncoder(processor, 200, features).blank_image()
+        token = processor.tokenizer.convert_tokens_to_ids("<image>")
+        assert (blank.input_ids, blank.labels) == ([token] * PATCHES, [IGNORE_INDEX] * PATCHES)
+        values = blank.image_inputs["pixel_values"]
+        assert values.shape == ((1, 3, 64, 64) if features is None else (1, PATCHES, CHANNELS))
+        assert len(values.flatten(2).unique(dim=2)[0, 0]) == 1 if features is None else not values.any()
+
+
+def test_a_tokenizer_alone_will_do(processor: Any) -> None:
+    """A text-only model has no processor."""
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = processor.chat_template
+    encoder = ConversationEncoder(tokenizer, 200)
+    assert supervised_texts(encoder, encoder.training_sample(TURNS, Path)) == [" It is 3.</s>", " Yes, quite sure.</s>"]
+
+
+class TestCollator:
+    def test_layout(self, encoder: ConversationEncoder, folder: Path) -> None:
+        records = [TEXT, IMAGES, TURNS, IMAGE]
+        samples = [encoder.training_sample(record, folder.joinpath) for record in records]
+        batch = Collator(7, encoder.blank_image())(
+            [{"encoded": sample, "task_id": task} for sample, task in zip(samples, (2, 0, 2, 1), strict=True)]
+        )
+        width = max(len(sample.input_ids) for sample in samples)
+        for row, sample in enumerate(samples):
+            padding = width - len(sample.input_ids)
+            assert batch["input_ids"][row].tolist() == sample.input_ids + [7] * padding
+            assert batch["labels"][row].tolist() == sample.labels + [IGNORE_INDEX] * padding
+            assert batch["attention_mask"][row].tolist() == [1] * len(sample.input_ids) + [0] * padding
+        assert batch["loss_task_ids"].tolist() == [2, 0, 2, 1]
+        assert not batch["loss_task_ids"].is_floating_point()  # a float would be cast to bf16 on the way
+        expected = [samples[1].image_inputs["pixel_values"], samples[3].image_inputs["pixel_values"]]
+        assert torch.equal(batch["pixel_values"], torch.cat(expected))  # no blank image is added
+
+    @pytest.mark.parametrize("order", [(TEXT, TURNS), (TURNS, TEXT)], ids=["short first", "long first"])
+    def test_an_all_text_batch_gets_a_masked_blank_image(
+        self, encoder: ConversationEncoder, order: tuple[Record, ...]
+    ) -> None:
+        samples = [encoder.training_sample(record, Path) for record in order]
+        items = [{"encoded": sample, "task_id": 0} for sample in samples]
+        blank = encoder.blank_image()
+        batch = Collator(0, blank)(items)
+        first = len(samples[0].input_ids)
+        assert batch["input_ids"].shape[1] == max(first + PATCHES, len(samples[1].input_ids))
+        assert batch["input_ids"][0, first : first + PATCHES].tolist() == blank.input_ids
+        assert torch.equal(batch["pixel_values"], blank.image_inputs["pixel_values"])
+        for row, sample in enumerate(samples):
+            assert batch["attention_mask"][row].sum() == len(sample.input_ids)
+            assert (batch["labels"][row] != IGNORE_INDEX).sum() == sum(x != IGNORE_INDEX for x in sample.labels)
+        assert "pixel_values" not in Collator(0, None)(items)
+
+    @pytest.mark.parametrize("kind", ["pixel_model", "feature_model"])
+    def test_the_blank_image_changes_no_loss_and_no_gradient(self, kind: str, request: pytest.FixtureRequest) -> None:
+        """With it the projector has a gradient, of zeros; without it there is none, and ranks would wait for it."""
+        path = str(request.getfixturevalue(kind))
+        encoder = ConversationEncoder(load_processor(path), 200)
+        items = [{"encoded": encoder.training_sample(record, Path), "task_id": 0} for record in (TEXT, TURNS)]
+        results = []
+        for blank in (encoder.blank_image(), None):
+            model = load_model(path, ModelConfig(path=path), torch.float32)
+            batch = Collator(encoder.tokenizer.pad_token_id, blank)(items)
+            del batch["loss_task_ids"]
+            loss = model(**batch).loss
+            loss.backward()
+            results.append((loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+        (loss, gradients), (plain_loss, plain_gradients) = results
+        # Only the length of the masked tail differs, so sums may be blocked differently: fp32 rounding near 1.
+        assert loss == pytest.approx(plain_loss, abs=1e-6)
+        projector = {name for name in gradients if "multi_modal_projector" in name}
+        assert len(projector) == 4
+        for name, gradient in gradients.items():
+            assert gradient is not None, name
+            if name in projector:
+                assert not gradient.any()
+                assert plain_gradients[name] is None
+            else:
+                torch.testing.assert_close(gradient, plain_gradients[name], rtol=1e-5, atol=1e-6)
+
+    def test_mixture_dataset(self, encoder: ConversationEncoder, tiny_tasks: list[TaskConfig]) -> None:
+        tasks = [load_task(config) for config in tiny_tasks]
+        dataset = MixtureDataset(encoder, tasks, [tasks[0].train[:2], [], tasks[2].train[3:4]])
+        assert [dataset[index]["task_id"] for index in range(len(dataset))] == [0, 0, 2]
+        expected = [
+            encoder.training_sample(tasks[k].train[n], tasks[k].image_path) for k, n in ((0, 0), (0, 1), (2, 3))
+        ]
+        assert [dataset[index]["encoded"].input_ids for index in range(3)] == [sample.input_ids for sample in expected]
+        assert dataset[2] is dataset[2]  # text is kept
+        assert dataset[0] is not dataset[0]  # pixels are not: a data set of them would fill the memory

@@ -1,0 +1,231 @@
+"""Bad input: one clear sentence that names the task and the record, before any training process starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from trainer.config import TaskConfig, parse_config
+from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
+from trainer.errors import UserError
+from trainer.models.loading import load_processor
+from trainer.pipeline import Pipeline
+from trainer.preflight import check_config, check_run, token_counter
+from trainer.progress import Progress
+from trainer.stages import StageContext
+from trainer.tasks import check_images, load_task
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+class TrainingStarted(Exception):
+    """Raised where a training process would be started."""
+
+
+@pytest.fixture
+def folder(tiny_tasks: list[TaskConfig], tmp_path: Path) -> Path:
+    """A copy of the tasks' data that a test may damage."""
+    return Path(shutil.copytree(tiny_tasks[0].image_root, tmp_path / "data"))
+
+
+@pytest.fixture
+def data(run_data: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The run's configuration on the copy, where starting a training process raises `TrainingStarted`."""
+
+    def start(*arguments: Any, **options: Any) -> None:
+        raise TrainingStarted
+
+    monkeypatch.setattr("trainer.pipeline.run_training", start)
+    for task in run_data["tasks"]:
+        task["image_root"] = str(folder)
+        for split in ("train", "validation", "test"):
+            task[split] = str(folder / Path(task[split]).name)
+    return run_data
+
+
+def change_record(folder: Path, file: str, number: int, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / f"{file}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    change(rows[number])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def unknown_metric(data: dict[str, Any], folder: Path) -> None:
+    data["tasks"][1]["metric"] = "accuracy_uoi"
+
+
+def missing_image(data: dict[str, Any], folder: Path) -> None:
+    (folder / "images" / "box_validation_2.png").unlink()
+
+
+def truncated_image(data: dict[str, Any], folder: Path) -> None:
+    path = folder / "images" / "colour_train_5.png"
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def text_as_image(data: dict[str, Any], folder: Path) -> None:
+    (folder / "images" / "colour_test_1.png").write_text("no image")
+
+
+def image_outside(data: dict[str, Any], folder: Path) -> None:
+    Image.new("RGB", (64, 64)).save(folder.parent / "secret.png")
+    change_record(folder, "box_train", 3, lambda row: row.update(image="../secret.png"))
+
+
+def absolute_image_outside(data: dict[str, Any], folder: Path) -> None:
+    Image.new("RGB", (64, 64)).save(folder.parent / "secret.png")
+    change_record(folder, "box_train", 3, lambda row: row.update(image=str(folder.parent / "secret.png")))
+
+
+def empty_answer(data: dict[str, Any], folder: Path) -> None:
+    change_record(folder, "colour_train", 6, lambda row: row["conversations"][1].update(value=" "))
+
+
+def answer_cut_off(data: dict[str, Any], folder: Path) -> None:
+    change_record(folder, "chat_train", 6, lambda row: row["conversations"][0].update(value=200 * " what"))
+
+
+def images_that_do_not_fit(data: dict[str, Any], folder: Path) -> None:
+    images = 40  # of four tokens each
+
+    def change(row: dict[str, Any]) -> None:
+        row["image"] = [row["image"]] * images
+        row["conversations"][0]["value"] = "<image>" * images
+
+    change_record(folder, "box_train", 7, change)
+
+
+def empty_validation(data: dict[str, Any], folder: Path) -> None:
+    (folder / "box_validation.jsonl").write_text("\n")
+
+
+def two_questions_to_score(data: dict[str, Any], folder: Path) -> None:
+    more = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "No."}]
+    change_record(folder, "box_test", 0, lambda row: row["conversations"].extend(more))
+
+
+def missing_file(data: dict[str, Any], folder: Path) -> None:
+    (folder / "box_train.jsonl").unlink()
+
+
+def no_model(data: dict[str, Any], folder: Path) -> None:
+    data["model"]["path"] = str(folder / "images")
+
+
+def no_gpu(data: dict[str, Any], folder: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, so asking for one is no mistake")
+    data["launch"]["device"] = "cuda"
+
+
+BAD = [
+    (unknown_metric, ["tasks.1.metric: unknown metric 'accuracy_uoi' (did you mean 'accuracy_iou'?)"]),
+    (missing_image, ["task 'box', validation record 'box-validation-2': ", "box_validation_2.png does not exist"]),
+    (truncated_image, ["task 'colour', train record 'colour-train-5': image ", "cannot be decoded: "]),
+    (text_as_image, ["task 'colour', test record 'colour-test-1': image ", "cannot be decoded: "]),
+    (image_outside, ["task 'box', train record 'box-train-3': image ", "secret.png is outside the task's image_root"]),
+    (absolute_image_outside, ["task 'box', train record 'box-train-3': ", "is outside the task's image_root"]),
+    (empty_answer, ["colour_train.jsonl, line 7 (id 'colour-train-6'): no supervised token: every gpt turn is empty"]),
+    (answer_cut_off, ["task 'chat': record 'chat-train-6': no supervised token within 128 tokens"]),
+    (images_that_do_not_fit, ["task 'box': record 'box-train-7': its images and ", "model.max_length = 128"]),
+    (empty_validation, ["task 'box': the validation set ", "box_validation.jsonl has no records"]),
+    (two_questions_to_score, ["task 'box', test record 'box-test-0': scoring takes one question per record, got 2"]),
+    (missing_file, ["record file ", "box_train.jsonl does not exist"]),
+    (no_model, ["model.path '", "no processor could be loaded"]),
+    (no_gpu, ["launch.device is 'cuda' but torch sees no GPU here"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD, ids=[damage.__name__ for damage, _ in BAD])
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_bad_input_on_the_command_line(
+    damage: Callable[..., None], message: list[str], command: str, data: dict[str, Any], folder: Path,
+    write_config: Write, cotbal: Callable[..., Any],
+) -> None:  # fmt: skip
+    damage(data, folder)
+    outcome = cotbal(command, write_config(data))
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+    told = outcome.err[outcome.err.index("cotbal: ") :].splitlines()
+    assert len(told) == (2 if damage is unknown_metric else 1)  # a configuration's problems are a list
+    for part in message:
+        assert part in told[-1]
+    assert not (Path(data["output_dir"]) / "trainings").exists()
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD, ids=[damage.__name__ for damage, _ in BAD])
+def test_bad_input_in_the_library(
+    damage: Callable[..., None], message: list[str], data: dict[str, Any], folder: Path
+) -> None:
+    damage(data, folder)
+    with pytest.raises(UserError) as caught:
+        Pipeline(parse_config(data, "x")).run()
+    for part in message:
+        assert part in str(caught.value)
+
+
+def test_good_input_gets_as_far_as_the_first_training(data: dict[str, Any], write_config: Write) -> None:
+    """The control: it is the damage that stopped the runs above."""
+    pipeline = Pipeline(parse_config(data, "x"))
+    with pytest.raises(TrainingStarted):
+        pipeline.run()
+    assert [path.name for path in (pipeline.run_dir / "trainings").iterdir()] == ["mini"]
+
+
+def counted(data: dict[str, Any]) -> list[tuple[int, int]]:
+    """(supervised tokens, tokens) of every task's training records, from the pixels themselves."""
+    encoder = ConversationEncoder(load_processor(data["model"]["path"]), 10_000)
+    found = []
+    for config in data["tasks"]:
+        task = load_task(TaskConfig(**config))
+        samples = [encoder.training_sample(record, task.image_path) for record in task.train]
+        labels = [label for sample in samples for label in sample.labels]
+        found.append((sum(label != IGNORE_INDEX for label in labels), len(labels)))
+    return found
+
+
+def test_check_prints_what_is_there(data: dict[str, Any]) -> None:
+    header, *rows = check_config(parse_config(data, "x")).splitlines()
+    assert header.split() == ["task", "metric", "train", "valid.", "test", "images", "supervised", "cut"]
+    supervised = [str(count) for count, _ in counted(data)]
+    assert [row.split() for row in rows] == [
+        ["colour", "exact_match", "8", "4", "4", "16", supervised[0], "0"],
+        ["box", "accuracy_iou", "8", "4", "4", "16", supervised[1], "0"],
+        ["chat", "auxiliary", "8", "4", "4", "0", supervised[2], "0"],
+    ]
+
+
+def test_what_the_run_keeps_of_it(data: dict[str, Any], tmp_path: Path) -> None:
+    config = parse_config(data, "x")
+    context = StageContext("check", 0, Progress(), Event())
+    check_run(config, config.model.path, tmp_path / "tasks.json", context)
+    rows = json.loads((tmp_path / "tasks.json").read_text())["tasks"]
+    assert [(row["name"], row["metric"], row["auxiliary"], row["images"]) for row in rows] == [
+        ("colour", "exact_match", False, 16), ("box", "accuracy_iou", False, 16), ("chat", None, True, 0),
+    ]  # fmt: skip
+    assert [(row["supervised_tokens"], row["tokens"]) for row in rows] == counted(data)
+    assert all((row["train_records"], row["test_records"], row["truncated_records"]) == (8, 4, 0) for row in rows)
+
+
+def test_counting_tokens_opens_no_image(data: dict[str, Any], folder: Path) -> None:
+    encoder = token_counter(load_processor(data["model"]["path"]), 128)
+    task = load_task(TaskConfig(**data["tasks"][0]))
+    shutil.rmtree(folder / "images")
+    assert encoder.training_sample(task.train[0], task.image_path).supervised > 0
+
+
+def test_each_image_is_opened_once_and_links_may_lead_elsewhere(data: dict[str, Any], folder: Path) -> None:
+    """LLaVA's data folders are usually made of links to where the images really are."""
+    shutil.move(folder / "images", folder.parent / "elsewhere")
+    (folder / "images").symlink_to(folder.parent / "elsewhere")
+    change_record(folder, "box_train", 0, lambda row: row.update(image="images/box_train_1.png"))
+    assert check_images(load_task(TaskConfig(**data["tasks"][1]))) == 15

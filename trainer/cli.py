@@ -102,7 +102,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory, finish
 def check(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check records, images and tokens of every task in CONFIG without training anything."""
     from trainer.config import load_config
-    from trainer.preflight import check_config
+    from trainer.pipeline.preflight import check_config
 
     typer.echo(check_config(load_config(config, _parse_overrides(overrides))))
 
@@ -117,7 +117,7 @@ def doctor() -> None:
 
 def _run(path: Path, overrides: dict[str, Any], dry_run: bool) -> None:
     from trainer.config import load_config
-    from trainer.pipeline import Pipeline, plan
+    from trainer.pipeline.algorithm1 import Pipeline, plan
 
     pipeline = Pipeline(load_config(path, overrides))
     if dry_run:

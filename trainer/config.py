@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -33,10 +33,10 @@ class TaskConfig(_Options):
     validation: Path | None = Field(None, description="scored for V_j in Algorithm 1")
     test: Path | None = Field(None, description="scored for Delta I and Delta E")
     image_root: Path = Field(Path("."), description="folder that the records' image paths start from")
-    metric: str | None = Field(None, description="exact_match | accuracy_iou | cider; none for an auxiliary task")
+    metric: str | None = Field(None, description="exact_match, accuracy_iou or cider; none for an auxiliary task")
     auxiliary: bool = Field(False, description="in every mixture with weight 1, outside balancing")
-    max_new_tokens: Annotated[int, Field(ge=1)] = 32
-    description: str = ""
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(32, description="longest generated answer in tokens")
+    description: str = Field("", description="one line for the report")
 
     @field_validator("name")
     @classmethod
@@ -65,9 +65,9 @@ class TaskConfig(_Options):
 class BuiltInTasksConfig(_Options):
     """Sizes of the built-in tasks: conversations in training, questions in validation and test."""
 
-    train: Annotated[int, Field(ge=8)] = 1000
-    validation: Annotated[int, Field(ge=2)] = 150
-    test: Annotated[int, Field(ge=2)] = 300
+    train: Annotated[int, Field(ge=8)] = Field(1000, description="conversations per task")
+    validation: Annotated[int, Field(ge=2)] = Field(150, description="questions per task")
+    test: Annotated[int, Field(ge=2)] = Field(300, description="questions per task")
 
 
 class TinyLlavaConfig(_Options):
@@ -77,6 +77,10 @@ class TinyLlavaConfig(_Options):
     layers: Annotated[int, Field(ge=1)] = 3
     heads: Annotated[int, Field(ge=1)] = 4
     vocabulary: Annotated[int, Field(ge=300)] = 3000
+    pretraining_records: Annotated[int, Field(ge=0)] = Field(
+        2400, description="image descriptions to pretrain on before Algorithm 1; 0 starts it from random weights"
+    )
+    pretraining_epochs: Annotated[float, Field(gt=0)] = 4.0
 
 
 class ModelConfig(_Options):
@@ -94,34 +98,38 @@ class ModelConfig(_Options):
 class TrainingConfig(_Options):
     """One training run; the same for every run of Algorithm 1, so that only the mixture and lambda differ."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the training's own mixture")
     batch_size: Annotated[int, Field(ge=1)] = Field(16, description="samples per process and micro-batch")
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(1, description="micro-batches per optimizer step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        2e-5, description="peak, reached after the warm-up; cosine to 0"
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="share of the steps")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off")
-    precision: Literal["fp32", "bf16"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    gradient_checkpointing: bool = False
-    logging_steps: Annotated[int, Field(ge=1)] = 10
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="master weights stay fp32")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+    logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="optimizer steps per line of log.jsonl")
     save_steps: Annotated[int, Field(ge=1)] = Field(500, description="steps between checkpoints (resume points)")
-    dataloader_workers: Annotated[int, Field(ge=0)] = 0
+    dataloader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that encode samples; 0 = none")
 
 
 class EvaluationConfig(_Options):
     """Batched greedy generation on validation and test records."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Annotated[int, Field(ge=1)] = Field(32, description="prompts generated at once")
 
 
 class CotbalConfig(_Options):
     """Eq. 3-11 of CoTBal; the defaults are the paper's."""
 
-    temperature: Annotated[float, Field(gt=0)] = 0.5
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = Field(0.5, description="T of Eq. 5, 7 and 10")
+    alpha: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="alpha of Eq. 11")
     mini_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(1 / 32, description="share of each task in a mini subset")
-    strategy: Literal["cotbal", "one2all", "all2one", "contribution", "difficulty"] = "cotbal"
+    strategy: Literal["cotbal", "one2all", "all2one", "contribution", "difficulty"] = Field(
+        "cotbal", description="which lambda the final training uses (Table 3)"
+    )
     on_degenerate: Literal["error", "clip"] = Field(
         "error", description="when V_j(j+mini) does not exceed V_j(mini), which makes Eq. 3 explode"
     )
@@ -140,9 +148,9 @@ class LaunchConfig(_Options):
 class RunConfig(_Options):
     """The whole of Algorithm 1, from records to the report."""
 
-    output_dir: Path
-    seed: int = 0
-    tasks: list[TaskConfig] | Literal["built_in"]
+    output_dir: Path = Field(description="run directory; run again on the same one to continue")
+    seed: int = Field(0, description="of minis, data order and random weights")
+    tasks: list[TaskConfig] | Literal["built_in"] = Field(description="a list of tasks, or `built_in`")
     built_in: BuiltInTasksConfig = BuiltInTasksConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -211,6 +219,35 @@ def parse_config(data: dict[str, Any], source: str) -> RunConfig:
         raise UserError(f"{source} is not a valid configuration:\n{_explain(error)}") from error
 
 
+def reference() -> str:
+    """Every key with its type, default and meaning, as Markdown (``docs/configuration.md``)."""
+    groups: list[tuple[str, type[BaseModel]]] = [("", RunConfig), ("tasks[]", TaskConfig)]
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            groups.append((name, field.annotation))
+    groups.append(("model.tiny_llava", TinyLlavaConfig))
+    lines = ["# Configuration", "", "Made from `trainer/config.py` by `python -m trainer.config`."]
+    for prefix, model in groups:
+        lines += [
+            "",
+            f"## `{prefix}`" if prefix else "## Top level",
+            "",
+            (model.__doc__ or "").strip().split("\n")[0],
+            "",
+        ]
+        lines += ["| key | default | meaning |", "|---|---|---|"]
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                continue
+            default = "required" if field.is_required() else f"`{field.default}`"
+            meaning = field.description or ""
+            if get_origin(field.annotation) is Literal:
+                choices = ", ".join(f"`{option}`" for option in get_args(field.annotation))
+                meaning = f"one of {choices}" + (f"; {meaning}" if meaning else "")
+            lines.append(f"| `{name}` | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
 def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for key in parents:
@@ -263,3 +300,7 @@ def _valid_keys(location: list[str]) -> list[str]:
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                 model = annotation
     return list(model.model_fields)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -10,7 +10,7 @@ from typing import Literal
 from trainer.config import BUILT_IN, RunConfig
 from trainer.errors import UserError, unknown_name
 from trainer.launching import resolve_device, run_training
-from trainer.stages import write_json
+from trainer.pipeline.stages import write_json
 from trainer.training import TrainingSpec
 
 METHODS = ("ew", "tla", "cotbal")
@@ -54,7 +54,7 @@ def train_once(config: RunConfig, output: Path, method: str, weights: Path | Non
     if isinstance(config.tasks, str) or config.model.path == BUILT_IN:
         raise UserError(
             "`cotbal train` takes tasks and a model from disk; for the built-in ones run `cotbal demo` once and "
-            "point at its folders data/ and base_model/"
+            "point at its folders data/ and trainings/pretraining/model/"
         )
     names = [task.name for task in config.tasks]
     aggregation: Literal["token", "task"] = "task" if method == "tla" else "token"

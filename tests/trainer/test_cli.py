@@ -184,9 +184,9 @@ class TestDryRun:
     @pytest.mark.parametrize(
         ("arguments", "task", "mini", "chat", "chat_mini", "epochs"),
         [
-            ([], 1000, 125, 500, 62, 4),  # 62.5 is rounded to even
+            ([], 1000, 125, 500, 62, 4),  # a ratio of 0.125; 62.5 is rounded to even
             (["--small"], 48, 12, 24, 6, 1),
-            (["--set", "cotbal.mini_ratio=0.5", "--set", "built_in.train=200"], 200, 100, 100, 50, 4),
+            ([], 200, 100, 100, 50, 2),
         ],
     )
     def test_demo(
@@ -195,6 +195,9 @@ class TestDryRun:
     ) -> None:  # fmt: skip
         """Seven tasks and half as much chat; sixteen conversations a step. In records, the mini model is 7 minis and
         chat's, each of the 7 others exchanges one mini for the whole task."""
+        sizes = {"built_in.train": task, "cotbal.mini_ratio": mini / task, "training.epochs": epochs}
+        for key, value in (sizes | {"training.batch_size": 16, "comparisons": "[stl, ew]"}).items():
+            arguments = [*arguments, "--set", f"{key}={value}"]
         rows, proxies, everything = self.plan(cotbal("demo", "--dry-run", "--output", tmp_path / "run", *arguments))
         full, smallest = 7 * task + chat, 7 * mini + chat_mini
         plus = smallest - mini + task

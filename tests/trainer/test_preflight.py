@@ -17,10 +17,10 @@ from trainer.config import TaskConfig, parse_config
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
 from trainer.errors import UserError
 from trainer.models.loading import load_processor
-from trainer.pipeline import Pipeline
-from trainer.preflight import check_config, check_run, token_counter
-from trainer.progress import Progress
-from trainer.stages import StageContext
+from trainer.pipeline.algorithm1 import Pipeline
+from trainer.pipeline.preflight import check_config, check_run, token_counter
+from trainer.pipeline.progress import Progress
+from trainer.pipeline.stages import StageContext
 from trainer.tasks import check_images, load_task
 
 Write = Callable[[dict[str, Any]], Path]
@@ -43,7 +43,7 @@ def data(run_data: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
     def start(*arguments: Any, **options: Any) -> None:
         raise TrainingStarted
 
-    monkeypatch.setattr("trainer.pipeline.run_training", start)
+    monkeypatch.setattr("trainer.pipeline.algorithm1.run_training", start)
     for task in run_data["tasks"]:
         task["image_root"] = str(folder)
         for split in ("train", "validation", "test"):

@@ -38,7 +38,9 @@ def kill_when(config: Path, reached: Callable[[], bool]) -> None:
     process = command(config)
     deadline = time.monotonic() + 600
     while not reached():
-        assert process.poll() is None, "the run ended before it could be killed"
+        if process.poll() is not None:
+            assert process.stderr is not None
+            pytest.fail(f"the run ended before it could be killed: {process.stderr.read().decode()[-3000:]}")
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from trainer.progress import Progress
-from trainer.stages import Cancelled, Stage, StageContext, StageRunner, fingerprints, write_json
+from trainer.pipeline.progress import Progress
+from trainer.pipeline.stages import Cancelled, Stage, StageContext, StageRunner, fingerprints, write_json
 
 
 class Silent(Progress):

@@ -18,7 +18,7 @@ from trainer.data.encoding import ConversationEncoder
 from trainer.errors import UserError
 from trainer.launching import TrainingFailedError, run_training
 from trainer.models.loading import load_processor
-from trainer.stages import write_json
+from trainer.pipeline.stages import write_json
 from trainer.tasks import load_task
 from trainer.training import COMPLETE, TrainingSpec, newest_checkpoint
 

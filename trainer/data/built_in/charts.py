@@ -56,6 +56,11 @@ class Chart:
     bars: tuple[tuple[str, float, Colour], ...]
     background: str
 
+    @property
+    def key(self) -> tuple:
+        """What makes it another chart; not the background: in another colour it would be the same."""
+        return self.title, self.series, tuple(category for category, _, _ in self.bars)
+
     def draw(self) -> Image.Image:
         image = _paper(self.title, self.background).copy()
         draw = ImageDraw.Draw(image)
@@ -220,10 +225,17 @@ class Charts:
                 which = rng.randrange(len(tables()))
                 chart = random_chart(rng, tables()[which], self._series[which][split])
                 asked = _exchanges(chart, rng)
-                # without the background: a chart in another colour would be the same chart
-                key = (chart.title, chart.series, tuple(c for c, _, _ in chart.bars))
-                if asked[kind] and key not in self._seen:
+                if asked[kind] and chart.key not in self._seen:
                     break
-            self._seen.add(key)
+            self._seen.add(chart.key)
             exchanges = [e for some in asked.values() for e in some] if split == "train" else asked[kind][:1]
             yield Sample(tuple(exchanges), chart.draw)
+
+    def readable(self, split: Split, rng: random.Random) -> Chart:
+        """A chart that has not been drawn yet, with every value clear of the middle between two tens."""
+        which = rng.randrange(len(tables()))
+        while True:
+            chart = random_chart(rng, tables()[which], self._series[which][split])
+            if chart.key not in self._seen and all(nearest_ten(value) for _, value, _ in chart.bars):
+                self._seen.add(chart.key)
+                return chart

@@ -70,12 +70,14 @@ def films_by_split(seed: int) -> dict[Split, list[Film]]:
     by_number = {str(film.number): film for film in films()}
     groups = split_groups(list(by_number), generator(seed, "film_covers", "films"))
     return {
-        split: _evenly([by_number[n] for n in sorted(numbers, key=int)], generator(seed, "film_covers", split, "order"))
+        split: evenly_mixed(
+            [by_number[n] for n in sorted(numbers, key=int)], generator(seed, "film_covers", split, "order")
+        )
         for split, numbers in groups.items()
     }
 
 
-def _evenly(pool: list[Film], rng: random.Random) -> list[Film]:
+def evenly_mixed(pool: list[Film], rng: random.Random) -> list[Film]:
     """Take one film of each (genre, decade) in turn; films of the known directors come first in theirs."""
     known = prolific_directors(KNOWN_DIRECTORS)
     pool = pool.copy()

@@ -15,16 +15,21 @@ from trainer.data.built_in.samples import Exchange, Sample, generator
 _VALIDATION_IMAGES = 500  # of the 4,000 official training images
 
 
+def images_of(seed: int, split: Split) -> list[int]:
+    """Numbers of the images of a split, in the order in which they are used up."""
+    official = "test" if split == "test" else "train"
+    images = sorted(easy_vqa_questions(official))
+    generator(seed, "easy_vqa", official, "images").shuffle(images)
+    if split == "validation":
+        return images[:_VALIDATION_IMAGES]
+    return images[_VALIDATION_IMAGES:] if split == "train" else images
+
+
 def samples(seed: int, split: Split, count: int) -> Iterator[Sample]:
     """Training: at least enough images for ``count`` conversations. Else one question about each image."""
     official = "test" if split == "test" else "train"
     questions = easy_vqa_questions(official)
-    images = sorted(questions)
-    generator(seed, "easy_vqa", official, "images").shuffle(images)
-    if split == "validation":
-        images = images[:_VALIDATION_IMAGES]
-    elif split == "train":
-        images = images[_VALIDATION_IMAGES:]
+    images = images_of(seed, split)
     require_material("easy_vqa", split, count, len(images), "images")
     rng = generator(seed, "easy_vqa", split)
     for image in images[:count]:
@@ -32,9 +37,9 @@ def samples(seed: int, split: Split, count: int) -> Iterator[Sample]:
         asked = [Exchange(q[0].upper() + q[1:], a) for q, a in dict.fromkeys(questions[image])]
         if split != "train":
             asked = [rng.choice(asked)]
-        yield Sample(tuple(asked), partial(_enlarged, official, image))
+        yield Sample(tuple(asked), partial(enlarged, official, image))
 
 
-def _enlarged(official: str, image: int) -> Image.Image:
+def enlarged(official: str, image: int) -> Image.Image:
     with Image.open(easy_vqa_image(official, image)) as picture:
         return picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 from trainer.data.built_in.catalogue import Split
@@ -13,7 +14,7 @@ from trainer.data.built_in.scenes import Placed, Scene, box_text, random_scene, 
 
 CAPTION_QUESTION = "Describe the image in one sentence."
 CLEAR = 20  # pixels between centres before "left of" is said: less than that people would argue about
-_ASKED_CATEGORIES = {
+ASKED_CATEGORIES = {
     "animal": "an animal",
     "food": "food",
     "vehicle": "a vehicle",
@@ -34,23 +35,43 @@ def caption(scene: Scene) -> Exchange | None:
     if len(names) == 1:
         return _caption(f"{names[0]} {ending}")
     if len(names) == 2:
-        first, second = scene.objects
-        dx, dy = (second.centre[i] - first.centre[i] for i in (0, 1))
-        if abs(abs(dx) - abs(dy)) < CLEAR:
+        pair = ordered_pair(*scene.objects)
+        if pair is None:
             return None
-        sideways = abs(dx) > abs(dy)
-        if (dx if sideways else dy) < 0:
-            names.reverse()
-        here, there = ("to the left of", "to the right of") if sideways else ("above", "below")
-        return _caption(
-            f"{names[0]} {here} {names[1]} {ending}",
-            f"{names[1]} {there} {names[0]} {ending}",
-        )
-    ordered = sorted(scene.objects, key=lambda o: o.centre[0])
-    if any(b.centre[0] - a.centre[0] < CLEAR / 2 for a, b in pairwise(ordered)):
-        return None  # named from left to right, so the order must be visible
+        here, there = pair.words
+        first, second = with_article(pair.first.name), with_article(pair.second.name)
+        return _caption(f"{first} {here} {second} {ending}", f"{second} {there} {first} {ending}")
+    ordered = left_to_right(scene)
+    if ordered is None:
+        return None
     names = [with_article(o.name) for o in ordered]
     return _caption(f"{', '.join(names[:-1])} and {names[-1]} {ending}")
+
+
+@dataclass(frozen=True)
+class Pair:
+    first: Placed  # the left or upper one
+    second: Placed
+    words: tuple[str, str]  # how the first stands to the second, and the second to the first
+
+
+def ordered_pair(a: Placed, b: Placed) -> Pair | None:
+    """None where it could be called either left of or above."""
+    dx, dy = (b.centre[i] - a.centre[i] for i in (0, 1))
+    if abs(abs(dx) - abs(dy)) < CLEAR:
+        return None
+    sideways = abs(dx) > abs(dy)
+    if (dx if sideways else dy) < 0:
+        a, b = b, a
+    return Pair(a, b, ("to the left of", "to the right of") if sideways else ("above", "below"))
+
+
+def left_to_right(scene: Scene) -> list[Placed] | None:
+    """None where the order cannot be seen."""
+    ordered = sorted(scene.objects, key=lambda o: o.centre[0])
+    if any(b.centre[0] - a.centre[0] < CLEAR / 2 for a, b in pairwise(ordered)):
+        return None
+    return ordered
 
 
 def _caption(*sentences: str) -> Exchange:
@@ -71,12 +92,12 @@ def background_questions(scene: Scene, rng: random.Random) -> list[Exchange]:
 
 def category_questions(scene: Scene, rng: random.Random) -> list[Exchange]:
     """One question; whether the answer is yes is decided first, by a fair coin."""
-    present = {o.category for o in scene.objects} & _ASKED_CATEGORIES.keys()
+    present = {o.category for o in scene.objects} & ASKED_CATEGORIES.keys()
     answer = rng.choice(("yes", "no"))
-    candidates = sorted(present if answer == "yes" else _ASKED_CATEGORIES.keys() - present)
+    candidates = sorted(present if answer == "yes" else ASKED_CATEGORIES.keys() - present)
     if not candidates:
         return []
-    return [Exchange(f"Is there {_ASKED_CATEGORIES[rng.choice(candidates)]} in the image?", answer)]
+    return [Exchange(f"Is there {ASKED_CATEGORIES[rng.choice(candidates)]} in the image?", answer)]
 
 
 def neighbour_questions(scene: Scene, rng: random.Random) -> list[Exchange]:
@@ -91,17 +112,24 @@ def neighbour_questions(scene: Scene, rng: random.Random) -> list[Exchange]:
     return found
 
 
+def quarter(placed: Placed) -> str:
+    x, y = placed.centre
+    return f"{'top' if y < SIDE / 2 else 'bottom'} {'left' if x < SIDE / 2 else 'right'}"
+
+
+def clearly_in_quarter(placed: Placed) -> bool:
+    return min(abs(c - SIDE / 2) for c in placed.centre) >= CLEAR / 2
+
+
 def corner_questions(scene: Scene, rng: random.Random) -> list[Exchange]:
     """What is in a quarter of the image, where exactly one object's centre clearly is."""
     quarters: dict[str, list[Placed]] = {}
     for placed in scene.objects:
-        x, y = placed.centre
-        name = f"{'top' if y < SIDE / 2 else 'bottom'} {'left' if x < SIDE / 2 else 'right'}"
-        quarters.setdefault(name, []).append(placed)
+        quarters.setdefault(quarter(placed), []).append(placed)
     return [
         Exchange(f"What is at the {name}?", inside[0].name)
         for name, inside in sorted(quarters.items())
-        if len(inside) == 1 and min(abs(c - SIDE / 2) for c in inside[0].centre) >= CLEAR / 2
+        if len(inside) == 1 and clearly_in_quarter(inside[0])
     ]
 
 

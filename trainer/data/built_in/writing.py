@@ -23,7 +23,7 @@ from trainer.errors import UserError
 
 MOST_EXCHANGES = 9  # "fewer than 10 turns", section 4.1 of the paper
 Progress = Callable[[str, int, int], None]  # task, records written, records in all
-_Samples = Callable[[Split, int], Iterator[Sample]]
+SamplesOf = Callable[[Split, int], Iterator[Sample]]
 
 
 def write_built_in_tasks(
@@ -43,7 +43,7 @@ def write_built_in_tasks(
     return {info.name: _write_task(directory, info, seed, sizes, progress) for info in BUILT_IN_TASKS}
 
 
-def _samples_of(task: str, seed: int) -> _Samples:
+def _samples_of(task: str, seed: int) -> SamplesOf:
     if task == "charts":
         return charts.Charts(seed).samples
     modules = {"easy_vqa": easy_vqa.samples, "film_covers": covers.samples, "chat": chat.samples}
@@ -53,15 +53,27 @@ def _samples_of(task: str, seed: int) -> _Samples:
 
 
 def _write_task(directory: Path, info: TaskInfo, seed: int, sizes: Sizes, progress: Progress | None) -> BuiltInTask:
+    counts: dict[Split, int] = {split: sizes.of(info.name, split) for split in SPLITS}
+    files = write_folder(directory, info, seed, counts, _samples_of(info.name, seed), progress)
+    return BuiltInTask(info, directory, files["train"], files["validation"], files["test"], counts)
+
+
+def write_folder(
+    directory: Path,
+    info: TaskInfo,
+    seed: int,
+    counts: dict[Split, int],
+    samples: SamplesOf,
+    progress: Progress | None,
+) -> dict[Split, Path]:
+    """Write the splits in ``counts`` under ``directory/<name>``, which appears complete or not at all."""
     partial, final = directory / f".{info.name}.partial", directory / info.name
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     if not info.auxiliary:
         (partial / "images").mkdir()
-    counts: dict[Split, int] = {split: sizes.of(info.name, split) for split in SPLITS}
-    samples = _samples_of(info.name, seed)
     done = 0
-    for split in SPLITS:
+    for split in counts:
         rng = generator(seed, info.name, split, "order of exchanges")
         with (partial / f"{split}.jsonl").open("w", encoding="ascii", newline="\n") as file:
             for record in _records(partial, info, split, samples(split, counts[split]), counts[split], rng):
@@ -71,8 +83,7 @@ def _write_task(directory: Path, info: TaskInfo, seed: int, sizes: Sizes, progre
                     progress(info.name, done, sum(counts.values()))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    files = {split: final / f"{split}.jsonl" for split in SPLITS}
-    return BuiltInTask(info, directory, files["train"], files["validation"], files["test"], counts)
+    return {split: final / f"{split}.jsonl" for split in counts}
 
 
 def _records(

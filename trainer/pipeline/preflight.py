@@ -14,11 +14,11 @@ from trainer.data.encoding import ConversationEncoder
 from trainer.errors import UserError
 from trainer.launching import resolve_device
 from trainer.models.loading import load_processor
-from trainer.stages import write_json
+from trainer.pipeline.stages import write_json
 from trainer.tasks import SPLITS, Task, check_images, load_task
 
 if TYPE_CHECKING:
-    from trainer.stages import StageContext
+    from trainer.pipeline.stages import StageContext
 
 
 def describe(task: Task) -> dict[str, Any]:

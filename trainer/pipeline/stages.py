@@ -22,7 +22,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from trainer.progress import Progress
+from trainer.pipeline.progress import Progress
 
 
 class Cancelled(Exception):

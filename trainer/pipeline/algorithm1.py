@@ -1,12 +1,17 @@
 """Algorithm 1 of CoTBal as a graph of stages, from records to the report.
 
-data ─ base_model ─ features ─ check              what every training starts from
-  train-mini, train-plus-<i>                       lines 1-4: proxy models
-  score-mini, score-plus-<i>                       V_j(mini), V_j(i + mini) on validation data
-  weights                                          lines 5-19: C, D, lambda
-  train-cotbal, test-cotbal                        line 20: Eq. 2 with lambda_CoTBal
-  train-ew, test-ew, train-stl-<i>, test-stl-<i>   what Delta I and Delta E compare with
-  results ─ report
+data, check
+    Records, images and tokens, before anything expensive.
+corpus, initial_model, features, train-pretraining
+    The built-in pretrained LMM, when none is given.
+train-mini, train-plus-<i>, score-mini, score-plus-<i>
+    Lines 1-4: proxy models, and V_j(mini), V_j(i + mini) on validation data.
+weights
+    Lines 5-19: C, D and every lambda.
+train-cotbal, test-cotbal
+    Line 20: Eq. 2 with lambda_CoTBal.
+train-ew, test-ew, train-stl-<i>, test-stl-<i>, results
+    What Delta I and Delta E compare with.
 """
 
 from __future__ import annotations
@@ -19,12 +24,11 @@ import multiprocessing
 import platform
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainer import builtin_stages, outcome
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
@@ -33,10 +37,11 @@ from trainer.errors import UserError
 from trainer.evaluation import EvaluationSpec, evaluate
 from trainer.launching import die_with_parent, resolve_device, run_training, threads_per_process
 from trainer.metrics import get_metric
-from trainer.preflight import check_run
-from trainer.progress import Progress
+from trainer.pipeline import built_in, outcome
+from trainer.pipeline.preflight import check_run
+from trainer.pipeline.progress import Progress
+from trainer.pipeline.stages import Stage, StageContext, StageRunner, write_json
 from trainer.report import build_report
-from trainer.stages import Stage, StageContext, StageRunner, write_json
 from trainer.training import TrainingSpec
 
 # Raised whenever a change of the code makes finished stages of older runs worthless.
@@ -68,14 +73,18 @@ class Pipeline:
         self.progress = progress or Progress()
         self.device = resolve_device(config.launch.device)
         self.tasks: list[TaskConfig] = (
-            builtin_stages.task_configs(self.run_dir / "data", config.built_in)
+            built_in.task_configs(self.run_dir / "data", config.built_in)
             if isinstance(config.tasks, str)
             else config.tasks
         )
         self.balanced = tuple(task.name for task in self.tasks if not task.auxiliary)
         self.resolved = config.model_copy(update={"tasks": self.tasks})
         own_model = config.model.path == BUILT_IN
-        self.model_path = str(self.run_dir / "base_model") if own_model else config.model.path
+        self.initial_model = self.run_dir / "initial_model"
+        self.pretraining = Training("pretraining", Mixture("all"), "none", ())
+        base = self._training_dir(self.pretraining) / "model"
+        own_path = base if config.model.tiny_llava.pretraining_records else self.initial_model
+        self.model_path = str(own_path) if own_model else config.model.path
         self.features = self.run_dir / "features" if own_model else None
         self._evaluators: ProcessPoolExecutor | None = None
 
@@ -154,7 +163,7 @@ class Pipeline:
                     [FORMAT, self.config.built_in.model_dump(), self.config.seed],
                     (),
                     (self.run_dir / "data",),
-                    lambda context: builtin_stages.write_data(
+                    lambda context: built_in.write_data(
                         self.run_dir / "data", self.config.built_in, self.config.seed, context
                     ),
                 )
@@ -166,39 +175,57 @@ class Pipeline:
                 [task.model_dump(mode="json"), *(_digest(p) for p in (task.train, task.validation, task.test) if p)]
                 for task in self.tasks
             ]
-        if self.config.model.path == BUILT_IN:
-            options = [self.config.model.tiny_llava.model_dump(), self.config.model.max_length, self.config.seed]
-            stages.append(
-                Stage(
-                    "base_model",
-                    [FORMAT, files, options],
-                    needs,
-                    (self.run_dir / "base_model",),
-                    lambda context: builtin_stages.write_base_model(self.run_dir / "base_model", self.resolved),
-                )
-            )
-            needs = (*needs, "base_model")
-        stages.append(
-            Stage(
-                "check",
-                [FORMAT, files, self.config.model.model_dump(mode="json")],
-                needs,
-                (self.run_dir / "tasks.json",),
-                self._check,
-            )
+        checked = Stage(
+            "check",
+            [FORMAT, files, self.config.model.model_dump(mode="json")],
+            needs,
+            (self.run_dir / "tasks.json",),
+            self._check,
         )
-        if self.features is not None:
+        if self.features is None:
+            return [*stages, checked]
+        return [*stages, *self._built_in_model(needs, files, checked)]
+
+    def _built_in_model(self, needs: tuple[str, ...], files: Any, checked: Stage) -> list[Stage]:
+        """The stages that make the pretrained LMM which Algorithm 1 takes as given, when there is none to load."""
+        options = self.config.model.tiny_llava
+        assert self.features is not None
+        own, corpus = self.tasks, self.run_dir / "corpus"
+        stages: list[Stage] = []
+        if options.pretraining_records:
+            own = [*self.tasks, built_in.pretraining_task(corpus)]
+            count = options.pretraining_records
             stages.append(
                 Stage(
-                    "features",
-                    [FORMAT, files],
-                    (*needs, "check"),
-                    (self.features,),
-                    lambda context: builtin_stages.write_image_features(
-                        self.run_dir / "features", Path(self.model_path), self.resolved, context
-                    ),
+                    "corpus",
+                    [FORMAT, count, self.config.seed],
+                    (),
+                    (corpus,),
+                    lambda context: built_in.write_corpus(corpus, count, self.config.seed, context),
                 )
             )
+            needs = (*needs, "corpus")
+        stages += [
+            Stage(
+                "initial_model",
+                [FORMAT, files, options.model_dump(), self.config.model.max_length, self.config.seed],
+                needs,
+                (self.initial_model,),
+                lambda context: built_in.write_initial_model(self.initial_model, self.resolved, own),
+            ),
+            replace(checked, needs=("initial_model",)),
+            Stage(
+                "features",
+                [FORMAT, files],
+                ("check",),
+                (self.features,),
+                lambda context: built_in.write_image_features(
+                    self.run_dir / "features", self.initial_model, self.resolved, own, context
+                ),
+            ),
+        ]
+        if options.pretraining_records:
+            stages.append(self._train_stage(self.pretraining, ("features",)))
         return stages
 
     def _train_stage(self, training: Training, needs: tuple[str, ...]) -> Stage:
@@ -232,17 +259,23 @@ class Pipeline:
     # -- their work ----------------------------------------------------------------------------------------
 
     def _check(self, context: StageContext) -> None:
-        self.progress.say("checking records, images and supervised tokens")
-        check_run(self.resolved, self.model_path, self.run_dir / "tasks.json", context)
+        model_path = str(self.initial_model) if self.features else self.model_path
+        check_run(self.resolved, model_path, self.run_dir / "tasks.json", context)
 
     def _train(self, training: Training, context: StageContext) -> None:
         directory = self._training_dir(training)
         directory.mkdir(parents=True, exist_ok=True)
         weights = json.loads((self.run_dir / "weights.json").read_text()) if training.weighted else None
+        config, launch, model_path = self.resolved, self.config.launch, self.model_path
+        if training is self.pretraining:  # alone, on its own records, from random weights
+            epochs = {"epochs": config.model.tiny_llava.pretraining_epochs}
+            tasks = [built_in.pretraining_task(self.run_dir / "corpus")]
+            config = config.model_copy(update={"tasks": tasks, "training": config.training.model_copy(update=epochs)})
+            launch, model_path = launch.model_copy(update={"parallel": 1}), str(self.initial_model)
         spec = TrainingSpec(
             name=training.name,
-            config=self.resolved,
-            model_path=self.model_path,
+            config=config,
+            model_path=model_path,
             mixture=training.mixture.kind,
             mixture_task=training.mixture.task,
             task_weights=dict(zip(weights["tasks"], weights["applied"], strict=True)) if weights else {},
@@ -257,9 +290,7 @@ class Pipeline:
             step, steps = _last_step(directory / "log.jsonl")
             context.report(step, steps, "step")
 
-        run_training(
-            directory / "spec.json", self.config.launch, self.device, context.slot, directory / "output.log", poll
-        )
+        run_training(directory / "spec.json", launch, self.device, context.slot, directory / "output.log", poll)
 
     def _evaluate(self, training: Training, context: StageContext) -> None:
         spec = EvaluationSpec(
@@ -326,7 +357,7 @@ class Pipeline:
 def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
     """Every training with its records, optimizer steps and cost in units of the final training (``--dry-run``)."""
     config = pipeline.config
-    counts = builtin_stages.planned_records(config, pipeline.tasks)
+    counts = built_in.planned_records(config, pipeline.tasks)
     window = config.training.batch_size * config.launch.processes
     rows: list[dict[str, Any]] = []
     for training in pipeline.trainings():

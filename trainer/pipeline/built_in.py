@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config import BuiltInTasksConfig, RunConfig, TaskConfig
-from trainer.data.built_in import BUILT_IN_TASKS, Sizes, write_built_in_tasks
+from trainer.data.built_in import BUILT_IN_TASKS, Sizes, write_built_in_tasks, write_pretraining
 from trainer.data.built_in.drawing import SIDE
 from trainer.data.records import IMAGE_PLACEHOLDER
 from trainer.tasks import SPLITS, load_task
 
 if TYPE_CHECKING:
-    from trainer.stages import StageContext
+    from trainer.pipeline.stages import StageContext
 
 # Longest answers of the built-in tasks in tokens, with room to spare: generation stops there.
 _MAX_NEW_TOKENS = {"scene_captions": 40, "region_captions": 20, "grounding": 24}
@@ -68,14 +68,30 @@ def write_data(directory: Path, options: BuiltInTasksConfig, seed: int, context:
     )
 
 
-def write_base_model(directory: Path, config: RunConfig) -> None:
-    """Writes the built-in LLaVA with a tokenizer made from the tasks' training text."""
+def pretraining_task(directory: Path) -> TaskConfig:
+    """The image descriptions that the built-in model is pretrained on, as a task of their own."""
+    return TaskConfig(
+        name="pretraining", train=directory / "pretraining" / "train.jsonl", image_root=directory, auxiliary=True
+    )
+
+
+def write_corpus(directory: Path, records: int, seed: int, context: StageContext) -> None:
+    """Writes the image descriptions of :func:`pretraining_task`."""
+    write_pretraining(
+        directory,
+        seed=seed,
+        count=records,
+        progress=lambda task, done, total: context.report(done, total, "record"),
+    )
+
+
+def write_initial_model(directory: Path, config: RunConfig, tasks: list[TaskConfig]) -> None:
+    """Writes the built-in LLaVA with random weights and a tokenizer made from the training text of `tasks`."""
     from trainer.models.tiny_llava import write_tiny_llava
 
-    assert not isinstance(config.tasks, str)
     texts = [
         " " + text.replace(IMAGE_PLACEHOLDER, "").strip()
-        for task in config.tasks
+        for task in tasks
         for record in load_task(task).train
         for turn in record.turns
         for text in (turn.question, turn.answer)
@@ -90,17 +106,18 @@ def write_base_model(directory: Path, config: RunConfig) -> None:
     )
 
 
-def write_image_features(directory: Path, model_path: Path, config: RunConfig, context: StageContext) -> None:
-    """Runs the frozen vision tower once over every image of every task."""
+def write_image_features(
+    directory: Path, model_path: Path, config: RunConfig, tasks: list[TaskConfig], context: StageContext
+) -> None:
+    """Runs the frozen vision tower once over every image of `tasks`."""
     import torch
 
     from trainer.launching import resolve_device
     from trainer.models.features import write_features
     from trainer.models.loading import load_model, load_processor, vision_tower
 
-    assert not isinstance(config.tasks, str)
     images: dict[Path, None] = {}
-    for task in map(load_task, config.tasks):
+    for task in map(load_task, tasks):
         for split in SPLITS:
             images |= {task.image_path(image): None for record in task.split(split) for image in record.images}
     device = resolve_device(config.launch.device)

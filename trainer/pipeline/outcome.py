@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from trainer.baselines import majority_answer, question_only
 from trainer.config import RunConfig
 from trainer.metrics import get_metric
-from trainer.stages import write_json
+from trainer.pipeline.stages import write_json
 from trainer.tasks import load_task
 
 if TYPE_CHECKING:
-    from trainer.pipeline import Training
+    from trainer.pipeline.algorithm1 import Training
 
 METHOD_LABELS = {"cotbal": "CoTBal", "ew": "EW"}
 BASELINE = "STL"

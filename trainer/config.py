@@ -169,8 +169,6 @@ class RunConfig(_Options):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"task names must be unique; given twice: {', '.join(twice)}")
-            if not any(not task.auxiliary for task in tasks):
-                raise ValueError("at least one task must be balanced (auxiliary: false)")
         return tasks
 
     @field_validator("output_dir")
@@ -214,7 +212,13 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
 def parse_config(data: dict[str, Any], source: str) -> RunConfig:
     """Validates a configuration given as a mapping; `source` names it in errors."""
     try:
-        return RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data)
+        # Asked of a run only: the pretraining of the built-in model is a training on an auxiliary task alone.
+        if isinstance(config.tasks, list) and all(task.auxiliary for task in config.tasks):
+            raise UserError(
+                f"{source} is not a valid configuration:\n  tasks: at least one task must be balanced (auxiliary: false)"
+            )
+        return config
     except ValidationError as error:
         raise UserError(f"{source} is not a valid configuration:\n{_explain(error)}") from error
 

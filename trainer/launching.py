@@ -1,4 +1,4 @@
-"""Starting training processes with torchrun, watching them, and making sure none outlives its parent."""
+"""Starting training processes, watching them, and making sure none outlives its parent."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def threads_per_process(launch: LaunchConfig) -> int:
 def run_training(
     spec: Path, launch: LaunchConfig, device: str, slot: int, log: Path, poll: Callable[[], None] = lambda: None
 ) -> None:
-    """Runs ``trainer.training`` on `spec` under torchrun and waits for it.
+    """Runs ``trainer.training`` on `spec`, under torchrun for several processes, and waits for it.
 
     Args:
         spec: path of a ``TrainingSpec`` in JSON.
@@ -74,8 +74,13 @@ def run_training(
     elif launch.parallel > 1:
         first = slot * launch.processes
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + index) for index in range(launch.processes))
-    command = [sys.executable, "-m", "trainer.launching", f"--nproc_per_node={launch.processes}"]
-    command += launch.torchrun_args or ["--standalone"]
+    command = [sys.executable]
+    if launch.processes > 1 or launch.torchrun_args:
+        command += ["-m", "trainer.launching", f"--nproc_per_node={launch.processes}"]
+        command += launch.torchrun_args or ["--standalone"]
+    else:  # what torchrun would set, without the seconds that its own process takes to start
+        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     command += ["-m", "trainer.training", str(spec)]
     log.parent.mkdir(parents=True, exist_ok=True)
     reason = spec.parent / ERROR_FILE

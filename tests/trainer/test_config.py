@@ -10,7 +10,15 @@ import pytest
 import yaml
 
 import trainer.config
-from trainer.config import RunConfig, load_config, parse_config
+from trainer.config import (
+    RunConfig,
+    TaskConfig,
+    TinyLlavaConfig,
+    TrainingConfig,
+    load_config,
+    parse_config,
+    reference,
+)
 from trainer.errors import UserError
 
 SHIPPED = sorted((Path(trainer.config.__file__).parent / "configs").glob("*.yaml"))
@@ -180,3 +188,12 @@ def test_shipped_configurations_say_what_is_read_from_them(path: Path) -> None:
 
 def test_both_demos_are_shipped() -> None:
     assert {path.name for path in SHIPPED} >= {"demo.yaml", "demo_small.yaml"}
+
+
+def test_the_reference_page_is_the_code_s() -> None:
+    """docs/configuration.md is what `python -m trainer.config` prints now, and it has every key."""
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == reference(), "run: python -m trainer.config > docs/configuration.md"
+    for model in (RunConfig, TaskConfig, TrainingConfig, TinyLlavaConfig):
+        for key, field in model.model_fields.items():
+            assert f"| `{key}` |" in page or f"## `{key}`" in page or f"## `model.{key}`" in page, (key, field)

@@ -88,7 +88,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         return super().train(False)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        x = F.relu6(self.stem(pixels))
+        x = F.relu6(self.stem(pixels), inplace=True)
         middle = x
         for block in self.blocks:
             x = block(x)
@@ -124,8 +124,8 @@ class InvertedResidual(nn.Module):
         self.skip = stride == 1 and channels == out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = self.project(F.relu6(self.depthwise(y)))
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = self.project(F.relu6(self.depthwise(y), inplace=True))
         return x + y if self.skip else y
 
 

@@ -46,7 +46,7 @@ def write_features(
     model: nn.Module,
     image_processor: Any,
     *,
-    batch_size: int = 16,  # small batches stay in the cache of a CPU core
+    batch_size: int = 8,  # small batches stay in the cache of a CPU core
     workers: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:

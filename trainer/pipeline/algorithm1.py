@@ -120,7 +120,7 @@ class Pipeline:
                 self._compute_weights,
             )
         )
-        for training in sorted(finals, key=lambda training: training.weighted):  # the one that waits comes last
+        for training in finals:  # the longest first: the short ones fill the places that are left
             needs = (*ready, "weights") if training.weighted else ready
             stages += [self._train_stage(training, needs), self._score_stage(training)]
         tested = tuple(f"test-{training.name}" for training in finals)

@@ -117,11 +117,14 @@ def doctor() -> None:
 
 def _run(path: Path, overrides: dict[str, Any], dry_run: bool) -> None:
     from trainer.config import load_config
-    from trainer.pipeline.algorithm1 import Pipeline, plan
+    from trainer.pipeline.algorithm1 import Pipeline
+    from trainer.pipeline.built_in import planned_records
+    from trainer.pipeline.trainings import plan
 
     pipeline = Pipeline(load_config(path, overrides))
     if dry_run:
-        typer.echo(_plan_table(plan(pipeline)))
+        records = planned_records(pipeline.config, pipeline.tasks)
+        typer.echo(_plan_table(plan(pipeline.config, pipeline.trainings, records)))
         return
     typer.echo(f"report: {pipeline.run()}")
 

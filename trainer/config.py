@@ -215,9 +215,8 @@ def parse_config(data: dict[str, Any], source: str) -> RunConfig:
         config = RunConfig.model_validate(data)
         # Asked of a run only: the pretraining of the built-in model is a training on an auxiliary task alone.
         if isinstance(config.tasks, list) and all(task.auxiliary for task in config.tasks):
-            raise UserError(
-                f"{source} is not a valid configuration:\n  tasks: at least one task must be balanced (auxiliary: false)"
-            )
+            problem = "tasks: at least one task must be balanced (auxiliary: false)"
+            raise UserError(f"{source} is not a valid configuration:\n  {problem}")
         return config
     except ValidationError as error:
         raise UserError(f"{source} is not a valid configuration:\n{_explain(error)}") from error

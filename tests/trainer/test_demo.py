@@ -42,12 +42,12 @@ def read(path: Path) -> dict:
 def test_every_training_of_algorithm_1_ran_and_was_scored(run_dir: Path) -> None:
     proxies = ["mini", *(f"plus-{name}" for name in TASKS)]
     finals = ["cotbal", "ew", *(f"stl-{name}" for name in TASKS)]
-    assert {path.name for path in (run_dir / "trainings").iterdir()} == {*proxies, *finals}
+    assert {path.name for path in (run_dir / "trainings").iterdir()} == {"pretraining", *proxies, *finals}
     for name in proxies:
         assert set(read(run_dir / "evaluations" / name / "validation" / "metrics.json")) == set(TASKS)
     stages = {path.stem: read(path) for path in (run_dir / "stages").glob("*.json")}
     assert {stage["status"] for stage in stages.values()} == {"done"}
-    assert len(stages) == 6 + 2 * len(proxies) + 2 * len(finals)
+    assert len(stages) == 8 + 2 * len(proxies) + 2 * len(finals)
 
 
 def test_scores_weights_and_results_follow_from_the_predictions(run_dir: Path) -> None:

@@ -19,12 +19,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import multiprocessing
+import os
 import platform
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from typing import Any
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
-from trainer.data.mixtures import Mixture, select
+from trainer.data.mixtures import Mixture
 from trainer.errors import UserError
 from trainer.evaluation import EvaluationSpec, evaluate
 from trainer.launching import die_with_parent, resolve_device, run_training, threads_per_process
@@ -41,22 +41,12 @@ from trainer.pipeline import built_in, outcome
 from trainer.pipeline.preflight import check_run
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, write_json
+from trainer.pipeline.trainings import Training, list_trainings
 from trainer.report import build_report
 from trainer.training import TrainingSpec
 
 # Raised whenever a change of the code makes finished stages of older runs worthless.
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training of the run: its mixture, what it is scored on, and how it comes by its weights."""
-
-    name: str
-    mixture: Mixture
-    split: str
-    tasks: tuple[str, ...]
-    weighted: bool = False
 
 
 class Pipeline:
@@ -72,6 +62,8 @@ class Pipeline:
         self.run_dir = config.output_dir
         self.progress = progress or Progress()
         self.device = resolve_device(config.launch.device)
+        if self.device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # else every process that imports DeepSpeed warns of it
         self.tasks: list[TaskConfig] = (
             built_in.task_configs(self.run_dir / "data", config.built_in)
             if isinstance(config.tasks, str)
@@ -81,6 +73,7 @@ class Pipeline:
         self.resolved = config.model_copy(update={"tasks": self.tasks})
         own_model = config.model.path == BUILT_IN
         self.initial_model = self.run_dir / "initial_model"
+        self.trainings = list_trainings(self.tasks, config.comparisons)
         self.pretraining = Training("pretraining", Mixture("all"), "none", ())
         base = self._training_dir(self.pretraining) / "model"
         own_path = base if config.model.tiny_llava.pretraining_records else self.initial_model
@@ -90,25 +83,12 @@ class Pipeline:
 
     # -- what is run ---------------------------------------------------------------------------------------
 
-    def trainings(self) -> list[Training]:
-        """Every training of the run, proxies first: N + 1 of Algorithm 1, the final one, and the compared ones."""
-        proxies = [Training("mini", Mixture("mini"), "validation", self.balanced)]
-        proxies += [Training(f"plus-{i}", Mixture("plus", i), "validation", self.balanced) for i in self.balanced]
-        scored = tuple(task.name for task in self.tasks if task.name in self.balanced and task.test)
-        finals = [Training("cotbal", Mixture("all"), "test", scored, weighted=True)]
-        if "ew" in self.config.comparisons:
-            finals.append(Training("ew", Mixture("all"), "test", scored))
-        if "stl" in self.config.comparisons:
-            finals += [Training(f"stl-{i}", Mixture("single", i), "test", (i,)) for i in scored]
-        return proxies + finals
-
     def stages(self) -> list[Stage]:
         """The whole graph, each stage after those it needs."""
         stages = self._preparation()
         ready = tuple(stage.name for stage in stages)
-        trainings = self.trainings()
-        proxies = [training for training in trainings if training.split == "validation"]
-        finals = [training for training in trainings if training.split == "test"]
+        proxies = [training for training in self.trainings if training.split == "validation"]
+        finals = [training for training in self.trainings if training.split == "test"]
         for training in proxies:
             stages += [self._train_stage(training, ready), self._score_stage(training)]
         stages.append(
@@ -316,7 +296,7 @@ class Pipeline:
         cotbal = self.config.cotbal
         values = {
             training.name: outcome.read_metrics(self._evaluation_dir(training))
-            for training in self.trainings()
+            for training in self.trainings
             if training.split == "validation"
         }
         metrics = {task.name: get_metric(task.metric) for task in self.tasks if task.metric}
@@ -332,7 +312,7 @@ class Pipeline:
         write_json(self.run_dir / "weights.json", result.to_json() | {"strategy": cotbal.strategy, "applied": applied})
 
     def _collect_results(self, context: StageContext) -> None:
-        outcome.write_results(self.run_dir, self.resolved, [t for t in self.trainings() if t.split == "test"])
+        outcome.write_results(self.run_dir, self.resolved, [t for t in self.trainings if t.split == "test"])
 
     # -- places --------------------------------------------------------------------------------------------
 
@@ -352,26 +332,6 @@ class Pipeline:
             "world_size": self.config.launch.processes,
             "parallel": self.config.launch.parallel,
         }
-
-
-def plan(pipeline: Pipeline) -> list[dict[str, Any]]:
-    """Every training with its records, optimizer steps and cost in units of the final training (``--dry-run``)."""
-    config = pipeline.config
-    counts = built_in.planned_records(config, pipeline.tasks)
-    window = config.training.batch_size * config.launch.processes
-    rows: list[dict[str, Any]] = []
-    for training in pipeline.trainings():
-        records = sum(
-            len(select(range(count), training.mixture.share(name, config.cotbal.mini_ratio), config.seed, name))
-            for name, count in counts.items()
-        )
-        batches = -(-records // window)
-        steps = math.ceil(-(-batches // config.training.gradient_accumulation_steps) * config.training.epochs)
-        rows.append({"training": training.name, "records": records, "steps": steps, "scored on": training.split})
-    final = next(row["records"] for row in rows if row["training"] == "cotbal")
-    for row in rows:
-        row["cost"] = row["records"] / final
-    return rows
 
 
 def _digest(path: Path) -> str:

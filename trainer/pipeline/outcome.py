@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.baselines import majority_answer, question_only
 from trainer.config import RunConfig
 from trainer.metrics import get_metric
 from trainer.pipeline.stages import write_json
+from trainer.pipeline.trainings import Training
 from trainer.tasks import load_task
-
-if TYPE_CHECKING:
-    from trainer.pipeline.algorithm1 import Training
 
 METHOD_LABELS = {"cotbal": "CoTBal", "ew": "EW"}
 BASELINE = "STL"

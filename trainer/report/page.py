@@ -285,7 +285,7 @@ def _curves(run: RunDirectory) -> Markup | None:
     tasks = [task["name"] for task in run.tasks]
     panels: dict[str, dict[str, plots.Curve]] = {}
     for name in run.trainings:
-        if name == "mini" or name.startswith("plus-"):
+        if name in ("mini", "pretraining") or name.startswith("plus-"):
             continue
         method = SINGLE if name.startswith("stl-") else FINAL_TRAININGS.get(name, name)
         points: dict[str, list[tuple[float, float]]] = {}

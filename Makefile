@@ -9,20 +9,24 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 demo: $(VENV)/.installed
 	$(BIN)/cotbal demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.developed
 	$(BIN)/python -m pytest
 
-install: $(VENV)/.installed
+install: $(VENV)/.developed
 
 # torch comes first and alone: deepspeed's build imports it, and nothing later may pick another one.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt requirements-demo.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools
-	$(PIP) -e ".[trainer,dev]"
+	$(PIP) -e ".[trainer]"
 	$(PIP) --no-deps -r requirements-demo.txt
 	touch $@
 
-lint: $(VENV)/.installed
+$(VENV)/.developed: $(VENV)/.installed
+	$(PIP) -e ".[trainer,dev]"
+	touch $@
+
+lint: $(VENV)/.developed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -343,5 +343,5 @@ def _last_step(log: Path) -> tuple[int, int]:
     try:
         line = json.loads(log.read_text().splitlines()[-1])
     except (FileNotFoundError, IndexError, json.JSONDecodeError):
-        return 0, 1
+        return 0, 0
     return line["step"], line["steps"]

@@ -36,7 +36,9 @@ class Progress:
             self.say(f"{name} ...")
 
     def update(self, name: str, done: int, total: int, unit: str) -> None:
-        """`done` of `total` units of a stage."""
+        """`done` of `total` units of a stage; a `total` of 0 is not known yet and shows nothing."""
+        if not total:
+            return
         with self._lock:
             if self._tty:
                 bar = self._bars.get(name)

@@ -6,7 +6,7 @@ Runs on the saved model folder without DeepSpeed, so that one process is enough 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,6 @@ def predict(
     task: Task,
     records: Sequence[Record],
     batch_size: int,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """Greedy answers to the last question of every record, in record order.
 
@@ -113,7 +112,6 @@ def predict(
         chosen = order[start : start + batch_size]
         texts = _generate(model, encoder, [prompts[index] for index in chosen], task.config.max_new_tokens)
         answers.update(zip(chosen, texts, strict=True))
-        progress(len(answers))
     return [
         {
             "id": record.id,

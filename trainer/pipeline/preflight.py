@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +42,7 @@ def check_records(config: TaskConfig) -> tuple[Task, int]:
     return task, check_images(task)
 
 
-def check_tokens(
-    task: Task, encoder: ConversationEncoder, report: Callable[[], None] = lambda: None
-) -> tuple[int, int, int]:
+def check_tokens(task: Task, encoder: ConversationEncoder) -> tuple[int, int, int]:
     """Encodes every training record; returns supervised tokens, all tokens and how many records were cut.
 
     Raises:
@@ -60,7 +57,6 @@ def check_tokens(
         supervised += encoded.supervised
         total += len(encoded.input_ids)
         cut += encoded.truncated
-        report()
     return supervised, total, cut
 
 

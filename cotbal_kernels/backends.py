@@ -1,85 +1,13 @@
-"""What a backend is, and the registry through which the ops find one by name when they run."""
-
-# Shapes: M flattened positions, D hidden width, V vocabulary, K tasks.
-
-from collections.abc import Sequence
-from typing import Protocol
-
-import torch
-from torch import Tensor
+"""The registry through which the ops find a backend by name when they run, and the choice of "auto"."""
 
 from . import portable
-from .portable import LinearOutput, TokenLoss
-
-Need = Sequence[bool]  # gradients wanted of (hidden, weight, bias)
-Spec = Sequence[float]  # the fields of TokenLoss
-
-
-class Backend(Protocol):
-    """What a backend provides; :mod:`cotbal_kernels.portable` documents each function."""
-
-    def prepare_targets(
-        self,
-        labels_M: Tensor,
-        task_ids_M: Tensor,
-        task_weights_K: Tensor,
-        vocab_size: int,
-        ignore_index: int,
-        skip_zero: bool,
-        check: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-
-    def linear_forward(
-        self,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
-        tasks_M: Tensor,
-        scale_K: Tensor,
-        need: Need,
-        spec: TokenLoss,
-        chunk_size: int,
-    ) -> LinearOutput: ...
-
-    def linear_rows_forward(
-        self,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
-        spec: TokenLoss,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def linear_rows_backward(
-        self,
-        grad_M: Tensor,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
-        need: Need,
-        spec: TokenLoss,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def logits_rows_forward(
-        self, logits_MV: Tensor, targets_M: Tensor, spec: TokenLoss, chunk_size: int
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def logits_rows_backward(
-        self, grad_M: Tensor, logits_MV: Tensor, targets_M: Tensor, spec: TokenLoss, chunk_size: int
-    ) -> Tensor: ...
-
-    def scale_gradient(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor: ...
-
+from .interface import Backend
 
 BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(name: str, backend: Backend) -> None:
-    """Make ``backend="name"`` available to the public functions; a module with those functions will do."""
+    """Make ``backend="name"`` available to the public functions."""
     BACKENDS[name] = backend
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import ops, validation
 from .backends import resolve_backend
 from .functional import flatten_targets, task_normalizer
+from .interface import Targets
 
 _ANY_LABEL = sys.maxsize
 
@@ -61,9 +62,8 @@ def global_task_tokens(
     labels_M = torch.cat([some_labels.to(device) for some_labels, _ in flat])
     task_ids_M = torch.cat([some_ids.to(device) for _, some_ids in flat])
     ones_K = torch.ones(num_tasks, dtype=torch.float32, device=device)
-    _, _, tokens_K, _ = ops.prepare_targets(
-        labels_M, task_ids_M, ones_K, _ANY_LABEL, ignore_index, False, False, resolve_backend("auto")
-    )
+    arguments = (labels_M, task_ids_M, ones_K, _ANY_LABEL, ignore_index, False, False, len(labels_M))
+    tokens_K = Targets(*ops.prepare_targets(*arguments, resolve_backend("auto"))).tokens_K
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tokens_K, group=group)
     return tokens_K

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops, validation
 from .backends import resolve_backend
+from .interface import Targets
 from .per_task import spread_to_tokens, sum_by_task
 from .reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 from .results import TaskLoss
@@ -35,6 +36,9 @@ def linear_task_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     differentiable_tasks: bool = False,
+    recompute: bool = False,
+    grad_weight_out: Tensor | None = None,
+    max_tokens: int | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
     check: bool = False,
@@ -62,8 +66,17 @@ def linear_task_cross_entropy(
         label_smoothing: share of the target spread evenly over the vocabulary, as in ``F.cross_entropy``.
         z_loss: adds ``z_loss * lse^2`` to each token's loss (PaLM, section 5).
         differentiable_tasks: make ``task_loss`` differentiable too; backward then recomputes the logits (4F).
-        backend: "auto", "portable", or "reference" (float64, returns float64, no performance).
-        chunk_size: rows per chunk of the portable backend; None bounds its logits by 128 MiB.
+        recompute: take the gradients in the backward pass, from logits computed again (4F), instead of in the
+            forward pass (3F): nothing as large as ``weight`` waits in between.
+        grad_weight_out: ``[V, D]`` float32 or dtype of ``weight``: the backward pass adds the gradient of the
+            weight to it, in float32 and with one rounding, and ``weight.grad`` stays as it is (trainers with
+            main gradients). Implies ``recompute``. Eager mode only.
+        max_tokens: an upper bound of the computed positions that the caller knows, say from the labels before
+            they went to the GPU. Backends that cannot read the count on the device then do no work beyond it.
+            With more positions than that the loss is NaN, or an error where values are checked.
+        backend: "auto", "triton", "cuda", "portable", or "reference" (float64, returns float64, no
+            performance); COTBAL_BACKEND takes the place of "auto".
+        chunk_size: rows of logits that the workspace can hold; None: as many as fit its default bound.
         check: raise on bad labels, task ids or weights on a GPU too, which synchronises; so does
         COTBAL_CHECK=1.
 
@@ -91,6 +104,8 @@ def linear_task_cross_entropy(
     )
     hidden, weight, bias = _autocast(hidden, weight, bias)
     validation.check_head(hidden, weight, bias)
+    validation.check_gradient_buffer(grad_weight_out, weight)
+    validation.check_max_tokens(max_tokens)
     if backend == "reference":
         return reference_linear_task_cross_entropy(
             hidden,
@@ -108,7 +123,7 @@ def linear_task_cross_entropy(
             z_loss=z_loss,
         )
     backend = resolve_backend(backend)
-    targets_M, tasks_M, tokens_K, poison = _prepare(
+    targets = _prepare(
         labels,
         task_ids,
         task_weights,
@@ -117,29 +132,41 @@ def linear_task_cross_entropy(
         shift,
         differentiable_tasks,
         check,
+        max_tokens,
         backend,
     )
     hidden_MD = hidden.reshape(-1, hidden.shape[-1])
     spec = (logit_softcap or 0.0, label_smoothing, z_loss)
     where = (chunk_size or 0, backend)
-    if aggregation == "none" or differentiable_tasks:
-        rows = ops.linear_task_ce_rows(hidden_MD, weight, bias, targets_M, spec, *where)
+    if aggregation == "none" or differentiable_tasks or recompute or grad_weight_out is not None:
+        rows = ops.linear_task_ce_rows(
+            hidden_MD, weight, bias, targets.targets_M, targets.rows_N, targets.num_rows, grad_weight_out, spec, *where
+        )
         return _aggregate_rows(
             rows,
-            tasks_M,
-            tokens_K,
-            task_weights + poison,
+            targets,
+            task_weights,
             normalizer,
             aggregation,
             labels.shape,
             differentiable_tasks,
         )
-    scale_K = _task_scale(task_weights + poison, tokens_K, normalizer, aggregation)
+    scale_K = _task_scale(task_weights + targets.poison, targets.tokens_K, normalizer, aggregation)
     needs = (_needs_grad(hidden), _needs_grad(weight), bias is not None and _needs_grad(bias))
     loss, task_loss_K, task_correct_K, lse_M, *_ = ops.linear_task_ce(
-        hidden_MD, weight, bias, targets_M, tasks_M, scale_K, needs, spec, *where
+        hidden_MD,
+        weight,
+        bias,
+        targets.targets_M,
+        targets.tasks_M,
+        targets.rows_N,
+        targets.num_rows,
+        scale_K,
+        needs,
+        spec,
+        *where,
     )
-    return TaskLoss(loss, task_loss_K, tokens_K, task_correct_K, lse_M.reshape(labels.shape))
+    return TaskLoss(loss, task_loss_K, targets.tokens_K, task_correct_K, lse_M.reshape(labels.shape))
 
 
 def task_cross_entropy(
@@ -196,21 +223,20 @@ def task_cross_entropy(
         )
     backend = resolve_backend(backend)
     vocab_size = logits.shape[-1]
-    targets_M, tasks_M, tokens_K, poison = _prepare(
-        labels, task_ids, task_weights, vocab_size, ignore_index, shift, differentiable_tasks, check, backend
+    targets = _prepare(
+        labels, task_ids, task_weights, vocab_size, ignore_index, shift, differentiable_tasks, check, None, backend
     )
     rows = ops.task_ce_rows(
         logits.reshape(-1, vocab_size),
-        targets_M,
+        targets.targets_M,
         (logit_softcap or 0.0, label_smoothing, z_loss),
         chunk_size or 0,
         backend,
     )
     return _aggregate_rows(
         rows,
-        tasks_M,
-        tokens_K,
-        task_weights + poison,
+        targets,
+        task_weights,
         normalizer,
         aggregation,
         labels.shape,
@@ -269,8 +295,7 @@ def _divide_or_zero(numerator: Tensor, denominator: Tensor | float) -> Tensor:
 
 def _aggregate_rows(
     rows: tuple[Tensor, Tensor, Tensor],
-    tasks_M: Tensor,
-    tokens_K: Tensor,
+    targets: Targets,
     task_weights_K: Tensor,
     normalizer: Tensor | float | None,
     aggregation: str,
@@ -278,8 +303,9 @@ def _aggregate_rows(
     differentiable_tasks: bool,
 ) -> TaskLoss:
     """The same result from the loss of every row, for plain autograd to differentiate."""
-    loss_M, hit_M, lse_M = rows
-    num_tasks = task_weights_K.shape[0]
+    loss_M, hit_M, stats_2M = rows
+    tasks_M, tokens_K, num_tasks = targets.tasks_M, targets.tokens_K, task_weights_K.shape[0]
+    task_weights_K = task_weights_K + targets.poison
     task_loss_K = sum_by_task(loss_M, tasks_M, num_tasks)
     if aggregation == "none":
         scale_K = task_weights_K if normalizer is None else _divide_or_zero(task_weights_K, normalizer)
@@ -289,7 +315,7 @@ def _aggregate_rows(
     if not differentiable_tasks:
         task_loss_K = task_loss_K.detach()
     task_correct_K = torch.zeros_like(tokens_K).scatter_add_(0, tasks_M, hit_M)
-    return TaskLoss(loss, task_loss_K, tokens_K, task_correct_K, lse_M.reshape(shape))
+    return TaskLoss(loss, task_loss_K, tokens_K, task_correct_K, stats_2M.sum(0).reshape(shape))
 
 
 def _prepare(
@@ -301,13 +327,17 @@ def _prepare(
     shift: bool,
     differentiable_tasks: bool,
     check: bool,
+    max_tokens: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Targets:
     labels_M, task_ids_M = flatten_targets(labels, task_ids, ignore_index, shift)
     # A task of weight 0 still has a loss, which is its derivative with respect to that weight.
     skip_zero = not (differentiable_tasks or _needs_grad(task_weights))
-    return ops.prepare_targets(
-        labels_M, task_ids_M, task_weights.detach(), vocab_size, ignore_index, skip_zero, check, backend
+    capacity = labels_M.shape[0] if max_tokens is None else min(max_tokens, labels_M.shape[0])
+    return Targets(
+        *ops.prepare_targets(
+            labels_M, task_ids_M, task_weights.detach(), vocab_size, ignore_index, skip_zero, check, capacity, backend
+        )
     )
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import BACKENDS, Need, Spec
-from .portable import TokenLoss, compute_dtype, saved_grad_dtype
+from .backends import BACKENDS
+from .interface import Need, Spec, TokenLoss, compute_dtype, saved_grad_dtypes
 
 
 def _refuse_double_backward(op: str) -> None:
@@ -32,7 +32,7 @@ def _refuse_double_backward(op: str) -> None:
     "cotbal::prepare_targets",
     mutates_args=(),
     schema="(Tensor labels_M, Tensor task_ids_M, Tensor task_weights_K, SymInt vocab_size, int ignore_index, "
-    "bool skip_zero, bool check, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool skip_zero, bool check, SymInt capacity, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def prepare_targets(
     labels_M: Tensor,
@@ -42,11 +42,14 @@ def prepare_targets(
     ignore_index: int,
     skip_zero: bool,
     check: bool,
+    capacity: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return int64 targets_M (-1: not computed), tasks_M and tokens_K, and the float32 poison scalar."""
-    return BACKENDS[backend].prepare_targets(
-        labels_M, task_ids_M, task_weights_K, vocab_size, ignore_index, skip_zero, check
+) -> tuple[Tensor, ...]:
+    """Return the fields of :class:`~cotbal_kernels.interface.Targets`."""
+    return tuple(
+        BACKENDS[backend].prepare_targets(
+            labels_M, task_ids_M, task_weights_K, vocab_size, ignore_index, skip_zero, check, capacity
+        )
     )
 
 
@@ -59,11 +62,19 @@ def _(
     ignore_index: int,
     skip_zero: bool,
     check: bool,
+    capacity: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    targets_M = labels_M.new_empty(labels_M.shape)
+) -> tuple[Tensor, ...]:
+    targets_M, tasks_M = (labels_M.new_empty(labels_M.shape) for _ in range(2))
     tokens_K = labels_M.new_empty(task_weights_K.shape)
-    return targets_M, targets_M.clone(), tokens_K, task_weights_K.new_empty(())
+    return (
+        targets_M,
+        tasks_M,
+        tokens_K,
+        task_weights_K.new_empty(()),
+        labels_M.new_empty(capacity),
+        tokens_K.new_empty(1),
+    )
 
 
 # --- loss of a linear head, gradients in forward ----------------------------------------------------------
@@ -73,7 +84,7 @@ def _(
     "cotbal::linear_task_ce",
     mutates_args=(),
     schema="(Tensor hidden_MD, Tensor weight_VD, Tensor? bias_V, Tensor targets_M, Tensor tasks_M, "
-    "Tensor scale_K, bool[] need, float[] spec, int chunk_size, str backend) "
+    "Tensor rows_N, Tensor num_rows, Tensor scale_K, bool[] need, float[] spec, int chunk_size, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_task_ce(
@@ -82,6 +93,8 @@ def linear_task_ce(
     bias_V: Tensor | None,
     targets_M: Tensor,
     tasks_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
     scale_K: Tensor,
     need: Need,
     spec: Spec,
@@ -92,7 +105,17 @@ def linear_task_ce(
     with torch.autocast(hidden_MD.device.type, enabled=False):
         return tuple(
             BACKENDS[backend].linear_forward(
-                hidden_MD, weight_VD, bias_V, targets_M, tasks_M, scale_K, need, TokenLoss(*spec), chunk_size
+                hidden_MD,
+                weight_VD,
+                bias_V,
+                targets_M,
+                tasks_M,
+                rows_N,
+                num_rows,
+                scale_K,
+                need,
+                TokenLoss(*spec),
+                chunk_size,
             )
         )
 
@@ -104,21 +127,23 @@ def _(
     bias_V: Tensor | None,
     targets_M: Tensor,
     tasks_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
     scale_K: Tensor,
     need: Need,
     spec: Spec,
     chunk_size: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    wide, saved = compute_dtype(hidden_MD.dtype), saved_grad_dtype(hidden_MD.dtype)
+    wide, saved = compute_dtype(hidden_MD.dtype), saved_grad_dtypes(hidden_MD.dtype)
     return (
         scale_K.new_empty((), dtype=wide),
         scale_K.new_empty(scale_K.shape, dtype=wide),
         scale_K.new_empty(scale_K.shape, dtype=torch.int64),
         hidden_MD.new_empty(targets_M.shape, dtype=wide),
-        hidden_MD.new_empty(hidden_MD.shape if need[0] else (0,), dtype=saved),
-        weight_VD.new_empty(weight_VD.shape if need[1] else (0,), dtype=saved),
-        weight_VD.new_empty(weight_VD.shape[:1] if need[2] else (0,), dtype=saved),
+        hidden_MD.new_empty(hidden_MD.shape if need[0] else (0,), dtype=saved[0]),
+        weight_VD.new_empty(weight_VD.shape if need[1] else (0,), dtype=saved[1]),
+        weight_VD.new_empty(weight_VD.shape[:1] if need[2] else (0,), dtype=saved[2]),
     )
 
 
@@ -127,13 +152,13 @@ def _linear_task_ce_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as dW for the unused output dW
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(task_loss_K, *gradients)
-    ctx.need, ctx.backend = inputs[6], inputs[9]
+    ctx.need, ctx.backend = inputs[8], inputs[11]
     ctx.dtype = inputs[0].dtype
 
 
 def _linear_task_ce_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:
-        return (None,) * 10
+        return (None,) * 12
     _refuse_double_backward("cotbal::linear_task_ce")
     task_loss_K, *gradients = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] and need for i, need in enumerate(ctx.need)]
@@ -142,8 +167,8 @@ def _linear_task_ce_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tup
         for saved, want in zip(gradients, wanted, strict=True)
     )
     # scale_K is float32 also in a float64 gradient check
-    grad_scale = (grad_loss * task_loss_K).to(torch.float32) if ctx.needs_input_grad[5] else None
-    return grad_hidden, grad_weight, grad_bias, None, None, grad_scale, *(None,) * 4
+    grad_scale = (grad_loss * task_loss_K).to(torch.float32) if ctx.needs_input_grad[7] else None
+    return grad_hidden, grad_weight, grad_bias, *(None,) * 4, grad_scale, *(None,) * 4
 
 
 linear_task_ce.register_autograd(_linear_task_ce_backward, setup_context=_linear_task_ce_setup)
@@ -170,22 +195,28 @@ def _(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
 @torch.library.custom_op(
     "cotbal::linear_task_ce_rows",
     mutates_args=(),
-    schema="(Tensor hidden_MD, Tensor weight_VD, Tensor? bias_V, Tensor targets_M, float[] spec, "
-    "int chunk_size, str backend) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor hidden_MD, Tensor weight_VD, Tensor? bias_V, Tensor targets_M, Tensor rows_N, Tensor num_rows, "
+    "Tensor? grad_weight_out, float[] spec, int chunk_size, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def linear_task_ce_rows(
     hidden_MD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
     targets_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
+    grad_weight_out: Tensor | None,
     spec: Spec,
     chunk_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss_M (differentiable for any upstream gradient), hit_M int64 and lse_M."""
+    """Return loss_M (differentiable for any upstream gradient), hit_M int64 and stats_2M (see the backends).
+
+    The backward pass adds the gradient of the weight to ``grad_weight_out`` if that is given.
+    """
     with torch.autocast(hidden_MD.device.type, enabled=False):
         return BACKENDS[backend].linear_rows_forward(
-            hidden_MD, weight_VD, bias_V, targets_M, TokenLoss(*spec), chunk_size
+            hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, TokenLoss(*spec), chunk_size
         )
 
 
@@ -195,6 +226,9 @@ def _(
     weight_VD: Tensor,
     bias_V: Tensor | None,
     targets_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
+    grad_weight_out: Tensor | None,
     spec: Spec,
     chunk_size: int,
     backend: str,
@@ -204,15 +238,16 @@ def _(
 
 def _fake_rows(scores: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = compute_dtype(scores.dtype)
-    loss_M, lse_M = (scores.new_empty(targets_M.shape, dtype=wide) for _ in range(2))
-    return loss_M, targets_M.new_empty(targets_M.shape), lse_M
+    loss_M = scores.new_empty(targets_M.shape, dtype=wide)
+    return loss_M, targets_M.new_empty(targets_M.shape), scores.new_empty((2, *targets_M.shape), dtype=wide)
 
 
 @torch.library.custom_op(
     "cotbal::linear_task_ce_rows_backward",
-    mutates_args=(),
-    schema="(Tensor grad_M, Tensor hidden_MD, Tensor weight_VD, Tensor? bias_V, Tensor targets_M, "
-    "bool[] need, float[] spec, int chunk_size, str backend) -> (Tensor, Tensor, Tensor)",
+    mutates_args=("grad_weight_out",),
+    schema="(Tensor grad_M, Tensor hidden_MD, Tensor weight_VD, Tensor? bias_V, Tensor targets_M, Tensor rows_N, "
+    "Tensor num_rows, Tensor stats_2M, Tensor(a!)? grad_weight_out, bool[] need, float[] spec, int chunk_size, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
 )
 def linear_task_ce_rows_backward(
     grad_M: Tensor,
@@ -220,15 +255,30 @@ def linear_task_ce_rows_backward(
     weight_VD: Tensor,
     bias_V: Tensor | None,
     targets_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
+    stats_2M: Tensor,
+    grad_weight_out: Tensor | None,
     need: Need,
     spec: Spec,
     chunk_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dX, dW, db, empty where not needed."""
+    """Return dX, dW, db, empty where not needed; dW is empty too where it went into ``grad_weight_out``."""
     with torch.autocast(hidden_MD.device.type, enabled=False):
         return BACKENDS[backend].linear_rows_backward(
-            grad_M, hidden_MD, weight_VD, bias_V, targets_M, need, TokenLoss(*spec), chunk_size
+            grad_M,
+            hidden_MD,
+            weight_VD,
+            bias_V,
+            targets_M,
+            rows_N,
+            num_rows,
+            stats_2M,
+            grad_weight_out,
+            need,
+            TokenLoss(*spec),
+            chunk_size,
         )
 
 
@@ -239,6 +289,10 @@ def _(
     weight_VD: Tensor,
     bias_V: Tensor | None,
     targets_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
+    stats_2M: Tensor,
+    grad_weight_out: Tensor | None,
     need: Need,
     spec: Spec,
     chunk_size: int,
@@ -246,7 +300,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden_MD.new_empty(hidden_MD.shape if need[0] else (0,)),
-        weight_VD.new_empty(weight_VD.shape if need[1] else (0,)),
+        weight_VD.new_empty(weight_VD.shape if need[1] and grad_weight_out is None else (0,)),
         weight_VD.new_empty(weight_VD.shape[:1] if need[2] else (0,)),
     )
 
@@ -254,18 +308,19 @@ def _(
 def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
+    ctx.save_for_backward(*inputs[:6], output[2])
+    ctx.grad_weight_out, *ctx.options = inputs[6:]  # not saved: it is meant to change before the backward pass
 
 
 def _linear_rows_backward(ctx: Any, grad_M: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_M is None:
-        return (None,) * 7
+        return (None,) * 10
     _refuse_double_backward("cotbal::linear_task_ce_rows")
     need = list(ctx.needs_input_grad[:3])
-    gradients = linear_task_ce_rows_backward(grad_M, *ctx.saved_tensors, need, *ctx.options)
+    gradients = linear_task_ce_rows_backward(grad_M, *ctx.saved_tensors, ctx.grad_weight_out, need, *ctx.options)
+    need[1] = need[1] and ctx.grad_weight_out is None
     wanted = (gradient if want else None for gradient, want in zip(gradients, need, strict=True))
-    return *wanted, *(None,) * 4
+    return *wanted, *(None,) * 7
 
 
 linear_task_ce_rows.register_autograd(_linear_rows_backward, setup_context=_linear_rows_setup)
@@ -287,7 +342,7 @@ def task_ce_rows(
     chunk_size: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss_M (differentiable for any upstream gradient), hit_M int64 and lse_M."""
+    """Return loss_M (differentiable for any upstream gradient), hit_M int64 and stats_2M (see the backends)."""
     return BACKENDS[backend].logits_rows_forward(logits_MV, targets_M, TokenLoss(*spec), chunk_size)
 
 
@@ -305,18 +360,20 @@ def _(
 @torch.library.custom_op(
     "cotbal::task_ce_rows_backward",
     mutates_args=(),
-    schema="(Tensor grad_M, Tensor logits_MV, Tensor targets_M, float[] spec, int chunk_size, str backend) -> Tensor",
+    schema="(Tensor grad_M, Tensor logits_MV, Tensor targets_M, Tensor stats_2M, float[] spec, int chunk_size, "
+    "str backend) -> Tensor",
 )
 def task_ce_rows_backward(
     grad_M: Tensor,
     logits_MV: Tensor,
     targets_M: Tensor,
+    stats_2M: Tensor,
     spec: Spec,
     chunk_size: int,
     backend: str,
 ) -> Tensor:
     """Return the gradient of the logits."""
-    return BACKENDS[backend].logits_rows_backward(grad_M, logits_MV, targets_M, TokenLoss(*spec), chunk_size)
+    return BACKENDS[backend].logits_rows_backward(grad_M, logits_MV, targets_M, stats_2M, TokenLoss(*spec), chunk_size)
 
 
 @task_ce_rows_backward.register_fake
@@ -324,6 +381,7 @@ def _(
     grad_M: Tensor,
     logits_MV: Tensor,
     targets_M: Tensor,
+    stats_2M: Tensor,
     spec: Spec,
     chunk_size: int,
     backend: str,
@@ -334,7 +392,7 @@ def _(
 def _logits_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:2])
+    ctx.save_for_backward(*inputs[:2], output[2])
     ctx.options = inputs[2:]
 
 

@@ -10,70 +10,39 @@ float32 accumulator (an extra V x D in float32 when the weight is 16-bit). float
 float64, which is what gradient checks need. Every reduction has a fixed order: results are bitwise
 reproducible for one ``chunk_size`` and one number of threads.
 
-On a CPU the rows without a target are compacted away before any product. On other devices that would read the
-row count back to the host, so there they are computed and masked.
+The rows without a target are compacted away before any product. How many are left is known to a CPU; elsewhere
+it would have to be read back to the host, so there the capacity (``max_tokens``) is computed, and what lies
+behind the last row is written to a spare one.
 """
 
 # Shapes: M positions, N computed rows, C rows of one chunk, D hidden width, V vocabulary, K tasks,
 # B vocabulary rows of one block.
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .interface import LinearOutput, Need, Targets, TokenLoss, compute_dtype, saved_grad_dtypes
 from .per_task import sum_by_task
-from .validation import check_target_values, checks_requested
+from .validation import check_capacity, check_target_values, checks_requested
 
 # Bound on the float32 logits of one chunk, and on one widened block of the weight.
 WORKSPACE_BYTES = 128 * 2**20
+# Rows whose softmax is taken at once on a CPU, in bytes of float32 logits: they and their probabilities stay in
+# the second-level cache.
+CACHE_BYTES = 2**19
 
 
-class TokenLoss(NamedTuple):
-    """The loss of one token: cross-entropy with options. All zero means plain cross-entropy."""
+class _Rows(NamedTuple):
+    """Loss and statistics of some rows."""
 
-    softcap: float  # z -> softcap * tanh(z / softcap); 0 is none
-    smoothing: float  # share of the target spread evenly over the vocabulary
-    z_loss: float  # coefficient of lse^2
-
-
-class LinearOutput(NamedTuple):
-    """What :func:`linear_forward` returns; a gradient that was not asked for is an empty tensor."""
-
-    loss: Tensor
-    task_loss_K: Tensor
-    task_correct_K: Tensor
-    lse_M: Tensor
-    grad_hidden_MD: Tensor
-    grad_weight_VD: Tensor
-    grad_bias_V: Tensor
-
-
-class _Chunk(NamedTuple):
-    """Softmax of one chunk of rows; ``exp_CV`` is the logits buffer, overwritten."""
-
-    exp_CV: Tensor
-    sum_C: Tensor
-    loss_C: Tensor
-    lse_C: Tensor
-    hit_C: Tensor
-    softcap_slope_CV: Tensor | None
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float64 stays float64, everything else is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def saved_grad_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which gradients taken in the forward pass wait for the backward pass.
-
-    float16 waits in float32: a gradient divided by 1e6 tokens underflows before the loss scale, which only
-    arrives in the backward pass, could lift it.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
+    loss_B: Tensor
+    max_B: Tensor
+    log_sum_B: Tensor
+    hit_B: Tensor
 
 
 def prepare_targets(
@@ -84,66 +53,114 @@ def prepare_targets(
     ignore_index: int,
     skip_zero: bool,
     check: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return targets_M (-1: row not computed), tasks_M (in range), tokens_K and the poison scalar.
+    capacity: int,
+) -> Targets:
+    """Compaction by a running count: static shapes, nothing read back to the host.
 
-    The poison is 0.0, or NaN when a value is out of range and raising would synchronise with the host.
+    On a CPU, or when checks are requested, a value out of range raises instead of poisoning the loss.
     """
     num_tasks = task_weights_K.shape[0]
     supervised_M = labels_M != ignore_index
-    if labels_M.device.type == "cpu" or checks_requested(check):
+    raises = labels_M.device.type == "cpu" or checks_requested(check)
+    if raises:
         check_target_values(labels_M, task_ids_M, task_weights_K, supervised_M, vocab_size)
     tasks_M = task_ids_M.clamp(0, num_tasks - 1)
     targets_M = labels_M.clamp(0, vocab_size - 1)
     right_M = (tasks_M == task_ids_M) & (targets_M == labels_M)
     right_K = torch.isfinite(task_weights_K) & (task_weights_K >= 0)
-    right = (right_M | ~supervised_M).all() & right_K.all()
-    poison = torch.where(right, 0.0, math.nan).to(torch.float32)
     # Integers: a scatter is exact and reproducible here.
     tokens_K = torch.zeros(num_tasks, dtype=torch.int64, device=labels_M.device)
     tokens_K.scatter_add_(0, tasks_M, supervised_M.to(torch.int64))
     computed_M = supervised_M
     if skip_zero:
         computed_M = computed_M & (task_weights_K != 0)[tasks_M]
-    return targets_M.masked_fill(~computed_M, -1), tasks_M, tokens_K, poison
+    rows_N, num_rows = _compact(computed_M, capacity)
+    if raises:
+        check_capacity(num_rows, capacity)
+    right = (right_M | ~supervised_M).all() & right_K.all() & (num_rows <= capacity).all()
+    poison = torch.where(right, 0.0, math.nan).to(torch.float32)
+    return Targets(targets_M.masked_fill(~computed_M, -1), tasks_M, tokens_K, poison, rows_N, num_rows)
 
 
-class _RowResults:
-    """Loss, lse and argmax hit of every row, 0 where a row is not computed."""
+def _compact(computed_M: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Positions of the true entries in order, then M up to the capacity; and their number ``[1]``."""
+    size = computed_M.shape[0]
+    place_M = computed_M.cumsum(0) - 1
+    # Whatever has no place of its own goes to one behind the last, which is cut off.
+    place_M = torch.where(computed_M & (place_M < capacity), place_M, capacity)
+    rows_N = torch.full((capacity + 1,), size, dtype=torch.int64, device=computed_M.device)
+    rows_N.scatter_(0, place_M, torch.arange(size, device=computed_M.device))
+    return rows_N[:-1].clone(), computed_M.sum(0, keepdim=True)
+
+
+class _Results:
+    """Loss, hit and statistics of every position, 0 where a position is not computed."""
 
     def __init__(self, targets_M: Tensor, wide: torch.dtype) -> None:
-        self.loss_M = torch.zeros_like(targets_M, dtype=wide)
-        self.lse_M = torch.zeros_like(targets_M, dtype=wide)
-        self.hit_M = torch.zeros_like(targets_M)
+        size = _with_spare(targets_M)
+        self.loss_M = targets_M.new_zeros(size, dtype=wide)
+        self.hit_M = targets_M.new_zeros(size)
+        self.stats_2M = targets_M.new_zeros((2, size), dtype=wide)
+        self._positions = targets_M.shape[0]
 
-    def put(self, rows_C: Tensor, chunk: _Chunk, computed_C: Tensor) -> None:
-        self.loss_M[rows_C] = chunk.loss_C.masked_fill(~computed_C, 0)
-        self.lse_M[rows_C] = chunk.lse_C.masked_fill(~computed_C, 0)
-        self.hit_M[rows_C] = (chunk.hit_C & computed_C).to(torch.int64)
+    def put(self, rows_B: Tensor, rows: _Rows) -> None:
+        self.loss_M[rows_B] = rows.loss_B
+        self.hit_M[rows_B] = rows.hit_B.to(torch.int64)
+        self.stats_2M[0, rows_B] = rows.max_B
+        self.stats_2M[1, rows_B] = rows.log_sum_B
+
+    def of_positions(self) -> tuple[Tensor, Tensor, Tensor]:
+        end = self._positions
+        return self.loss_M[:end], self.hit_M[:end], self.stats_2M[:, :end].contiguous()
 
 
 class _LinearGradients:
-    """dX, dW and db, accumulated over chunks; one that was not asked for is empty and costs nothing."""
+    """dX, dW and db, accumulated over chunks; one that was not asked for is empty and costs nothing.
 
-    def __init__(self, hidden_MD: Tensor, weight_VD: Tensor, dtype: torch.dtype, need: Sequence[bool]) -> None:
+    ``into`` takes the place of dW: the sum is added to what it holds, in float32, and rounded once.
+    """
+
+    def __init__(
+        self,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        targets_M: Tensor,
+        need: Need,
+        dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+        into: Tensor | None = None,
+    ) -> None:
         wide = compute_dtype(hidden_MD.dtype)
         self.need_hidden, self.need_weight, self.need_bias = need
-        self.dtype = dtype
-        self.weight_VD = weight_VD
-        self.hidden_MD = hidden_MD.new_zeros(hidden_MD.shape if self.need_hidden else (0,), dtype=dtype)
-        self.sum_weight_VD = weight_VD.new_zeros(weight_VD.shape if self.need_weight else (0,), dtype=wide)
+        self.dtypes, self.weight_VD, self.into = dtypes, weight_VD, into
+        size = _with_spare(targets_M)
+        self.positions = hidden_MD.shape[0]
+        self.hidden_MD = hidden_MD.new_zeros((size, hidden_MD.shape[1]) if self.need_hidden else (0,), dtype=dtypes[0])
+        self.sum_weight_VD = into if into is not None and into.dtype == wide else None
         self.sum_bias_V = weight_VD.new_zeros(weight_VD.shape[:1] if self.need_bias else (0,), dtype=wide)
 
     def add(self, rows_C: Tensor, hidden_CD: Tensor, dlogits_CV: Tensor) -> None:
         if self.need_hidden:
-            self.hidden_MD[rows_C] = _product_with_weight(dlogits_CV, self.weight_VD).to(self.dtype)
+            self.hidden_MD[rows_C] = _product_with_weight(dlogits_CV, self.weight_VD).to(self.dtypes[0])
         if self.need_weight:
-            self.sum_weight_VD.addmm_(dlogits_CV.t(), hidden_CD)
+            if self.sum_weight_VD is None:  # cheaper than adding to zeros
+                self.sum_weight_VD = torch.mm(dlogits_CV.t(), hidden_CD)
+            else:
+                self.sum_weight_VD.addmm_(dlogits_CV.t(), hidden_CD)
         if self.need_bias:
             self.sum_bias_V += dlogits_CV.sum(0)
 
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.hidden_MD, self.sum_weight_VD.to(self.dtype), self.sum_bias_V.to(self.dtype)
+        return self.hidden_MD[: self.positions], self._weight(), self.sum_bias_V.to(self.dtypes[2])
+
+    def _weight(self) -> Tensor:
+        total_VD, into = self.sum_weight_VD, self.into
+        if not self.need_weight or into is not None:
+            if into is not None and total_VD is not None and total_VD is not into:
+                into.copy_(into.to(total_VD.dtype) + total_VD)
+            return self.weight_VD.new_zeros(0, dtype=self.dtypes[1])
+        if total_VD is None:  # no row at all
+            return torch.zeros_like(self.weight_VD, dtype=self.dtypes[1])
+        return total_VD.to(self.dtypes[1])
 
 
 def linear_forward(
@@ -152,29 +169,30 @@ def linear_forward(
     bias_V: Tensor | None,
     targets_M: Tensor,
     tasks_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
     scale_K: Tensor,
-    need: Sequence[bool],
+    need: Need,
     spec: TokenLoss,
     chunk_size: int,
 ) -> LinearOutput:
-    """Loss ``sum_k scale_k S_k`` with the gradients of (hidden, weight, bias) that ``need`` asks for.
-
-    Costs 1F for the loss and 1F for each of dX and dW.
-    """
+    """1F for the loss and 1F for each of dX and dW."""
     wide = compute_dtype(hidden_MD.dtype)
-    results = _RowResults(targets_M, wide)
-    gradients = _LinearGradients(hidden_MD, weight_VD, saved_grad_dtype(hidden_MD.dtype), need)
-    for rows_C in _row_chunks(targets_M, weight_VD.shape[0], chunk_size):
-        hidden_CD, targets_C, computed_C = _gather(hidden_MD, targets_M, rows_C, wide)
-        chunk = _softmax(_project(hidden_CD, weight_VD, bias_V), targets_C, spec, need_grad=any(need))
-        results.put(rows_C, chunk, computed_C)
+    results = _Results(targets_M, wide)
+    gradients = _LinearGradients(hidden_MD, weight_VD, targets_M, need, saved_grad_dtypes(hidden_MD.dtype))
+    scale_M = scale_K[tasks_M].to(wide)
+    for rows_C in _row_chunks(rows_N, num_rows, weight_VD.shape[0], chunk_size):
+        hidden_CD = _gather(hidden_MD, rows_C, wide)
+        logits_CV = _project(hidden_CD, weight_VD, bias_V)
+        scale_C = _at(scale_M, rows_C) if any(need) else None
+        _softmax_in_blocks(logits_CV, rows_C, targets_M, scale_C, spec, results)
         if any(need):
-            scale_C = scale_K[tasks_M[rows_C]].to(wide).masked_fill(~computed_C, 0)
-            gradients.add(rows_C, hidden_CD, _dlogits(chunk, targets_C, scale_C, spec))
-    task_loss_K = sum_by_task(results.loss_M, tasks_M, scale_K.shape[0])
-    task_correct_K = torch.zeros_like(scale_K, dtype=torch.int64).scatter_add_(0, tasks_M, results.hit_M)
+            gradients.add(rows_C, hidden_CD, logits_CV)
+    loss_M, hit_M, stats_2M = results.of_positions()
+    task_loss_K = sum_by_task(loss_M, tasks_M, scale_K.shape[0])
+    task_correct_K = torch.zeros_like(scale_K, dtype=torch.int64).scatter_add_(0, tasks_M, hit_M)
     loss = (scale_K * task_loss_K).sum()
-    return LinearOutput(loss, task_loss_K, task_correct_K, results.lse_M, *gradients.rounded())
+    return LinearOutput(loss, task_loss_K, task_correct_K, stats_2M.sum(0), *gradients.rounded())
 
 
 def linear_rows_forward(
@@ -182,17 +200,18 @@ def linear_rows_forward(
     weight_VD: Tensor,
     bias_V: Tensor | None,
     targets_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
     spec: TokenLoss,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, argmax hit (0 or 1) and lse of every row, 0 where not computed: 1F."""
+    """1F."""
     wide = compute_dtype(hidden_MD.dtype)
-    results = _RowResults(targets_M, wide)
-    for rows_C in _row_chunks(targets_M, weight_VD.shape[0], chunk_size):
-        hidden_CD, targets_C, computed_C = _gather(hidden_MD, targets_M, rows_C, wide)
-        chunk = _softmax(_project(hidden_CD, weight_VD, bias_V), targets_C, spec, need_grad=False)
-        results.put(rows_C, chunk, computed_C)
-    return results.loss_M, results.hit_M, results.lse_M
+    results = _Results(targets_M, wide)
+    for rows_C in _row_chunks(rows_N, num_rows, weight_VD.shape[0], chunk_size):
+        logits_CV = _project(_gather(hidden_MD, rows_C, wide), weight_VD, bias_V)
+        _softmax_in_blocks(logits_CV, rows_C, targets_M, None, spec, results)
+    return results.of_positions()
 
 
 def linear_rows_backward(
@@ -201,53 +220,52 @@ def linear_rows_backward(
     weight_VD: Tensor,
     bias_V: Tensor | None,
     targets_M: Tensor,
-    need: Sequence[bool],
+    rows_N: Tensor,
+    num_rows: Tensor,
+    stats_2M: Tensor,
+    grad_weight_out: Tensor | None,
+    need: Need,
     spec: TokenLoss,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for any upstream gradient per row: 1F to compute the logits again, 1F for each of dX and dW.
-
-    The softmax is computed again as well: ``exp(z - lse)`` from a saved lse of 1e4 would be off by 1e-3.
-    """
+    """1F to compute the logits again, 1F for each of dX and dW."""
     wide = compute_dtype(hidden_MD.dtype)
-    gradients = _LinearGradients(hidden_MD, weight_VD, hidden_MD.dtype, need)
-    for rows_C in _row_chunks(targets_M, weight_VD.shape[0], chunk_size):
-        hidden_CD, targets_C, computed_C = _gather(hidden_MD, targets_M, rows_C, wide)
-        chunk = _softmax(_project(hidden_CD, weight_VD, bias_V), targets_C, spec, need_grad=True)
-        scale_C = grad_M[rows_C].to(wide).masked_fill(~computed_C, 0)
-        gradients.add(rows_C, hidden_CD, _dlogits(chunk, targets_C, scale_C, spec))
+    dtypes = (hidden_MD.dtype,) * 3
+    gradients = _LinearGradients(hidden_MD, weight_VD, targets_M, need, dtypes, grad_weight_out)
+    for rows_C in _row_chunks(rows_N, num_rows, weight_VD.shape[0], chunk_size):
+        hidden_CD = _gather(hidden_MD, rows_C, wide)
+        logits_CV = _project(hidden_CD, weight_VD, bias_V)
+        _softmax_in_blocks(logits_CV, rows_C, targets_M, _at(grad_M.to(wide), rows_C), spec)
+        gradients.add(rows_C, hidden_CD, logits_CV)
     return gradients.rounded()
 
 
 def logits_rows_forward(
     logits_MV: Tensor, targets_M: Tensor, spec: TokenLoss, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`linear_rows_forward`, for logits that exist; they are read once and not changed."""
+    """The logits are read once and not changed."""
     wide = compute_dtype(logits_MV.dtype)
-    results = _RowResults(targets_M, wide)
-    for rows_C in _row_chunks(targets_M, logits_MV.shape[1], chunk_size):
-        logits_CV, targets_C, computed_C = _gather(logits_MV, targets_M, rows_C, wide)
-        results.put(rows_C, _softmax(logits_CV, targets_C, spec, need_grad=False), computed_C)
-    return results.loss_M, results.hit_M, results.lse_M
+    results = _Results(targets_M, wide)
+    for rows_C in _row_chunks(*_all_rows(targets_M), logits_MV.shape[1], chunk_size):
+        _softmax_in_blocks(_gather(logits_MV, rows_C, wide), rows_C, targets_M, None, spec, results)
+    return results.of_positions()
 
 
 def logits_rows_backward(
-    grad_M: Tensor, logits_MV: Tensor, targets_M: Tensor, spec: TokenLoss, chunk_size: int
+    grad_M: Tensor, logits_MV: Tensor, targets_M: Tensor, stats_2M: Tensor, spec: TokenLoss, chunk_size: int
 ) -> Tensor:
-    """Gradient of the logits, rounded once to their dtype; zero rows where not computed."""
+    """The logits are read again."""
     wide = compute_dtype(logits_MV.dtype)
-    grad_logits_MV = logits_MV.new_zeros(logits_MV.shape)
-    for rows_C in _row_chunks(targets_M, logits_MV.shape[1], chunk_size):
-        logits_CV, targets_C, computed_C = _gather(logits_MV, targets_M, rows_C, wide)
-        chunk = _softmax(logits_CV, targets_C, spec, need_grad=True)
-        scale_C = grad_M[rows_C].to(wide).masked_fill(~computed_C, 0)
-        grad_logits_MV[rows_C] = _dlogits(chunk, targets_C, scale_C, spec).to(logits_MV.dtype)
-    return grad_logits_MV
+    grad_logits_MV = logits_MV.new_zeros((_with_spare(targets_M), logits_MV.shape[1]))
+    for rows_C in _row_chunks(*_all_rows(targets_M), logits_MV.shape[1], chunk_size):
+        logits_CV = _gather(logits_MV, rows_C, wide)
+        _softmax_in_blocks(logits_CV, rows_C, targets_M, _at(grad_M.to(wide), rows_C), spec)
+        grad_logits_MV[rows_C] = logits_CV.to(logits_MV.dtype)
+    return grad_logits_MV[: targets_M.shape[0]]
 
 
 def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``grad * factor`` in ``dtype``, out of place, so that a second backward finds ``grad``
-    unchanged.
+    """Out of place, so that a second backward finds ``grad`` unchanged.
 
     The product is float32 on every device, whatever type promotion does with a 0-dimensional factor. Blocks of
     rows keep the widened copy within the workspace.
@@ -259,29 +277,41 @@ def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _row_chunks(targets_M: Tensor, vocab_size: int, chunk_size: int) -> Iterator[Tensor]:
-    """Yield int64 row indices, at most C at a time: those with a target on a CPU, all of them elsewhere."""
-    if targets_M.device.type == "cpu":
-        rows_N = (targets_M >= 0).nonzero().squeeze(1)
-    else:
-        rows_N = torch.arange(targets_M.shape[0], device=targets_M.device)
+def _with_spare(targets_M: Tensor) -> int:
+    """Positions, and one more to write to for the rows that are none where their number is not known here."""
+    return targets_M.shape[0] + (targets_M.device.type != "cpu")
+
+
+def _all_rows(targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    return _compact(targets_M >= 0, targets_M.shape[0])
+
+
+def _row_chunks(rows_N: Tensor, num_rows: Tensor, vocab_size: int, chunk_size: int) -> Iterator[Tensor]:
+    """Yield at most C row indices at a time: those that exist on a CPU, up to the capacity elsewhere."""
+    if rows_N.device.type == "cpu":
+        rows_N = rows_N[: int(num_rows)]
     size = chunk_size or max(1, WORKSPACE_BYTES // (4 * vocab_size))
     for start in range(0, rows_N.shape[0], size):
         yield rows_N[start : start + size]
 
 
-def _gather(source_MX: Tensor, targets_M: Tensor, rows_C: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a chunk in float32 (a copy), their targets (in range) and whether each is really computed."""
-    targets_C = targets_M[rows_C]
-    computed_C = targets_C >= 0
-    # A masked row may hold anything, NaN included: zero it before it meets a factor of zero.
-    source_CX = source_MX[rows_C].to(wide).masked_fill_(~computed_C[:, None], 0)
-    return source_CX, targets_C.clamp(min=0), computed_C
+def _gather(source_MX: Tensor, rows_C: Tensor, wide: torch.dtype) -> Tensor:
+    """Rows of a chunk in float32, a copy; zeros behind the last one, where a NaN would survive a factor of 0."""
+    if source_MX.device.type == "cpu":
+        return source_MX[rows_C].to(wide)
+    last = source_MX.shape[0] - 1
+    return source_MX[rows_C.clamp(max=last)].to(wide).masked_fill_((rows_C > last)[:, None], 0)
 
 
-def _blocks(size: int, row_numel: int) -> Iterator[tuple[int, int]]:
-    """Split ``size`` rows so that one block of them in float32 fits the workspace."""
-    step = max(1, WORKSPACE_BYTES // (4 * max(1, row_numel)))
+def _at(values_M: Tensor, rows_C: Tensor) -> Tensor:
+    """Values of the rows, 0 behind the last one."""
+    last = values_M.shape[0] - 1
+    return values_M[rows_C.clamp(max=last)].masked_fill(rows_C > last, 0)
+
+
+def _blocks(size: int, row_numel: int, limit: int = WORKSPACE_BYTES) -> Iterator[tuple[int, int]]:
+    """Split ``size`` rows so that one block of them in float32 fits ``limit`` bytes."""
+    step = max(1, limit // (4 * max(1, row_numel)))
     for start in range(0, size, step):
         yield start, min(start + step, size)
 
@@ -303,45 +333,63 @@ def _product_with_weight(dlogits_CV: Tensor, weight_VD: Tensor) -> Tensor:
     return grad_CD
 
 
-def _softmax(logits_CV: Tensor, targets_C: Tensor, spec: TokenLoss, *, need_grad: bool) -> _Chunk:
-    """Turn logits into exponentials in place and return the loss of each row.
+def _softmax_in_blocks(
+    logits_CV: Tensor,
+    rows_C: Tensor,
+    targets_M: Tensor,
+    scale_C: Tensor | None,
+    spec: TokenLoss,
+    results: _Results | None = None,
+) -> None:
+    """Put losses and statistics of the rows into ``results``; with a scale turn the logits into its gradient.
 
-    The loss is ``log l - (z - m)``, both small, never ``(m + log l) - z``, where a large offset m eats the
-    digits.
+    On a CPU a few rows at a time, so that their several passes find them in the cache.
     """
-    slope_CV = None
-    if spec.softcap:
-        tanh_CV = logits_CV.div_(spec.softcap).tanh_()
-        if need_grad:
-            slope_CV = 1 - tanh_CV * tanh_CV
-        logits_CV = tanh_CV.mul_(spec.softcap)
-    max_C, argmax_C = logits_CV.max(dim=1)
-    shifted_CV = logits_CV.sub_(max_C[:, None])
-    target_C = shifted_CV.gather(1, targets_C[:, None]).squeeze(1)
-    mean_C = shifted_CV.mean(1) if spec.smoothing else None
-    exp_CV = shifted_CV.exp_()
-    sum_C = exp_CV.sum(1)
-    log_sum_C = sum_C.log()
-    loss_C = log_sum_C - target_C
-    if mean_C is not None:
-        loss_C = (1 - spec.smoothing) * loss_C + spec.smoothing * (log_sum_C - mean_C)
-    lse_C = max_C + log_sum_C
-    if spec.z_loss:
-        loss_C = loss_C + spec.z_loss * lse_C**2
-    return _Chunk(exp_CV, sum_C, loss_C, lse_C, argmax_C == targets_C, slope_CV)
+    limit = CACHE_BYTES if logits_CV.device.type == "cpu" else WORKSPACE_BYTES
+    last = targets_M.shape[0] - 1
+    for start, stop in _blocks(logits_CV.shape[0], logits_CV.shape[1], limit):
+        rows_B, logits_BV = rows_C[start:stop], logits_CV[start:stop]
+        targets_B = targets_M[rows_B.clamp(max=last)].clamp(min=0)
+        if spec.softcap:
+            logits_BV.div_(spec.softcap).tanh_().mul_(spec.softcap)
+        probs_BV = torch.softmax(logits_BV, dim=1)
+        rows = _row_losses(logits_BV, probs_BV, targets_B, spec)
+        if results is not None:
+            results.put(rows_B, rows)
+        if scale_C is not None:
+            _logits_to_gradient(logits_BV, probs_BV, targets_B, scale_C[start:stop], rows, spec)
 
 
-def _dlogits(chunk: _Chunk, targets_C: Tensor, scale_C: Tensor, spec: TokenLoss) -> Tensor:
-    """Turn the exponentials into ``scale * d loss / d logits`` in place, all in float32.
-
-    ``p - 1`` at the target is formed here, before any rounding to 16 bits and before the scale.
-    """
-    factor_C = (1 + 2 * spec.z_loss * chunk.lse_C) / chunk.sum_C
-    dlogits_CV = chunk.exp_CV.mul_(factor_C[:, None])
-    hot_C1 = dlogits_CV.new_full((targets_C.shape[0], 1), -(1 - spec.smoothing))
-    dlogits_CV.scatter_add_(1, targets_C[:, None], hot_C1)
+def _row_losses(logits_BV: Tensor, probs_BV: Tensor, targets_B: Tensor, spec: TokenLoss) -> _Rows:
+    """The loss is ``log l - (z - m)``, both small, never ``(m + log l) - z``: a large offset m eats the digits."""
+    max_B, argmax_B = logits_BV.max(dim=1)
+    # The largest probability is exp(0) / l.
+    log_sum_B = -probs_BV.gather(1, argmax_B[:, None]).squeeze(1).log()
+    loss_B = log_sum_B - (logits_BV.gather(1, targets_B[:, None]).squeeze(1) - max_B)
     if spec.smoothing:
-        dlogits_CV.sub_(spec.smoothing / dlogits_CV.shape[1])
-    if chunk.softcap_slope_CV is not None:
-        dlogits_CV.mul_(chunk.softcap_slope_CV)
-    return dlogits_CV.mul_(scale_C[:, None])
+        mean_B = (logits_BV - max_B[:, None]).mean(1)
+        loss_B = (1 - spec.smoothing) * loss_B + spec.smoothing * (log_sum_B - mean_B)
+    if spec.z_loss:
+        loss_B = loss_B + spec.z_loss * (max_B + log_sum_B) ** 2
+    return _Rows(loss_B, max_B, log_sum_B, argmax_B == targets_B)
+
+
+def _logits_to_gradient(
+    logits_BV: Tensor, probs_BV: Tensor, targets_B: Tensor, scale_B: Tensor, rows: _Rows, spec: TokenLoss
+) -> None:
+    """Overwrite the logits with ``scale * d loss / d logits``, all in float32.
+
+    ``p - 1`` at the target is formed before any rounding to 16 bits and before the scale.
+    """
+    factor_B = 1 + 2 * spec.z_loss * (rows.max_B + rows.log_sum_B)
+    even = spec.smoothing / logits_BV.shape[1]
+    probs_B1 = probs_BV.gather(1, targets_B[:, None])
+    target_B1 = (probs_B1 * factor_B[:, None] - (1 - spec.smoothing) - even) * scale_B[:, None]
+    if spec.softcap:
+        slope_BV = 1 - (logits_BV / spec.softcap) ** 2
+    torch.mul(probs_BV, (factor_B * scale_B)[:, None], out=logits_BV)
+    if even:
+        logits_BV.sub_((even * scale_B)[:, None])
+    logits_BV.scatter_(1, targets_B[:, None], target_B1)
+    if spec.softcap:
+        logits_BV.mul_(slope_BV)

@@ -63,6 +63,26 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         _require_device("bias", bias, "hidden", hidden)
 
 
+def check_gradient_buffer(buffer: Tensor | None, weight: Tensor) -> None:
+    """Check ``grad_weight_out``: ``[V, D]`` contiguous, float32 or the dtype of the weight, no gradient of its own."""
+    if buffer is None:
+        return
+    require_tensor("grad_weight_out", buffer)
+    if buffer.shape != weight.shape or not buffer.is_contiguous():
+        raise ValueError(f"grad_weight_out must be contiguous {tuple(weight.shape)}, got {tuple(buffer.shape)}")
+    if buffer.dtype not in (torch.float32, weight.dtype):
+        raise ValueError(f"grad_weight_out must be torch.float32 or {weight.dtype}, got {buffer.dtype}")
+    if buffer.requires_grad:
+        raise ValueError("grad_weight_out must not require grad: it is a buffer that gradients are added to")
+    _require_device("grad_weight_out", buffer, "weight", weight)
+
+
+def check_max_tokens(max_tokens: int | None) -> None:
+    """Check the bound of computed positions."""
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens must be None or a number of positions >= 0, got {max_tokens}")
+
+
 def check_targets(labels: Tensor, task_ids: Tensor, *, leading: torch.Size, like_name: str, like: Tensor) -> None:
     """Check labels ``[...]`` and task ids ``[...]`` or ``[first dimension]``: integers, on one device."""
     require_tensor("labels", labels)
@@ -170,3 +190,11 @@ def check_target_values(
     if bool(wrong_weight.any()):
         task = int(wrong_weight.nonzero()[0])
         raise ValueError(f"task_weights must be finite and >= 0, got {float(task_weights_K[task])} for task {task}")
+
+
+def check_capacity(num_rows: Tensor, capacity: int) -> None:
+    """Raise when there are more rows to compute than ``max_tokens`` allows; synchronises on a GPU."""
+    if int(num_rows) > capacity:
+        raise ValueError(
+            f"max_tokens must be at least the number of supervised tokens, {int(num_rows)}, got {capacity}"
+        )

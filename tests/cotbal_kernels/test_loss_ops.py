@@ -12,37 +12,38 @@ from cotbal_kernels import backends, linear_task_cross_entropy, ops, portable, t
 from cotbal_kernels.reference import reference_linear_task_cross_entropy
 
 
-def flat(p: Problem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden_MD (a leaf), targets_M, tasks_M."""
-    return (
-        p.hidden.detach().flatten(0, 1).requires_grad_(),
-        p.labels.flatten().clamp(min=-1),
-        p.task_ids.flatten(),
+def flat(p: Problem) -> tuple[torch.Tensor, ...]:
+    """hidden_MD (a leaf), targets_M, tasks_M, rows_N and num_rows."""
+    labels_M = p.labels.flatten()
+    ones = torch.ones(len(p.task_weights))
+    prepared = portable.prepare_targets(
+        labels_M, p.task_ids.flatten(), ones, p.weight.shape[0], -100, True, False, len(labels_M)
     )
+    hidden_MD = p.hidden.detach().flatten(0, 1).requires_grad_()
+    return hidden_MD, prepared.targets_M, prepared.tasks_M, prepared.rows_N, prepared.num_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(dtype: torch.dtype) -> None:
     """Schema, fake kernels and autograd registration of every op agree with what it does."""
     p = make_problem((2, 6), D=8, V=11, K=3, dtype=dtype)
-    hidden, targets, tasks = flat(p)
-    grad, scale = torch.rand(12), p.task_weights.detach().clone().requires_grad_()
+    hidden, targets, tasks, *rows = flat(p)
+    grad, stats, scale = torch.rand(12), torch.rand(2, 12), p.task_weights.detach().clone().requires_grad_()
     weight, bias, spec, end = p.weight, p.bias, (0.0, 0.1, 0.01), (5, "portable")
     frozen = weight.detach()
     logits = (hidden @ frozen.t()).detach().requires_grad_()
     labels = p.labels.flatten()
+    backward = (grad, hidden.detach(), frozen, None, targets, *rows, stats)
     samples = [
-        (ops.prepare_targets, (labels, tasks, scale.detach(), 11, -100, True, False, "portable")),
-        (ops.linear_task_ce, (hidden, weight, bias, targets, tasks, scale, (True,) * 3, spec, *end)),
-        (ops.linear_task_ce, (hidden, frozen, None, targets, tasks, scale, (True, False, False), spec, *end)),
+        (ops.prepare_targets, (labels, tasks, scale.detach(), 11, -100, True, False, 12, "portable")),
+        (ops.linear_task_ce, (hidden, weight, bias, targets, tasks, *rows, scale, (True,) * 3, spec, *end)),
+        (ops.linear_task_ce, (hidden, frozen, None, targets, tasks, *rows, scale, (True, False, False), spec, *end)),
         (ops.scale_gradient, (frozen, torch.tensor(3.0), torch.float32, "portable")),
-        (ops.linear_task_ce_rows, (hidden, weight, bias, targets, spec, *end)),
-        (
-            ops.linear_task_ce_rows_backward,
-            (grad, hidden.detach(), frozen, None, targets, (True, False, True), spec, *end),
-        ),
+        (ops.linear_task_ce_rows, (hidden, weight, bias, targets, *rows, None, spec, *end)),
+        (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end)),
+        (ops.linear_task_ce_rows_backward, (*backward, torch.zeros(11, 8), (True,) * 3, spec, *end)),
         (ops.task_ce_rows, (logits, targets, spec, *end)),
-        (ops.task_ce_rows_backward, (grad, logits.detach(), targets, spec, *end)),
+        (ops.task_ce_rows_backward, (grad, logits.detach(), targets, stats, spec, *end)),
     ]
     for op, arguments in samples:
         torch.library.opcheck(op, arguments)

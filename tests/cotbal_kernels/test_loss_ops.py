@@ -181,9 +181,17 @@ def test_no_grad_returns_a_plain_tensor(problem: Problem) -> None:
         assert torch.equal(linear_task_cross_entropy(*problem.tensors).loss, out.loss)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_gpu_backends_say_they_are_not_here(problem: Problem, backend: str) -> None:
-    with pytest.raises(ValueError, match=f"{backend}.*is not part of this build.*'portable'"):
+def test_gpu_backends_say_what_is_missing(problem: Problem, backend: str) -> None:
+    with pytest.raises(ValueError, match=f"{backend}.*cannot run here: .*CUDA"):
         linear_task_cross_entropy(*problem.tensors, backend=backend)
-    with pytest.raises(ValueError, match="backend='magic' does not exist"):
+    with pytest.raises(ValueError, match=r"backend='magic' does not exist; .*'cuda', 'portable', 'triton'"):
         linear_task_cross_entropy(*problem.tensors, backend="magic")
+
+
+def test_environment_takes_the_place_of_auto(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "DEFAULT", "magic")
+    with pytest.raises(ValueError, match="backend='magic' does not exist"):
+        linear_task_cross_entropy(*problem.tensors)
+    linear_task_cross_entropy(*problem.tensors, backend="portable")

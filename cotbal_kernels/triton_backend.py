@@ -1,0 +1,379 @@
+"""The Triton backend: no logits in memory, no host synchronisation, every gradient rounded once.
+
+Gradients in forward (scalar losses). One pass over the vocabulary gives the statistics of every row and leaves
+``exp(z - tile maximum)`` in 16 bits; a second pass turns them into the gradient of the logits in place and takes
+dX and dW, one vocabulary slice at a time, each slice of dW one product over all rows. 3F.
+
+Where the exponentials wait: in the workspace if all of them fit it. If not, in the memory of dW itself. Slice s
+of the exponentials lies where slice s + 1 of dW will be, so that writing a slice of dW only overwrites
+exponentials that were used up by the slice before; the last slice waits in the workspace. So up to D rows (2D
+for float16, whose dW waits in float32) cost 3F whatever the vocabulary, and no buffer as large as V x D or N x V
+exists beside dW. The logits of rows beyond that are computed again slice by slice: up to 4F.
+
+Recomputation (losses per row, differentiable task losses, ``recompute``): only the two statistics of every row
+are kept; the second pass computes all logits again. 4F, or 3F with a frozen head.
+
+Shapes are those of the capacity, row counts are read by the kernels: the launches are the same for any labels,
+which is what CUDA graphs need.
+"""
+
+# Shapes: M positions, N packed rows (the capacity), D hidden width, V vocabulary, T vocabulary tiles, K tasks.
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import portable
+from .interface import LinearOutput, Need, Targets, TokenLoss, saved_grad_dtypes
+from .triton_kernels.compact import compact_kernel
+from .triton_kernels.head import Head, RowResults, Scale, TileStatistics, num_blocks, on_device
+from .triton_kernels.logits import logits_backward_kernel, logits_forward_kernel, scale_kernel
+from .triton_kernels.row_losses import task_sums_kernel
+from .triton_kernels.slices import Slices, plan_slices
+from .validation import check_capacity, check_target_values, checks_requested
+
+
+def unavailable_reason() -> str | None:
+    """Why this backend cannot run here, or None."""
+    if not torch.cuda.is_available():
+        return "it needs a CUDA device (use backend='portable' on a CPU)"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    return None
+
+
+class _Gradients(NamedTuple):
+    """Outputs of the backward pass; None where one is not wanted."""
+
+    hidden_MD: Tensor | None  # float32
+    weight_VD: Tensor | None
+    bias_V: Tensor | None  # float32
+
+    def add(
+        self,
+        head: Head,
+        start: int,
+        slices: Slices,
+        counts: tuple[int, int],
+        views: list[Tensor],
+        again: Tensor,
+        parts: TileStatistics | None,
+        stats_2M: Tensor,
+        scale: Scale,
+        accumulate: bool = False,
+    ) -> None:
+        """Second pass over the rows from ``start``: ``counts`` of them kept, and computed again, slice by slice.
+
+        ``views`` holds the exponentials of the kept rows, ``again`` takes the logits of the others.
+        """
+        kept, rest = (start, counts[0]), (start + counts[0], counts[1])
+        for bounds, view in zip(slices.ranges(), views, strict=True):
+            if counts[0]:
+                assert parts is not None
+                first = slices.first_tile(bounds[0], head.block)
+                head.dlogits(kept, bounds, first, view, parts, stats_2M, scale)
+            if counts[1]:
+                head.recompute(rest, bounds, again, stats_2M, scale)
+            sources = [(window, part) for window, part in ((kept, view), (rest, again)) if window[1]]
+            for window, dlogits in sources:
+                if self.hidden_MD is not None:
+                    head.grad_hidden(window, bounds, dlogits, scale, self.hidden_MD)
+                if self.bias_V is not None:
+                    head.grad_bias(window, bounds, dlogits, scale, self.bias_V)
+            if self.weight_VD is not None:  # last: it may overwrite exponentials that this slice no longer needs
+                head.grad_weight(counts, bounds, (view, again), scale, self.weight_VD, accumulate)
+
+
+def prepare_targets(
+    labels_M: Tensor,
+    task_ids_M: Tensor,
+    task_weights_K: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    skip_zero: bool,
+    check: bool,
+    capacity: int,
+) -> Targets:
+    """One launch."""
+    raises = checks_requested(check)
+    if raises:
+        check_target_values(labels_M, task_ids_M, task_weights_K, labels_M != ignore_index, vocab_size)
+    size, num_tasks = labels_M.shape[0], task_weights_K.shape[0]
+    out = Targets(
+        targets_M=torch.empty_like(labels_M),
+        tasks_M=torch.empty_like(labels_M),
+        tokens_K=labels_M.new_zeros(num_tasks),
+        poison=task_weights_K.new_empty(()),
+        rows_N=labels_M.new_empty(capacity),
+        num_rows=labels_M.new_empty(1),
+    )
+    with on_device(labels_M):
+        compact_kernel[(1,)](
+            labels_M.contiguous(),
+            task_ids_M.contiguous(),
+            task_weights_K,
+            *out,
+            size,
+            num_tasks,
+            vocab_size,
+            ignore_index,
+            capacity,
+            SKIP_ZERO=skip_zero,
+            BLOCK=4096 if labels_M.is_cuda else 32,
+            BLOCK_K=256,
+            num_warps=16,
+        )
+    if raises:
+        check_capacity(out.num_rows, capacity)
+    return out
+
+
+def linear_forward(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_M: Tensor,
+    tasks_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
+    scale_K: Tensor,
+    need: Need,
+    spec: TokenLoss,
+    chunk_size: int,
+) -> LinearOutput:
+    """Gradients in forward: 1F to 4F, see the module."""
+    if hidden_MD.dtype == torch.float64:  # gradient checks: no tile is made for it
+        return portable.linear_forward(
+            hidden_MD, weight_VD, bias_V, targets_M, tasks_M, rows_N, num_rows, scale_K, need, spec, chunk_size
+        )
+    head = Head(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size)
+    dtypes = saved_grad_dtypes(hidden_MD.dtype)
+    rows = RowResults.zeros(targets_M)
+    gradients = _new_gradients(hidden_MD, weight_VD, need, dtypes[1])
+    with on_device(hidden_MD):
+        if not any(need):
+            head.forward((0, head.capacity), rows)
+        else:
+            scale = Scale.of(scale_K[tasks_M])
+            if gradients.weight_VD is None:
+                _windows_of_rows(head, gradients, rows, scale)
+            else:
+                _slices_of_vocabulary(head, gradients, rows, scale)
+        task_loss_K, task_correct_K = _task_sums(rows, tasks_M, scale_K)
+    empty = [hidden_MD.new_empty(0, dtype=dtype) for dtype in dtypes]
+    returned = (full if full is not None else none for full, none in zip(gradients, empty, strict=True))
+    loss = (scale_K * task_loss_K).sum()
+    return LinearOutput(loss, task_loss_K, task_correct_K, rows.stats_2M.sum(0), *returned)
+
+
+def _windows_of_rows(head: Head, gradients: _Gradients, rows: RowResults, scale: Scale) -> None:
+    """Frozen head: as many rows at a time as the workspace holds, with the whole vocabulary: 2F."""
+    count = max(1, min(head.capacity, head.elements // (-(-head.vocab_size // 8) * 8)))
+    slices = plan_slices(count, head.vocab_size, head.tiles.project.cols, 2**62, 0)
+    buffer = head.workspace(count, slices.stride)
+    for start in range(0, head.capacity, count):
+        here = min(count, head.capacity - start)
+        window, views = (start, here), [buffer[:here]]
+        if head.keeps_exponentials:
+            parts = head.exponentials(window, slices, views, rows)
+            counts = (here, 0)
+        else:
+            head.forward(window, rows)
+            parts, counts = None, (0, here)
+        gradients.add(head, start, slices, counts, views, views[0], parts, rows.stats_2M, scale)
+
+
+def _slices_of_vocabulary(head: Head, gradients: _Gradients, rows: RowResults, scale: Scale) -> None:
+    """Exponentials of as many rows as have a place are kept; dW takes a vocabulary slice over all rows at once."""
+    grad_VD = gradients.weight_VD
+    assert grad_VD is not None
+    itemsize = head.packed_ND.element_size()
+    storage = grad_VD.reshape(-1).view(head.packed_ND.dtype)
+    per_row = head.width * (grad_VD.element_size() // itemsize)  # elements of storage in one row of dW
+    slices = head.slices(head.capacity, per_row)
+    kept = slices.kept_rows if head.keeps_exponentials else 0
+    buffer = head.workspace(head.capacity, slices.stride)
+    views = [
+        storage[stop * per_row :][: kept * slices.stride].view(kept, slices.stride) for stop in slices.bounds[1:-1]
+    ]
+    views.append(buffer[:kept])
+    parts = head.exponentials((0, kept), slices, views, rows) if kept else None
+    if kept < head.capacity:
+        head.forward((kept, head.capacity - kept), rows)
+    counts = (kept, head.capacity - kept)
+    gradients.add(head, 0, slices, counts, views, buffer[kept:], parts, rows.stats_2M, scale)
+
+
+def linear_rows_forward(
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
+    spec: TokenLoss,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """1F."""
+    if hidden_MD.dtype == torch.float64:
+        return portable.linear_rows_forward(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size)
+    head = Head(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size)
+    rows = RowResults.zeros(targets_M)
+    with on_device(hidden_MD):
+        head.forward((0, head.capacity), rows)
+    return rows.loss_M.clone(), rows.hit_M, rows.stats_2M.clone()
+
+
+def linear_rows_backward(
+    grad_M: Tensor,
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_M: Tensor,
+    rows_N: Tensor,
+    num_rows: Tensor,
+    stats_2M: Tensor,
+    grad_weight_out: Tensor | None,
+    need: Need,
+    spec: TokenLoss,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """1F to compute the logits again, 1F for each of dX and dW."""
+    if hidden_MD.dtype == torch.float64:
+        return portable.linear_rows_backward(
+            grad_M,
+            hidden_MD,
+            weight_VD,
+            bias_V,
+            targets_M,
+            rows_N,
+            num_rows,
+            stats_2M,
+            grad_weight_out,
+            need,
+            spec,
+            chunk_size,
+        )
+    head = Head(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size)
+    dtype = hidden_MD.dtype
+    gradients = _new_gradients(hidden_MD, weight_VD, need, dtype, grad_weight_out)
+    slices = head.slices(head.capacity, 0)
+    again = head.workspace(head.capacity, slices.stride)
+    views = [again[:0]] * (len(slices.bounds) - 1)
+    counts = (0, head.capacity)
+    accumulate = grad_weight_out is not None
+    with on_device(hidden_MD):
+        scale = Scale.of(grad_M)
+        gradients.add(head, 0, slices, counts, views, again, None, stats_2M, scale, accumulate)
+    grad_VD = None if accumulate else gradients.weight_VD
+    rounded = (gradients.hidden_MD, grad_VD, gradients.bias_V)
+    grad_hidden, grad_weight, grad_bias = (
+        hidden_MD.new_empty(0) if grad is None else grad.to(dtype) for grad in rounded
+    )
+    return grad_hidden, grad_weight, grad_bias
+
+
+def logits_rows_forward(
+    logits_MV: Tensor, targets_M: Tensor, spec: TokenLoss, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every logit read once."""
+    if logits_MV.dtype == torch.float64:
+        return portable.logits_rows_forward(logits_MV, targets_M, spec, chunk_size)
+    logits_MV = logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
+    rows = RowResults.zeros(targets_M)
+    if targets_M.numel():
+        with on_device(logits_MV):
+            logits_forward_kernel[(logits_MV.shape[0],)](
+                logits_MV,
+                targets_M,
+                rows.loss_M,
+                rows.hit_M,
+                *rows.stats_2M,
+                logits_MV.shape[1],
+                logits_MV.stride(0),
+                *spec,
+                HAS_SOFTCAP=spec.softcap > 0,
+                HAS_SMOOTHING=spec.smoothing > 0,
+                BLOCK=_logits_block(logits_MV),
+                num_warps=8,
+            )
+    return rows.loss_M.clone(), rows.hit_M, rows.stats_2M.clone()
+
+
+def logits_rows_backward(
+    grad_M: Tensor, logits_MV: Tensor, targets_M: Tensor, stats_2M: Tensor, spec: TokenLoss, chunk_size: int
+) -> Tensor:
+    """Every logit read once more and its gradient written."""
+    if logits_MV.dtype == torch.float64:
+        return portable.logits_rows_backward(grad_M, logits_MV, targets_M, stats_2M, spec, chunk_size)
+    logits_MV = logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
+    out_MV = logits_MV.new_empty(logits_MV.shape)
+    if targets_M.numel():
+        block = _logits_block(logits_MV)
+        with on_device(logits_MV):
+            logits_backward_kernel[(logits_MV.shape[0], num_blocks(logits_MV.shape[1], block))](
+                logits_MV,
+                out_MV,
+                targets_M,
+                *stats_2M,
+                grad_M.to(torch.float32).contiguous(),
+                logits_MV.shape[1],
+                logits_MV.stride(0),
+                out_MV.stride(0),
+                *spec,
+                HAS_SOFTCAP=spec.softcap > 0,
+                BLOCK=block,
+                num_warps=8,
+            )
+    return out_MV
+
+
+def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """One pass."""
+    if grad.dtype == torch.float64:
+        return portable.scale_gradient(grad, factor, dtype)
+    grad = grad.contiguous()
+    out = torch.empty_like(grad, dtype=dtype)
+    if grad.numel():
+        block = 4096 if grad.is_cuda else 256
+        with on_device(grad):
+            scale_kernel[(num_blocks(grad.numel(), block),)](
+                grad, factor.to(torch.float32), out, grad.numel(), BLOCK=block, num_warps=8
+            )
+    return out
+
+
+def _new_gradients(
+    hidden_MD: Tensor, weight_VD: Tensor, need: Need, weight_dtype: torch.dtype, into: Tensor | None = None
+) -> _Gradients:
+    wide = torch.float32
+    return _Gradients(
+        torch.zeros(hidden_MD.shape, dtype=wide, device=hidden_MD.device) if need[0] else None,
+        (torch.empty(weight_VD.shape, dtype=weight_dtype, device=weight_VD.device) if into is None else into)
+        if need[1]
+        else None,
+        torch.zeros(weight_VD.shape[0], dtype=wide, device=weight_VD.device) if need[2] else None,
+    )
+
+
+def _task_sums(rows: RowResults, tasks_M: Tensor, like_K: Tensor) -> tuple[Tensor, Tensor]:
+    task_loss_K = torch.empty_like(like_K, dtype=torch.float32)
+    task_correct_K = torch.empty_like(like_K, dtype=torch.int64)
+    task_sums_kernel[(like_K.shape[0],)](
+        rows.loss_M,
+        rows.hit_M,
+        tasks_M,
+        task_loss_K,
+        task_correct_K,
+        tasks_M.shape[0],
+        BLOCK=1024 if tasks_M.is_cuda else 16,
+    )
+    return task_loss_K, task_correct_K
+
+
+def _logits_block(logits_MV: Tensor) -> int:
+    limit = 4096 if logits_MV.is_cuda else 32
+    return min(limit, max(16, 2 ** math.ceil(math.log2(logits_MV.shape[1]))))

@@ -1,0 +1,278 @@
+"""Compiles the kernels for GPUs that are not there, and says what they would need.
+
+    python -m cotbal_kernels.triton_kernels.ahead_of_time --capability 80 90 100
+
+prints registers, spills and shared memory of every kernel that a training step launches, with the tiles that the
+backend would choose on such a device. Nothing runs: the backend is called with launches recorded instead of
+executed, so what is compiled is what would be launched.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
+
+CAPABILITIES = (80, 89, 90, 100)  # A100, RTX 4090 / L40, H100 / H200, B200
+_POINTERS = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+SHOWN = ("WRITE", "HAS_BIAS", "HAS_SOFTCAP", "HAS_SMOOTHING", "ACCUMULATE", "USE_TMA")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as the compiler sees it."""
+
+    kernel: JITFunction
+    signature: Mapping[str, str]  # type of every run-time argument
+    constexprs: Mapping[str, Any]
+    aligned: frozenset[str]  # arguments that are multiples of 16
+    options: Mapping[str, int]
+
+    @property
+    def name(self) -> str:
+        shown = {"WRITE": ("", "exp", "gradient")}
+        features = []
+        for key in SHOWN:
+            value = self.constexprs.get(key)
+            if value:
+                features.append(shown["WRITE"][value] if key == "WRITE" else key.split("_")[-1].lower())
+        name = self.kernel.__name__.removesuffix("_kernel")
+        return f"{name} [{', '.join(features)}]" if features else name
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (
+            self.kernel.__name__,
+            tuple(sorted(self.signature.items())),
+            tuple(sorted((name, repr(value)) for name, value in self.constexprs.items())),
+            tuple(sorted(self.options.items())),
+        )
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program (CTA) of a compiled kernel takes."""
+
+    registers: int  # per thread
+    spills: int  # bytes per thread stored to local memory because registers ran out
+    stack: int  # bytes per thread of local memory, spills included
+    shared: int  # bytes of shared memory per program
+    matrix_instructions: str  # wgmma, tcgen05, mma or none
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Record every Triton launch inside the ``with`` block instead of executing it."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(_describe(kernel, args, kwargs))
+
+    JITFunction.run = record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def _describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Launch:
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    static = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    aligned = set()
+    for name, value in values.items():
+        if name in static or value is None:
+            constexprs[name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + _POINTERS[value.dtype]
+            aligned.add(name)
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_POINTERS[value.base.dtype]}[{block}]>"
+        elif isinstance(value, int):
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.add(name)
+        else:
+            signature[name] = "fp32"
+    return Launch(kernel, signature, constexprs, frozenset(aligned), options)
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compile down to machine code for sm_``capability``; a kernel that does not compile raises."""
+    names = launch.kernel.arg_names
+    types = {name: launch.signature.get(name, "constexpr") for name in names}
+    unknown = (launch.signature.keys() | launch.constexprs.keys()) - types.keys()
+    missing = {name for name, kind in types.items() if kind == "constexpr"} - launch.constexprs.keys()
+    if unknown or missing:
+        raise ValueError(f"arguments of {launch.name}: unknown {sorted(unknown)}, without a value {sorted(missing)}")
+    compiled = triton.compile(
+        ASTSource(
+            fn=launch.kernel,
+            signature=types,
+            constexprs=dict(launch.constexprs),
+            attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name in launch.aligned},
+        ),
+        target=GPUTarget("cuda", capability, 32),
+        options=dict(launch.options),
+    )
+    ptx = compiled.asm["ptx"]
+    report = _assemble(ptx, capability)
+    found = (name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx)
+    return Resources(
+        registers=_number(r"Used (\d+) registers", report),
+        spills=_number(r"(\d+) bytes spill stores", report) + _number(r"(\d+) bytes spill loads", report),
+        stack=_number(r"(\d+) bytes stack frame", report),
+        shared=compiled.metadata.shared,
+        matrix_instructions=next(found, "none"),
+    )
+
+
+def compile_for(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    capability: int = 90,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Resources:
+    """:func:`compile_launch` of a kernel whose argument types are spelled out; pointers are aligned to 16 bytes."""
+    aligned = frozenset(name for name, kind in signature.items() if kind.startswith("*"))
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return compile_launch(Launch(kernel, signature, constexprs, aligned, options), capability)
+
+
+def training_launches(capability: int, dtype: torch.dtype, variants: list[dict[str, Any]]) -> list[Launch]:
+    """Every distinct launch of training steps on a device of this capability, as the backend would make them.
+
+    Each of ``variants`` holds keyword arguments of ``linear_task_cross_entropy``; a ``bias`` of True stands for one.
+    """
+    from .. import backends, linear_task_cross_entropy, portable, triton_backend
+    from . import head
+
+    device = configs.DeviceLimits(capability, _SHARED[capability])
+    patched = {
+        (triton_backend, "prepare_targets"): portable.prepare_targets,  # its results decide shapes
+        (head, "tiles_for"): lambda _, dtype: configs.choose_tiles(device, dtype),
+        (head, "can_use_tma"): lambda _: capability >= 90,
+    }
+    before = {place: getattr(*place) for place in patched}
+    backends.register_backend("recorded", triton_backend)
+    for (module, name), value in patched.items():
+        setattr(module, name, value)
+    try:
+        with recorded() as launches:
+            hidden = torch.zeros(256, 1024, dtype=dtype, requires_grad=True)
+            weight = torch.zeros(4096, 1024, dtype=dtype, requires_grad=True)
+            bias = torch.zeros(4096, dtype=dtype, requires_grad=True)
+            labels, tasks = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
+            for variant in variants:
+                options = variant | {"bias": bias if variant.get("bias") else None}
+                out = linear_task_cross_entropy(
+                    hidden, weight, labels, tasks, torch.ones(2), backend="recorded", **options
+                )
+                out.loss.sum().backward()
+            before[triton_backend, "prepare_targets"](labels, tasks, torch.ones(2), 4096, -100, True, False, 256)
+    finally:
+        for (module, name), value in before.items():
+            setattr(module, name, value)
+        del backends.BACKENDS["recorded"]
+    return list({launch.key: launch for launch in launches}.values())
+
+
+PLAIN: list[dict[str, Any]] = [{}, {"recompute": True}]
+FEATURES: list[dict[str, Any]] = [
+    {"bias": True, "logit_softcap": 30.0},
+    {"label_smoothing": 0.1},
+    {"bias": True, "logit_softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4},
+    {"recompute": True, "bias": True, "logit_softcap": 30.0},
+]
+# Shared memory that one block can have, by compute capability (CUDA C++ Programming Guide, table of capabilities).
+_SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+
+
+def _assemble(ptx: str, capability: int) -> str:
+    """What ``ptxas -v`` says: Triton runs the same assembler but keeps its report to itself."""
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
+        command += [str(source), "-o", str(source.with_suffix(".cubin"))]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def _number(pattern: str, report: str) -> int:
+    found = re.findall(pattern, report)
+    if len(found) != 1:
+        raise RuntimeError(f"expected one {pattern!r} in the report of ptxas, found {len(found)}:\n{report}")
+    return int(found[0])
+
+
+def _compile_nth(job: tuple[int, torch.dtype, bool, int]) -> tuple[str, Resources]:
+    capability, dtype, features, index = job
+    launch = training_launches(capability, dtype, PLAIN + FEATURES * features)[index]
+    return launch.name, compile_launch(launch, capability)
+
+
+def resource_table(
+    capabilities: list[int], dtype: torch.dtype, features: bool, workers: int = 2
+) -> list[tuple[int, str, Resources]]:
+    """Resources of every launch on every device, compiled in ``workers`` processes."""
+    jobs = [
+        (capability, dtype, features, index)
+        for capability in capabilities
+        for index in range(len(training_launches(capability, dtype, PLAIN + FEATURES * features)))
+    ]
+    # Not forked: threads of torch would leave locks behind that nobody opens.
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        results = pool.map(_compile_nth, jobs)
+        return [(job[0], *result) for job, result in zip(jobs, results, strict=True)]
+
+
+def main() -> None:
+    """Print the table as Markdown; exit 1 if a kernel spills."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), choices=sorted(_SHARED))
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--features", action="store_true", help="bias, soft cap, smoothing and z-loss too")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    table = resource_table(args.capability, getattr(torch, args.dtype), args.features, args.workers)
+    print(f"triton {triton.__version__}, {args.dtype}\n")
+    print("| sm | kernel | registers | spilled bytes | shared bytes | matrix instructions |\n|---|---|---|---|---|---|")
+    for capability, name, used in table:
+        row = (capability, name, used.registers, used.spills, used.shared, used.matrix_instructions)
+        print("| " + " | ".join(map(str, row)) + " |")
+    sys.exit(any(used.spills for _, _, used in table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Tile shapes by what the device can hold. Chosen from the accumulator and shared-memory budget; see docs/kernels.md
+for which of them were measured.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .tiles import Tile
+
+
+class Tiles(NamedTuple):
+    """The three products of one training step."""
+
+    project: Tile  # [rows, vocabulary] over the hidden width
+    grad_hidden: Tile  # [rows, hidden width] over the vocabulary
+    grad_weight: Tile  # [vocabulary, hidden width] over the rows
+
+
+# 16-bit products on 128 x 256 tiles: 128 accumulators a thread, 144 KiB of operands in flight.
+LARGE = Tiles(*(Tile(128, 256, 64, warps=8, stages=3, parts=2),) * 3)
+# Devices with 99 KiB of shared memory a block (sm_86, sm_89, sm_120).
+SMALL = Tiles(*(Tile(128, 128, 32, warps=8, stages=4),) * 3)
+# float32 without tensor cores, as PyTorch multiplies by default: bound by the multiply-adds, not by the tiles.
+SINGLE = Tiles(*(Tile(64, 64, 32, warps=4, stages=3),) * 3)
+# The interpreter on a CPU: small, and no two sides alike.
+INTERPRETED = Tiles(Tile(16, 64, 32, 1, 1, 2, 2), Tile(16, 64, 32, 1, 1, 2, 2), Tile(32, 64, 16, 1, 1, 2))
+
+
+class DeviceLimits(NamedTuple):
+    """What decides the tiles."""
+
+    capability: int  # 80, 90, ...
+    shared: int  # bytes of shared memory that one block can have
+
+
+def choose_tiles(device: DeviceLimits, dtype: torch.dtype) -> Tiles:
+    """The tile shapes for products in ``dtype``."""
+    if dtype == torch.float32:
+        return SINGLE
+    return LARGE if device.shared >= 160_000 else SMALL
+
+
+def tiles_for(device: torch.device, dtype: torch.dtype) -> Tiles:
+    """The tile shapes for products in ``dtype`` on ``device``; on a CPU those of the interpreter."""
+    if device.type == "cpu":
+        return INTERPRETED
+    found = torch.cuda.get_device_properties(device)
+    shared = int(found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return choose_tiles(DeviceLimits(10 * found.major + found.minor, shared), dtype)
+
+
+def can_use_tma(weight_VD: Tensor) -> bool:
+    """Tensor memory access needs sm_90 and rows that begin on 16-byte boundaries, dW's too when it is storage."""
+    if not weight_VD.is_cuda or torch.cuda.get_device_capability(weight_VD.device) < (9, 0):
+        return False
+    row = weight_VD.stride(0) * weight_VD.element_size()
+    packed = weight_VD.shape[1] * weight_VD.element_size()
+    return row % 16 == 0 and packed % 16 == 0 and weight_VD.data_ptr() % 16 == 0
+
+
+def programs_for(device: torch.device) -> int:
+    """Persistent programs of one launch: one per multiprocessor; three in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

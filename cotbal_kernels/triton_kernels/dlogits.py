@@ -1,0 +1,77 @@
+"""The exponentials of one vocabulary slice become the gradient of its logits, in place.
+
+    dz = scale (p (1 + 2 z_loss lse) - (1 - smoothing) [target] - smoothing / V) slope,   p = exp(z - m) exp(m - lse)
+
+2 bytes read and 2 written a logit in 16 bits, plus 4 bytes per row and tile; bound by memory.
+"""
+
+# Shapes: M positions, N packed rows, V vocabulary, T vocabulary tiles.
+
+import triton
+import triton.language as tl
+
+from .tiles import rows_here
+
+
+@triton.jit
+def dlogits_kernel(
+    exp_ptr,  # [row_count, stride], in and out
+    part_max_ptr,  # [T, row_count] float32
+    target_logit_ptr,  # [row_count] float32
+    rows_ptr,  # [N] int64
+    num_rows_ptr,  # [1] int64
+    targets_ptr,  # [M] int64
+    max_ptr,  # [M] float32
+    log_sum_ptr,  # [M] float32
+    scale_ptr,  # [M] float32
+    unit_ptr,  # [2] float32: unit of the scales, and one over it
+    row_start,
+    row_count,
+    vocab_start,
+    vocab_stop,
+    first_tile,
+    vocab_size,
+    stride,
+    softcap,
+    smoothing,
+    z_loss,
+    HAS_SOFTCAP: tl.constexpr,
+    PAD_ROWS: tl.constexpr,  # rows are zeroed up to a multiple of this, for the products over rows
+    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    local = tl.program_id(0)
+    n = rows_here(num_rows_ptr, row_start, row_count)
+    if local >= tl.cdiv(n, PAD_ROWS) * PAD_ROWS:
+        return
+    width = vocab_stop - vocab_start
+    row_ptr = exp_ptr + local.to(tl.int64) * stride
+    inner_V = tl.arange(0, BLOCK_V)
+    num_tiles = tl.cdiv(width, BLOCK_V)
+    if local >= n:
+        for start in range(0, num_tiles, BLOCK_T):
+            column = (start + tl.arange(0, BLOCK_T))[:, None] * BLOCK_V + inner_V[None, :]
+            tl.store(row_ptr + column, tl.zeros((BLOCK_T, BLOCK_V), exp_ptr.dtype.element_ty), mask=column < width)
+        return
+    position = tl.load(rows_ptr + row_start + local)
+    target = tl.load(targets_ptr + position).to(tl.int32) - vocab_start
+    row_max = tl.load(max_ptr + position)
+    log_sum = tl.load(log_sum_ptr + position)
+    scale = tl.load(scale_ptr + position) * tl.load(unit_ptr + 1)
+    growth = 1 + 2 * z_loss * (row_max + log_sum)
+    even = smoothing / vocab_size
+    # The target's p - 1 comes from its float32 logit: a 16-bit p of .999 would lose it.
+    target_logit = tl.load(target_logit_ptr + local)
+    at_target = (tl.exp((target_logit - row_max) - log_sum) * growth - (1 - smoothing) - even) * scale
+    if HAS_SOFTCAP:
+        at_target *= 1 - (target_logit / softcap) * (target_logit / softcap)
+    for start in range(0, num_tiles, BLOCK_T):
+        tile_T = start + tl.arange(0, BLOCK_T)
+        part_max_at = (first_tile + tile_T).to(tl.int64) * row_count + local
+        part_max_T = tl.load(part_max_ptr + part_max_at, mask=tile_T < num_tiles, other=float("-inf"))
+        factor_T = tl.exp((part_max_T - row_max) - log_sum) * growth
+        column = tile_T[:, None] * BLOCK_V + inner_V[None, :]
+        exp = tl.load(row_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        out = (exp * factor_T[:, None] - even) * scale
+        out = tl.where(column == target, at_target, out)
+        tl.store(row_ptr + column, out.to(exp_ptr.dtype.element_ty), mask=column < width)

@@ -1,0 +1,357 @@
+"""One linear head with its packed rows, and the launches of the kernels on it."""
+
+# Shapes: M positions, N packed rows (the capacity), D hidden width, V vocabulary, T vocabulary tiles.
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..interface import TokenLoss
+from .compact import pack_kernel
+from .configs import Tiles, can_use_tma, programs_for, tiles_for
+from .dlogits import dlogits_kernel
+from .grad_hidden import grad_hidden_kernel
+from .grad_weight import grad_bias_kernel, grad_weight_kernel
+from .project import WRITE_EXP, WRITE_GRADIENT, WRITE_NONE, project_kernel
+from .row_losses import row_losses_kernel
+from .slices import Slices, plan_slices
+from .tiles import Tile
+
+# Everything beside inputs, outputs and the packed rows: three quarters for logits of one slice, one for
+# statistics of tiles.
+WORKSPACE_BYTES = 512 * 2**20
+
+
+class RowResults(NamedTuple):
+    """What the forward pass leaves of every position, 0 where one is not computed."""
+
+    loss_M: Tensor
+    hit_M: Tensor
+    stats_2M: Tensor
+
+    @classmethod
+    def zeros(cls, like_M: Tensor) -> "RowResults":
+        size = like_M.shape[0]
+        float_3M = torch.zeros(3, size, dtype=torch.float32, device=like_M.device)
+        return cls(float_3M[0], torch.zeros_like(like_M), float_3M[1:])
+
+
+class TileStatistics(NamedTuple):
+    """Statistics of the vocabulary tiles of a window of rows."""
+
+    max_TN: Tensor
+    sum_TN: Tensor
+    shift_TN: Tensor | None
+    target_logit_N: Tensor
+    target_first_N: Tensor
+
+    @classmethod
+    def empty(cls, tiles: int, rows: int, smoothing: bool, device: torch.device) -> "TileStatistics":
+        def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        shift_TN = empty(tiles, rows) if smoothing else None
+        return cls(empty(tiles, rows), empty(tiles, rows), shift_TN, empty(rows), empty(rows, dtype=torch.int32))
+
+
+class Scale(NamedTuple):
+    """Upstream gradient of every row's loss, and the power of two that the kernels take out of it.
+
+    Gradients of logits are rounded to the dtype of hidden relative to it: a float16 would lose a weight
+    divided by 1e6 tokens.
+    """
+
+    scale_M: Tensor
+    unit_2: Tensor
+
+    @classmethod
+    def of(cls, scale_M: Tensor) -> "Scale":
+        scale_M = scale_M.to(torch.float32).contiguous()
+        largest = scale_M.abs().amax() if scale_M.numel() else scale_M.new_ones(())
+        unit = torch.exp2(torch.ceil(torch.log2(largest.clamp(min=2.0**-100))))
+        return cls(scale_M, torch.stack([unit, 1 / unit]))
+
+
+class Head:
+    """One linear head with its packed rows: what every launch has in common."""
+
+    def __init__(
+        self,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Tensor,
+        rows_N: Tensor,
+        num_rows: Tensor,
+        spec: TokenLoss,
+        chunk_size: int,
+    ) -> None:
+        self.weight_VD = weight_VD if weight_VD.stride(1) == 1 else weight_VD.contiguous()
+        self.bias_V = bias_V
+        self.targets_M, self.rows_N, self.num_rows, self.spec = targets_M, rows_N, num_rows, spec
+        self.capacity = rows_N.shape[0]
+        self.vocab_size, self.width = weight_VD.shape
+        self.tiles: Tiles = tiles_for(hidden_MD.device, hidden_MD.dtype)
+        self.programs = programs_for(hidden_MD.device)
+        self.use_tma = can_use_tma(self.weight_VD)
+        self.smoothing = spec.smoothing > 0
+        with on_device(hidden_MD):
+            self.packed_ND = self._pack(hidden_MD)
+        self.block = self.tiles.project.cols // self.tiles.project.parts  # columns with statistics of their own
+        whole, per_logit = -(-self.vocab_size // self.block), 12 if self.smoothing else 8
+        # Rows whose tile statistics fit a quarter of the workspace.
+        self.statistics_rows = max(1, WORKSPACE_BYTES // 4 // (per_logit * whole))
+        self.elements = chunk_size * self.vocab_size or WORKSPACE_BYTES * 3 // 4 // hidden_MD.element_size()
+
+    @property
+    def keeps_exponentials(self) -> bool:
+        """With both a soft cap and smoothing the gradient is not a multiple of the exponential plus a constant."""
+        return not (self.spec.softcap and self.smoothing)
+
+    def slices(self, rows: int, storage_rows: int) -> Slices:
+        return plan_slices(rows, self.vocab_size, self.tiles.project.cols, self.elements, storage_rows)
+
+    def workspace(self, rows: int, stride: int) -> Tensor:
+        return self.packed_ND.new_empty((rows, stride))
+
+    def _pack(self, hidden_MD: Tensor) -> Tensor:
+        hidden_MD = hidden_MD if hidden_MD.stride(1) == 1 else hidden_MD.contiguous()
+        packed_ND = hidden_MD.new_empty((max(1, self.capacity), self.width))
+        pack_kernel[(max(1, self.capacity),)](
+            hidden_MD,
+            self.rows_N,
+            self.num_rows,
+            packed_ND,
+            self.capacity,
+            self.width,
+            hidden_MD.stride(0),
+            PAD_ROWS=self.tiles.grad_weight.depth,
+            BLOCK=1024 if hidden_MD.is_cuda else 64,
+        )
+        return packed_ND
+
+    def _hidden_argument(self, block: list[int]) -> "Tensor | TensorDescriptor":
+        return TensorDescriptor.from_tensor(self.packed_ND, block) if self.use_tma else self.packed_ND
+
+    def _weight_argument(self, block: list[int]) -> "Tensor | TensorDescriptor":
+        return TensorDescriptor.from_tensor(self.weight_VD, block) if self.use_tma else self.weight_VD
+
+    def _dlogits_argument(self, dlogits: Tensor, width: int, block: list[int]) -> "Tensor | TensorDescriptor":
+        if not self.use_tma:
+            return dlogits
+        return TensorDescriptor(dlogits, [max(1, dlogits.shape[0]), width], [dlogits.stride(0), 1], block)
+
+    def project(
+        self,
+        window: tuple[int, int],
+        bounds: tuple[int, int],
+        write: int,
+        *,
+        parts: TileStatistics | None = None,
+        first_tile: int = 0,
+        out: Tensor | None = None,
+        stats_2M: Tensor | None = None,
+        scale: Scale | None = None,
+    ) -> None:
+        """Launch the product of the rows ``[start, start + count)`` with the vocabulary in ``bounds``."""
+        tile = self.tiles.project
+        tiles = num_blocks(window[1], tile.rows) * num_blocks(bounds[1] - bounds[0], tile.cols)
+        project_kernel[(min(self.programs, tiles),)](
+            self._hidden_argument([tile.rows, tile.depth]),
+            self._weight_argument([tile.cols, tile.depth]),
+            self.bias_V,
+            self.rows_N,
+            self.num_rows,
+            self.targets_M,
+            *(parts or (None,) * 5),
+            *((None, None) if stats_2M is None else stats_2M),
+            *(scale or (None, None)),
+            out,
+            *window,
+            *bounds,
+            first_tile,
+            self.vocab_size,
+            self.width,
+            self.weight_VD.stride(0),
+            0 if out is None else out.stride(0),
+            *self.spec,
+            WRITE=write,
+            HAS_BIAS=self.bias_V is not None,
+            HAS_SOFTCAP=self.spec.softcap > 0,
+            HAS_SMOOTHING=self.smoothing,
+            USE_TMA=self.use_tma,
+            BLOCK_M=tile.rows,
+            BLOCK_V=tile.cols,
+            BLOCK_D=tile.depth,
+            PARTS=tile.parts,
+            **_launch(tile),
+        )
+
+    def recompute(
+        self, window: tuple[int, int], bounds: tuple[int, int], out: Tensor, stats_2M: Tensor, scale: Scale
+    ) -> None:
+        """The gradient of the logits of the rows in ``window``, from their statistics: 1F."""
+        self.project(window, bounds, WRITE_GRADIENT.value, out=out, stats_2M=stats_2M, scale=scale)
+
+    def row_losses(self, window: tuple[int, int], parts: TileStatistics, slices: Slices, rows: RowResults) -> None:
+        row_losses_kernel[(num_blocks(window[1], 32),)](
+            *parts,
+            self.rows_N,
+            self.num_rows,
+            self.targets_M,
+            rows.loss_M,
+            rows.hit_M,
+            *rows.stats_2M,
+            *window,
+            slices.num_tiles(self.block),
+            slices.bounds[1],
+            self.vocab_size,
+            self.spec.smoothing,
+            self.spec.z_loss,
+            HAS_SMOOTHING=self.smoothing,
+            BLOCK_V=self.block,
+            BLOCK_T=32,
+            BLOCK_M=32,
+        )
+
+    def forward(self, window: tuple[int, int], rows: RowResults) -> None:
+        """Losses of the rows in ``window`` and nothing else: 1F."""
+        whole = Slices((0, self.vocab_size), 0, 0)
+        tiles = whole.num_tiles(self.block)
+        count = min(window[1], self.statistics_rows)
+        parts = TileStatistics.empty(tiles, count, self.smoothing, self.packed_ND.device)
+        for start in range(window[0], window[0] + window[1], max(count, 1)):
+            part = (start, min(count, window[0] + window[1] - start))
+            # The statistics of a shorter last window lie at its own stride in the same memory.
+            self.project(part, (0, self.vocab_size), WRITE_NONE.value, parts=parts)
+            self.row_losses(part, parts, whole, rows)
+
+    def exponentials(
+        self, window: tuple[int, int], slices: Slices, views: list[Tensor], rows: RowResults
+    ) -> TileStatistics:
+        """Losses of the rows in ``window``, and their exponentials into one view per slice: 1F."""
+        parts = TileStatistics.empty(slices.num_tiles(self.block), window[1], self.smoothing, self.packed_ND.device)
+        for bounds, view in zip(slices.ranges(), views, strict=True):
+            first = slices.first_tile(bounds[0], self.block)
+            self.project(window, bounds, WRITE_EXP.value, parts=parts, first_tile=first, out=view)
+        self.row_losses(window, parts, slices, rows)
+        return parts
+
+    def dlogits(
+        self,
+        window: tuple[int, int],
+        bounds: tuple[int, int],
+        first_tile: int,
+        view: Tensor,
+        parts: TileStatistics,
+        stats_2M: Tensor,
+        scale: Scale,
+    ) -> None:
+        dlogits_kernel[(max(1, window[1]),)](
+            view,
+            parts.max_TN,
+            parts.target_logit_N,
+            self.rows_N,
+            self.num_rows,
+            self.targets_M,
+            *stats_2M,
+            *scale,
+            *window,
+            *bounds,
+            first_tile,
+            self.vocab_size,
+            view.stride(0),
+            *self.spec,
+            HAS_SOFTCAP=self.spec.softcap > 0,
+            PAD_ROWS=self.tiles.grad_weight.depth,
+            BLOCK_V=self.block,
+            BLOCK_T=max(1, 2048 // self.block),
+        )
+
+    def grad_hidden(
+        self, window: tuple[int, int], bounds: tuple[int, int], dlogits: Tensor, scale: Scale, out_MD: Tensor
+    ) -> None:
+        tile = self.tiles.grad_hidden
+        tiles = num_blocks(window[1], tile.rows) * num_blocks(self.width, tile.cols)
+        grad_hidden_kernel[(min(self.programs, tiles),)](
+            self._dlogits_argument(dlogits, bounds[1] - bounds[0], [tile.rows, tile.depth]),
+            self._weight_argument([tile.depth, tile.cols]),
+            self.rows_N,
+            self.num_rows,
+            scale.unit_2,
+            out_MD,
+            *window,
+            *bounds,
+            self.width,
+            dlogits.stride(0),
+            self.weight_VD.stride(0),
+            USE_TMA=self.use_tma,
+            BLOCK_M=tile.rows,
+            BLOCK_D=tile.cols,
+            BLOCK_V=tile.depth,
+            PARTS=tile.parts,
+            **_launch(tile),
+        )
+
+    def grad_weight(
+        self,
+        counts: tuple[int, int],
+        bounds: tuple[int, int],
+        dlogits: tuple[Tensor, Tensor],
+        scale: Scale,
+        out_VD: Tensor,
+        accumulate: bool,
+    ) -> None:
+        tile = self.tiles.grad_weight
+        tiles = num_blocks(bounds[1] - bounds[0], tile.rows) * num_blocks(self.width, tile.cols)
+        width, block = bounds[1] - bounds[0], [tile.depth, tile.rows]
+        grad_weight_kernel[(min(self.programs, tiles),)](
+            *(self._dlogits_argument(part, width, block) for part in dlogits),
+            self._hidden_argument([tile.depth, tile.cols]),
+            self.num_rows,
+            scale.unit_2,
+            out_VD,
+            *counts,
+            *bounds,
+            self.width,
+            dlogits[0].stride(0),
+            ACCUMULATE=accumulate,
+            USE_TMA=self.use_tma,
+            BLOCK_V=tile.rows,
+            BLOCK_D=tile.cols,
+            BLOCK_M=tile.depth,
+            **_launch(tile),
+        )
+
+    def grad_bias(
+        self, window: tuple[int, int], bounds: tuple[int, int], dlogits: Tensor, scale: Scale, out_V: Tensor
+    ) -> None:
+        block = 64
+        grad_bias_kernel[(num_blocks(bounds[1] - bounds[0], block),)](
+            dlogits,
+            self.num_rows,
+            scale.unit_2,
+            out_V,
+            *window,
+            *bounds,
+            dlogits.stride(0),
+            BLOCK_V=block,
+            BLOCK_M=64,
+        )
+
+
+def _launch(tile: Tile) -> dict[str, int]:
+    return {"GROUP": tile.group, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def num_blocks(size: int, block: int) -> int:
+    return max(1, triton.cdiv(size, block))
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

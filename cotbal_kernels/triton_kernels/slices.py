@@ -1,0 +1,37 @@
+"""How the vocabulary is cut so that a slice of logits fits the workspace."""
+
+# Shapes: V vocabulary.
+
+from typing import NamedTuple
+
+
+class Slices(NamedTuple):
+    """How the vocabulary is cut for the second pass; all slices but the first are ``stride`` wide."""
+
+    bounds: tuple[int, ...]  # 0, ..., V
+    stride: int  # elements between rows of a slice
+    kept_rows: int  # packed rows [0, kept_rows) keep their exponentials
+
+    def ranges(self) -> list[tuple[int, int]]:
+        return list(zip(self.bounds, self.bounds[1:], strict=False))
+
+    def first_tile(self, start: int, block: int) -> int:
+        """Index of the vocabulary tile that begins at ``start``, the bound of a slice."""
+        return 0 if start == 0 else -(-self.bounds[1] // block) + (start - self.bounds[1]) // block
+
+    def num_tiles(self, block: int) -> int:
+        return self.first_tile(self.bounds[-1], block) if len(self.bounds) > 2 else -(-self.bounds[1] // block)
+
+
+def plan_slices(rows: int, vocab_size: int, block: int, elements: int, storage_rows: int) -> Slices:
+    """Cut the vocabulary so that one slice of ``rows`` rows fits ``elements`` of workspace, one tile at least.
+
+    ``storage_rows`` is how many rows may wait in the memory of dW.
+    """
+    aligned = -(-vocab_size // 8) * 8  # rows on 16-byte boundaries
+    if rows * aligned <= elements:
+        return Slices((0, vocab_size), aligned, rows)
+    width = max(block, elements // max(rows, 1) // block * block)
+    count = -(-vocab_size // width)
+    bounds = (0, *(vocab_size - left * width for left in reversed(range(count))))
+    return Slices(bounds, max(width, -(-bounds[1] // 8) * 8), min(rows, storage_rows))

@@ -27,7 +27,7 @@ def unavailable_reason(name: str) -> str | None:
         return f"{error}; `pip install {error.name}`"
     reason: str | None = judge.unavailable_reason()
     if reason is None:
-        BACKENDS[name] = backend  # type: ignore[assignment]
+        BACKENDS[name] = backend
     return reason
 
 
@@ -38,7 +38,7 @@ def check_backend_name(name: str) -> None:
         raise ValueError(f"backend={name!r} does not exist; available backends: {', '.join(map(repr, known))}")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def resolve_backend(name: str, device_type: str) -> str:
     """Return the name of a backend that runs on ``device_type``, or raise ``ValueError`` saying why there is none.
 

@@ -31,7 +31,7 @@ from .triton_kernels.compact import compact_kernel
 from .triton_kernels.head import Head, RowResults, Scale, TileStatistics, num_blocks, on_device
 from .triton_kernels.logits import logits_backward_kernel, logits_forward_kernel, scale_kernel
 from .triton_kernels.row_losses import task_sums_kernel
-from .triton_kernels.slices import Slices, plan_slices
+from .triton_kernels.slices import Slices
 from .validation import check_capacity, check_target_values, checks_requested
 
 
@@ -114,7 +114,7 @@ def prepare_targets(
         compact_kernel[(1,)](
             labels_M.contiguous(),
             task_ids_M.contiguous(),
-            task_weights_K,
+            task_weights_K.contiguous(),
             *out,
             size,
             num_tasks,
@@ -171,8 +171,8 @@ def linear_forward(
 
 def _windows_of_rows(head: Head, gradients: _Gradients, rows: RowResults, scale: Scale) -> None:
     """Frozen head: as many rows at a time as the workspace holds, with the whole vocabulary: 2F."""
-    count = max(1, min(head.capacity, head.elements // (-(-head.vocab_size // 8) * 8)))
-    slices = plan_slices(count, head.vocab_size, head.tiles.project.cols, 2**62, 0)
+    count = max(1, min(head.capacity, head.elements // head.padded))
+    slices = Slices((0, head.vocab_size), head.padded, count)
     buffer = head.workspace(count, slices.stride)
     for start in range(0, head.capacity, count):
         here = min(count, head.capacity - start)
@@ -266,7 +266,8 @@ def linear_rows_backward(
     counts = (0, head.capacity)
     accumulate = grad_weight_out is not None
     with on_device(hidden_MD):
-        scale = Scale.of(grad_M)
+        # What arrives at a position that is not computed is never looked at.
+        scale = Scale.of(torch.where(targets_M >= 0, grad_M, 0))
         gradients.add(head, 0, slices, counts, views, again, None, stats_2M, scale, accumulate)
     grad_VD = None if accumulate else gradients.weight_VD
     rounded = (gradients.hidden_MD, grad_VD, gradients.bias_V)

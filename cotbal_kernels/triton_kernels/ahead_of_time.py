@@ -105,6 +105,7 @@ def _describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, A
     values |= {name: value for name, value in kwargs.items() if name in kernel.arg_names}
     options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
     static = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    general = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     aligned = set()
@@ -119,7 +120,7 @@ def _describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, A
             signature[name] = f"tensordesc<{_POINTERS[value.base.dtype]}[{block}]>"
         elif isinstance(value, int):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in general:
                 aligned.add(name)
         else:
             signature[name] = "fp32"

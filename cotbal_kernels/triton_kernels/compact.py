@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions", "num_tasks", "vocab_size", "ignore_index", "capacity"])
 def compact_kernel(
     labels_ptr,  # [M] int64
     task_ids_ptr,  # [M] int64
@@ -66,7 +66,7 @@ def compact_kernel(
     tl.store(poison_ptr, tl.where(bad, float("nan"), 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def pack_kernel(
     hidden_ptr,  # [M, stride]
     rows_ptr,  # [N] int64
@@ -75,18 +75,18 @@ def pack_kernel(
     capacity,
     width,  # D
     stride,
-    PAD_ROWS: tl.constexpr,  # a power of two: zeros up to a multiple of it, for products over rows
+    PAD_ROWS: tl.constexpr,  # as many rows behind the last one are zeros, for products over rows
     BLOCK: tl.constexpr,
 ):
     """Copy the rows to compute to one place, so that the products read them like any matrix: 4 N D bytes."""
     row = tl.program_id(0)
     n = tl.minimum(tl.load(num_rows_ptr), capacity)
-    if row >= tl.cdiv(n, PAD_ROWS) * PAD_ROWS:
+    if row >= n + PAD_ROWS:  # a step of such a product may begin at any row
         return
     out_row_ptr = out_ptr + row.to(tl.int64) * width
     # A row behind the last one is zeros, whatever the last one holds.
     source_width = tl.where(row < n, width, 0)
-    position = tl.load(rows_ptr + tl.minimum(row, n - 1))
+    position = tl.load(rows_ptr + row, mask=row < n, other=0)
     for start in range(0, width, BLOCK):
         at_B = start + tl.arange(0, BLOCK)
         values_B = tl.load(hidden_ptr + position * stride + at_B, mask=at_B < source_width, other=0.0)

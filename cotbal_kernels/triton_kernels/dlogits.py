@@ -13,7 +13,7 @@ import triton.language as tl
 from .tiles import rows_here
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start", "row_count", "vocab_start", "vocab_stop", "first_tile"])
 def dlogits_kernel(
     exp_ptr,  # [row_count, stride], in and out
     part_max_ptr,  # [T, row_count] float32
@@ -48,10 +48,13 @@ def dlogits_kernel(
     row_ptr = exp_ptr + local.to(tl.int64) * stride
     inner_V = tl.arange(0, BLOCK_V)
     num_tiles = tl.cdiv(width, BLOCK_V)
+    padded_tiles = stride // BLOCK_V  # columns behind the last one are zeroed too
     if local >= n:
-        for start in range(0, num_tiles, BLOCK_T):
-            column = (start + tl.arange(0, BLOCK_T))[:, None] * BLOCK_V + inner_V[None, :]
-            tl.store(row_ptr + column, tl.zeros((BLOCK_T, BLOCK_V), exp_ptr.dtype.element_ty), mask=column < width)
+        for start in range(0, padded_tiles, BLOCK_T):
+            tile_T = start + tl.arange(0, BLOCK_T)
+            column = tile_T[:, None] * BLOCK_V + inner_V[None, :]
+            zeros = tl.zeros((BLOCK_T, BLOCK_V), exp_ptr.dtype.element_ty)
+            tl.store(row_ptr + column, zeros, mask=(tile_T < padded_tiles)[:, None])
         return
     position = tl.load(rows_ptr + row_start + local)
     target = tl.load(targets_ptr + position).to(tl.int32) - vocab_start
@@ -65,13 +68,15 @@ def dlogits_kernel(
     at_target = (tl.exp((target_logit - row_max) - log_sum) * growth - (1 - smoothing) - even) * scale
     if HAS_SOFTCAP:
         at_target *= 1 - (target_logit / softcap) * (target_logit / softcap)
-    for start in range(0, num_tiles, BLOCK_T):
+    for start in range(0, tl.minimum(num_tiles + 1, padded_tiles), BLOCK_T):
         tile_T = start + tl.arange(0, BLOCK_T)
         part_max_at = (first_tile + tile_T).to(tl.int64) * row_count + local
         part_max_T = tl.load(part_max_ptr + part_max_at, mask=tile_T < num_tiles, other=float("-inf"))
         factor_T = tl.exp((part_max_T - row_max) - log_sum) * growth
         column = tile_T[:, None] * BLOCK_V + inner_V[None, :]
-        exp = tl.load(row_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        # Whole tiles have no mask along the row, so loads and stores are wide at any vocabulary size.
+        keep = (tile_T < padded_tiles)[:, None]
+        exp = tl.load(row_ptr + column, mask=keep, other=0.0).to(tl.float32)
         out = (exp * factor_T[:, None] - even) * scale
         out = tl.where(column == target, at_target, out)
-        tl.store(row_ptr + column, out.to(exp_ptr.dtype.element_ty), mask=column < width)
+        tl.store(row_ptr + column, tl.where(column < width, out, 0.0).to(exp_ptr.dtype.element_ty), mask=keep)

@@ -20,9 +20,9 @@ def _add(row_ptr, live_M, start_D, width, values, BLOCK: tl.constexpr):
     tl.store(at, tl.load(at, mask=keep, other=0.0) + values, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start", "row_count", "vocab_start", "vocab_stop"])
 def grad_hidden_kernel(
-    dlogits_ptr,  # [row_count, dlogits_stride], or its tensor descriptor
+    dlogits_ptr,  # [row_count, dlogits_stride], zeros behind the slice, or its tensor descriptor
     weight_ptr,  # [V, D], or its tensor descriptor
     rows_ptr,  # [N] int64
     num_rows_ptr,  # [1] int64
@@ -61,7 +61,7 @@ def grad_hidden_kernel(
                 inside_V = inner_V < vocab_stop - vocab_start - start_V
                 tile_ptr = dlogits_ptr + (row_block * BLOCK_M).to(tl.int64) * dlogits_stride + start_V
                 at_MV = inner_M[:, None] * dlogits_stride + inner_V[None, :]
-                dlogits_MV = tl.load(tile_ptr + at_MV, mask=live_M[:, None] & inside_V[None, :], other=0.0)
+                dlogits_MV = tl.load(tile_ptr + at_MV, mask=live_M[:, None], other=0.0)
                 tile_ptr = weight_ptr + (vocab_start + start_V).to(tl.int64) * weight_stride + col_block * BLOCK_D
                 at_VD = inner_V[:, None] * weight_stride + inner_D[None, :]
                 weight_VD = tl.load(tile_ptr + at_VD, mask=inside_V[:, None] & inside_D[None, :], other=0.0)

@@ -19,7 +19,6 @@ def _add_rows(
     num_rows_ptr,
     row_start,
     row_count,
-    vocab_width,
     width,
     dlogits_stride,
     start_V,
@@ -39,8 +38,7 @@ def _add_rows(
         else:
             tile_ptr = dlogits_ptr + tl.cast(start_M, tl.int64) * dlogits_stride + start_V
             at_MV = inner_M[:, None] * dlogits_stride + inner_V[None, :]
-            keep = live_M[:, None] & (inner_V < vocab_width - start_V)[None, :]
-            dlogits_MV = tl.load(tile_ptr + at_MV, mask=keep, other=0.0)
+            dlogits_MV = tl.load(tile_ptr + at_MV, mask=live_M[:, None], other=0.0)  # zeros behind the slice
             tile_ptr = hidden_ptr + (row_start + tl.cast(start_M, tl.int64)) * width + start_D
             at_MD = inner_M[:, None] * width + inner_D[None, :]
             keep = live_M[:, None] & (inner_D < width - start_D)[None, :]
@@ -49,7 +47,7 @@ def _add_rows(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept_rows", "again_rows", "vocab_start", "vocab_stop"])
 def grad_weight_kernel(
     kept_ptr,  # [kept_rows, dlogits_stride] gradient of the logits of rows [0, kept_rows), or its descriptor
     again_ptr,  # [again_rows, dlogits_stride] the same for the rows behind them
@@ -80,11 +78,11 @@ def grad_weight_kernel(
         start_D = col_block * BLOCK_D
         acc = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
         acc = _add_rows(
-            acc, kept_ptr, hidden_ptr, num_rows_ptr, 0, kept_rows, vocab_width, width, dlogits_stride,
+            acc, kept_ptr, hidden_ptr, num_rows_ptr, 0, kept_rows, width, dlogits_stride,
             start_V, start_D, USE_TMA, BLOCK_V, BLOCK_D, BLOCK_M,
         )  # fmt: skip
         acc = _add_rows(
-            acc, again_ptr, hidden_ptr, num_rows_ptr, kept_rows, again_rows, vocab_width, width, dlogits_stride,
+            acc, again_ptr, hidden_ptr, num_rows_ptr, kept_rows, again_rows, width, dlogits_stride,
             start_V, start_D, USE_TMA, BLOCK_V, BLOCK_D, BLOCK_M,
         )  # fmt: skip
         column_V = start_V + tl.arange(0, BLOCK_V)
@@ -97,7 +95,7 @@ def grad_weight_kernel(
         tl.store(out_ptr + out_at, acc.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start", "row_count", "vocab_start", "vocab_stop"])
 def grad_bias_kernel(
     dlogits_ptr,  # [row_count, dlogits_stride]
     num_rows_ptr,  # [1] int64

@@ -91,7 +91,7 @@ class Head:
         chunk_size: int,
     ) -> None:
         self.weight_VD = weight_VD if weight_VD.stride(1) == 1 else weight_VD.contiguous()
-        self.bias_V = bias_V
+        self.bias_V = None if bias_V is None else bias_V.contiguous()
         self.targets_M, self.rows_N, self.num_rows, self.spec = targets_M, rows_N, num_rows, spec
         self.capacity = rows_N.shape[0]
         self.vocab_size, self.width = weight_VD.shape
@@ -105,7 +105,9 @@ class Head:
         whole, per_logit = -(-self.vocab_size // self.block), 12 if self.smoothing else 8
         # Rows whose tile statistics fit a quarter of the workspace.
         self.statistics_rows = max(1, WORKSPACE_BYTES // 4 // (per_logit * whole))
-        self.elements = chunk_size * self.vocab_size or WORKSPACE_BYTES * 3 // 4 // hidden_MD.element_size()
+        cols = self.tiles.project.cols
+        self.padded = -(-self.vocab_size // cols) * cols  # a row of logits in whole tiles
+        self.elements = chunk_size * self.padded or WORKSPACE_BYTES * 3 // 4 // hidden_MD.element_size()
 
     @property
     def keeps_exponentials(self) -> bool:
@@ -143,7 +145,9 @@ class Head:
     def _dlogits_argument(self, dlogits: Tensor, width: int, block: list[int]) -> "Tensor | TensorDescriptor":
         if not self.use_tma:
             return dlogits
-        return TensorDescriptor(dlogits, [max(1, dlogits.shape[0]), width], [dlogits.stride(0), 1], block)
+        # Without rows nothing is read, but a descriptor needs an address.
+        base = dlogits if dlogits.numel() else self.packed_ND
+        return TensorDescriptor(base, [max(1, dlogits.shape[0]), width], [dlogits.stride(0), 1], block)
 
     def project(
         self,

@@ -36,6 +36,7 @@ def softcapped(z, softcap):
 def _finish(
     z,  # [BLOCK_M, BLOCK] products
     first_V,
+    column,  # of first_V in out
     local_M,
     live_M,
     position_M,
@@ -53,7 +54,6 @@ def _finish(
     unit_ptr,
     out_ptr,
     row_count,
-    vocab_start,
     vocab_stop,
     vocab_size,
     out_stride,
@@ -89,11 +89,12 @@ def _finish(
             out -= smoothing / vocab_size
         if HAS_SOFTCAP:
             out *= 1 - (z / softcap) * (z / softcap)
-        # Rows behind the last one become zeros, which the products over rows may read.
-        out = tl.where(live_M[:, None], out * scale_M[:, None], 0.0)
+        # Rows and columns behind the last one become zeros, which the products read.
+        out = tl.where(live_M[:, None] & inside_V[None, :], out * scale_M[:, None], 0.0)
         keep_M = local_M < row_count
     else:
         max_M = tl.max(z, 1)
+        base_M = tl.where(max_M == float("-inf"), 0.0, max_M)  # words that a bias of -inf forbids
         at_M = part.to(tl.int64) * row_count + local_M
         tl.store(part_max_ptr + at_M, max_M, mask=live_M)
         holds_M = live_M & (target_M >= first_V) & (target_M < tl.minimum(first_V + BLOCK, vocab_stop))
@@ -106,18 +107,18 @@ def _finish(
         if HAS_SMOOTHING:
             shift_M = tl.sum(tl.where(inside_V[None, :], z - max_M[:, None], 0.0), 1)
             tl.store(part_shift_ptr + at_M, shift_M, mask=live_M)
-        out = tl.exp(z - max_M[:, None])
+        out = tl.exp(z - base_M[:, None])
         tl.store(part_sum_ptr + at_M, tl.sum(out, 1), mask=live_M)
         if HAS_SOFTCAP:
             out *= 1 - (z / softcap) * (z / softcap)
         keep_M = live_M
     if WRITE != WRITE_NONE:
-        out_at = local_M.to(tl.int64)[:, None] * out_stride + (vocab_V - vocab_start)[None, :]
-        keep = keep_M[:, None] & inside_V[None, :]
-        tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=keep)
+        # Rows are padded to whole tiles: no mask along them, so the stores are wide at any vocabulary size.
+        out_at = local_M.to(tl.int64)[:, None] * out_stride + (column + tl.arange(0, BLOCK))[None, :]
+        tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=keep_M[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start", "row_count", "vocab_start", "vocab_stop", "first_tile"])
 def project_kernel(
     hidden_ptr,  # [N, D] packed rows, or their tensor descriptor
     weight_ptr,  # [V, D], or its tensor descriptor
@@ -183,26 +184,27 @@ def project_kernel(
                 inside_V = (inner_V < vocab_stop - first_V)[:, None]
                 weight_VD = tl.load(tile_ptr + at_VD, mask=inside_V & inside_D, other=0.0)
             z = tl.dot(hidden_MD, weight_VD.T, z, input_precision="ieee")
+        column = col_block * BLOCK_V
         if PARTS == 1:
             _finish(
-                z, first_V, local_M, live_M, position_M, first_tile + col_block, bias_ptr, targets_ptr,
+                z, first_V, column, local_M, live_M, position_M, first_tile + col_block, bias_ptr, targets_ptr,
                 part_max_ptr, part_sum_ptr, part_shift_ptr, target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr,
-                scale_ptr, unit_ptr, out_ptr, row_count, vocab_start, vocab_stop, vocab_size, out_stride, softcap,
-                smoothing, z_loss, WRITE, HAS_BIAS, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V,
+                scale_ptr, unit_ptr, out_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing,
+                z_loss, WRITE, HAS_BIAS, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V,
             )  # fmt: skip
         else:
             _finish(
-                left_half(z, BLOCK_M, BLOCK_V), first_V, local_M, live_M, position_M, first_tile + 2 * col_block,
-                bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr, part_shift_ptr, target_logit_ptr,
-                target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr, out_ptr, row_count, vocab_start,
+                left_half(z, BLOCK_M, BLOCK_V), first_V, column, local_M, live_M, position_M,
+                first_tile + 2 * col_block, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr, part_shift_ptr,
+                target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr, out_ptr, row_count,
                 vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, WRITE, HAS_BIAS, HAS_SOFTCAP,
                 HAS_SMOOTHING, BLOCK_V // 2,
             )  # fmt: skip
-            if first_V + BLOCK_V // 2 < vocab_stop:
+            if first_V + BLOCK_V // 2 < vocab_stop or WRITE == WRITE_GRADIENT:
                 _finish(
-                    right_half(z, BLOCK_M, BLOCK_V), first_V + BLOCK_V // 2, local_M, live_M, position_M,
-                    first_tile + 2 * col_block + 1, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr,
+                    right_half(z, BLOCK_M, BLOCK_V), first_V + BLOCK_V // 2, column + BLOCK_V // 2, local_M, live_M,
+                    position_M, first_tile + 2 * col_block + 1, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr,
                     part_shift_ptr, target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr,
-                    out_ptr, row_count, vocab_start, vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss,
-                    WRITE, HAS_BIAS, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V // 2,
+                    out_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, WRITE,
+                    HAS_BIAS, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V // 2,
                 )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from .tiles import rows_here
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_start", "row_count", "num_tiles", "narrow"])
 def row_losses_kernel(
     part_max_ptr,  # [T, row_count] float32
     part_sum_ptr,
@@ -66,8 +66,9 @@ def row_losses_kernel(
         block_first_M = tl.min(tl.where(part_max_TM == block_max_M[None, :], tile_T[:, None], num_tiles), 0)
         first_tile_M = tl.where(block_max_M > max_M, block_first_M, first_tile_M)
         new_max_M = tl.where(live_M, tl.maximum(max_M, block_max_M), 0.0)
+        base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
         # exp(-inf) is 0: nothing seen yet, or a tile behind the last one
-        sum_M = sum_M * tl.exp(max_M - new_max_M) + tl.sum(part_sum_TM * tl.exp(part_max_TM - new_max_M[None, :]), 0)
+        sum_M = sum_M * tl.exp(max_M - base_M) + tl.sum(part_sum_TM * tl.exp(part_max_TM - base_M[None, :]), 0)
         if HAS_SMOOTHING:
             part_shift_TM = tl.load(part_shift_ptr + at_TM, mask=keep, other=0.0)
             ragged = narrow - (narrow_tiles - 1) * BLOCK_V
@@ -92,7 +93,7 @@ def row_losses_kernel(
     tl.store(log_sum_ptr + position_M, log_sum_M, mask=live_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_positions"])
 def task_sums_kernel(
     loss_ptr,  # [M] float32, 0 where not computed
     hit_ptr,  # [M] int64

@@ -26,12 +26,13 @@ class Slices(NamedTuple):
 def plan_slices(rows: int, vocab_size: int, block: int, elements: int, storage_rows: int) -> Slices:
     """Cut the vocabulary so that one slice of ``rows`` rows fits ``elements`` of workspace, one tile at least.
 
-    ``storage_rows`` is how many rows may wait in the memory of dW.
+    Rows of a slice are padded to whole tiles of ``block`` columns. ``storage_rows`` is how many rows may wait in
+    the memory of dW.
     """
-    aligned = -(-vocab_size // 8) * 8  # rows on 16-byte boundaries
-    if rows * aligned <= elements:
-        return Slices((0, vocab_size), aligned, rows)
+    padded = -(-vocab_size // block) * block
+    if rows * padded <= elements:
+        return Slices((0, vocab_size), padded, rows)
     width = max(block, elements // max(rows, 1) // block * block)
     count = -(-vocab_size // width)
     bounds = (0, *(vocab_size - left * width for left in reversed(range(count))))
-    return Slices(bounds, max(width, -(-bounds[1] // 8) * 8), min(rows, storage_rows))
+    return Slices(bounds, width, min(rows, storage_rows))

@@ -18,6 +18,7 @@ from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.errors import UserError
 from trainer.single import read_weights
+from trainer.training import TrainingSpec
 
 Command = Callable[..., Any]
 
@@ -27,10 +28,10 @@ SCORES: dict[str, Any] = {
     "full": {"a": {"a": 0.6, "b": 0.25}, "b": {"a": 0.35, "b": 0.5}},
 }
 OPTIONS = {
-    "demo": ["--output", "--small", "--dry-run", "--set"],
-    "run": ["config", "--dry-run", "--set"],
+    "demo": ["--output", "--small", "--methods", "--seeds", "--dry-run", "--set"],
+    "run": ["config", "--methods", "--seeds", "--dry-run", "--set"],
     "train": ["config", "--output", "--method", "--weights", "--set"],
-    "weights": ["scores", "--temperature", "--alpha", "--on-degenerate"],
+    "weights": ["scores", "--temperature", "--alpha", "--on-degenerate", "--difficulty"],
     "compare": ["results"],
     "report": ["run_dir"],
     "check": ["config", "--set"],
@@ -168,8 +169,11 @@ def test_doctor(cotbal: Command) -> None:
     assert f"torch {torch.__version__}" in outcome.out
     assert ("GPU 0: " in outcome.out) == torch.cuda.is_available()
     assert ("GPU: none that torch can use" in outcome.out) != torch.cuda.is_available()
-    backends = outcome.out.splitlines()[-1]
-    assert {"portable", "reference"} <= set(backends.removeprefix("loss backends: ").split(", "))
+    chosen, *gpu = outcome.out.splitlines()[-3:]
+    assert ("'auto' is 'triton'" if torch.cuda.is_available() else "'auto' is 'portable'") in chosen
+    for name, line in zip(("triton", "cuda"), gpu, strict=True):
+        assert line.startswith(f"loss backend '{name}': ")
+        assert line.endswith(": ready") or "CUDA" in line
 
 
 class TestDryRun:
@@ -233,6 +237,37 @@ class TestDryRun:
         }
         assert proxies == pytest.approx(30 / 24, abs=0.005 + 1e-9)
 
+    def test_comparisons_and_seeds(
+        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path]
+    ) -> None:
+        """Every comparison is a training of its own, every seed repeats the final ones; cotbal is there anyway, and
+        the precise difficulty adds a mini model per task and validates the STL models."""
+        path = write_config(run_data)
+        rows, proxies, everything = self.plan(
+            cotbal("run", path, "--dry-run", "--methods", "coba, cotbal,cotbal_precise", "--seeds", "2")
+        )
+        finals = ["cotbal", "coba", "cotbal_precise", "stl-colour", "stl-box"]
+        expected = ["mini", "plus-colour", "plus-box", "alone-colour", "alone-box", *finals]
+        assert list(rows) == [*expected, *(f"{name}@1" for name in finals)]
+        assert {name: row[0] for name, row in rows.items() if name.startswith(("alone", "coba"))} == {
+            "alone-colour": "2", "alone-box": "2", "coba": "24", "coba@1": "24",
+        }  # fmt: skip
+        assert rows["stl-box"][3:] == ["validation,", "test"]
+        assert rows["stl-box@1"][3:] == ["test"]
+        # 6 + 12 + 12 of Algorithm 1; the precise difficulty: 2 + 2 of minis and 8 + 8 of the models that STL needs too.
+        assert proxies == pytest.approx((30 + 4 + 16) / 24, abs=0.005 + 1e-9)
+        assert everything == pytest.approx((30 + 4 + 2 * (16 + 3 * 24)) / 24, abs=0.005 + 1e-9)
+
+    @pytest.mark.parametrize("command", ["run", "demo"])
+    def test_a_bad_method_is_named_before_anything_starts(
+        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], command: str
+    ) -> None:
+        config = [write_config(run_data)] if command == "run" else ["--output", run_data["output_dir"]]
+        outcome = cotbal(command, *config, "--methods", "ew,gradnrm")
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "comparisons.2: unknown method 'gradnrm' (did you mean 'gradnorm'?); valid: stl, ew, " in outcome.err
+        assert not Path(run_data["output_dir"]).exists()
+
 
 class TestSet:
     @pytest.mark.parametrize(
@@ -282,7 +317,13 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--method", "cotbl"], "unknown method 'cotbl' (did you mean 'cotbal'?)"),
+            (["--method", "cotbl"], "unknown method 'cotbl' (did you mean 'cotbal'?); valid: stl, ew, tla, uniform, "),
+            (["--set", "balancing.method=cobaa"], "balancing.method: unknown method 'cobaa' (did you mean 'coba'?)"),
+            (["--method", "cotbal_precise"], "method 'cotbal_precise' needs --weights"),
+            (
+                ["--method", "coba", "--weights", "w.json"],
+                "method 'coba' finds its weights by itself; --weights is for",
+            ),
             (["--method", "cotbal"], "method 'cotbal' needs --weights"),
             (["--weights", "none.json"], "weights file none.json cannot be read"),
         ],
@@ -295,6 +336,32 @@ class TestTrain:
         assert outcome.code == 2
         assert message in outcome.err
         assert not (tmp_path / "one").exists()
+
+    def test_a_method_of_the_file_or_of_the_command_line(
+        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """What the training process is told; STL is one training per balanced task, each of which continues alone."""
+        ran: list[TrainingSpec] = []
+
+        def run_training(spec: Path, *_: Any) -> None:
+            ran.append(TrainingSpec.model_validate_json(spec.read_text()))
+
+        monkeypatch.setattr("trainer.single.run_training", run_training)
+        run_data["balancing"] = {"method": "coba", "options": {"coba": {"warmup": 3}, "dwa": {"window": 4}}}
+        config = write_config(run_data)
+        assert cotbal("train", config, "--output", tmp_path / "a").code == 0
+        assert cotbal("train", config, "--output", tmp_path / "b", "--method", "dwa").code == 0
+        assert [(spec.method, spec.options, spec.mixture) for spec in ran] == [
+            ("coba", {"warmup": 3}, "all"), ("dwa", {"window": 4}, "all"),
+        ]  # fmt: skip
+        (tmp_path / "w.json").write_text(json.dumps({"colour": 1.5, "box": 0.5}))
+        assert cotbal("train", config, "--output", tmp_path / "c", "--weights", tmp_path / "w.json").code == 0
+        assert (ran[2].method, ran[2].task_weights) == ("cotbal", {"colour": 1.5, "box": 0.5})
+        (tmp_path / "s" / "colour" / "model").mkdir(parents=True)
+        outcome = cotbal("train", config, "--output", tmp_path / "s", "--method", "stl")
+        assert outcome.out == f"model: {tmp_path / 's/colour/model'}\nmodel: {tmp_path / 's/box/model'}\n"
+        assert [(spec.method, spec.mixture, spec.mixture_task) for spec in ran[3:]] == [("ew", "single", "box")]
 
 
 def test_report_without_a_run(cotbal: Command, tmp_path: Path) -> None:

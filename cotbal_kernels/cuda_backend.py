@@ -1,0 +1,280 @@
+"""The CUDA backend: chunks of rows, library products, and the kernels of csrc/ in between.
+
+For each chunk of C packed rows: gather C rows of the hidden states; logits = one library product, float32 out of
+16-bit inputs; ``chunk_gradient`` turns the logits into their gradient in place (16-bit values at the front of each
+float32 row); two more products give dX and dW. Nothing is read back to the host: the number of chunks comes from the
+capacity ``rows_N.shape[0]``, and rows behind the last computed one have zero hidden states and zero gradients.
+
+Workspace: ``WORKSPACE_BYTES`` for logits, hidden rows and dX of a chunk, whatever M and V are (one row at least). With
+several chunks a 16-bit dW is summed in float32, which is 4 V D bytes more until it is rounded once; with one chunk, or
+into a float32 ``grad_weight_out``, there is no such buffer.
+
+Numerics: products accumulate in float32; loss, softmax and p - 1 in float32; the gradient of the logits is rounded
+once to the dtype of the inputs before the two products, as in every 16-bit training. float16 cannot hold gradients
+divided by a million tokens: there they are lifted by a power of two, exactly, and the products lowered again.
+float32 products follow ``torch.backends.cuda.matmul.allow_tf32``; float64 goes to the portable backend.
+"""
+
+# Shapes: M positions, N rows that may be computed, C rows of one chunk, D hidden width, V vocabulary, K tasks.
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import portable
+from .cuda_gradients import Chunk, LinearGradients, lift_for
+from .cuda_kernels import ChunkRows, RowResults, load
+from .cuda_products import LibraryProducts, Products
+from .interface import LinearOutput, Need, Targets, TokenLoss, saved_grad_dtypes
+
+# Bound on what a chunk takes: float32 logits, hidden rows and their gradient.
+WORKSPACE_BYTES = 512 * 2**20
+# Rows of a default chunk and floats of a row of logits: whole tiles of a product, and 16-byte boundaries.
+ROW_MULTIPLE, COLUMN_MULTIPLE = 128, 32
+
+
+class Kernels(Protocol):
+    """The launches the backend needs; :class:`~cotbal_kernels.cuda_kernels.KernelLibrary` documents them."""
+
+    def chunk_gradient(
+        self,
+        logits_CV: Tensor,
+        out_CV: Tensor | None,
+        bias_V: Tensor | None,
+        where: ChunkRows,
+        spec: TokenLoss,
+        results: RowResults,
+    ) -> None: ...
+
+    def saved_gradient(
+        self,
+        logits_CV: Tensor,
+        out_CV: Tensor,
+        bias_V: Tensor | None,
+        where: ChunkRows,
+        spec: TokenLoss,
+        stats_2M: Tensor,
+    ) -> None: ...
+
+    def task_sums(self, loss_M: Tensor, hit_M: Tensor, tasks_M: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]: ...
+
+    def scale_gradient(self, grad: Tensor, factor: Tensor, out: Tensor) -> None: ...
+
+
+class CudaBackend:
+    """:class:`~cotbal_kernels.interface.Backend` over kernels and products; it holds no state.
+
+    Args:
+        kernels: returns the launches; called when an op runs, so that compiling csrc/ waits until then.
+        products: the matrix products.
+    """
+
+    def __init__(self, kernels: Callable[[], Kernels], products: Products) -> None:
+        self._kernels, self._products = kernels, products
+
+    def prepare_targets(
+        self,
+        labels_M: Tensor,
+        task_ids_M: Tensor,
+        task_weights_K: Tensor,
+        vocab_size: int,
+        ignore_index: int,
+        skip_zero: bool,
+        check: bool,
+        capacity: int,
+    ) -> Targets:
+        """The portable one: a running count, no host synchronisation."""
+        return portable.prepare_targets(
+            labels_M, task_ids_M, task_weights_K, vocab_size, ignore_index, skip_zero, check, capacity
+        )
+
+    def linear_forward(
+        self,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Tensor,
+        tasks_M: Tensor,
+        rows_N: Tensor,
+        num_rows: Tensor,
+        scale_K: Tensor,
+        need: Need,
+        spec: TokenLoss,
+        chunk_size: int,
+    ) -> LinearOutput:
+        """Gradients in forward: 1F for the loss and 1F for each of dX and dW, over the capacity."""
+        if hidden_MD.dtype == torch.float64:
+            return portable.linear_forward(
+                *(hidden_MD, weight_VD, bias_V, targets_M, tasks_M, rows_N, num_rows, scale_K, need, spec, chunk_size)
+            )
+        kernels = self._kernels()
+        results, stats_2M = _new_results(targets_M)
+        lift = lift_for(scale_K, hidden_MD.dtype)
+        wanted_K = (scale_K if lift is None else scale_K * lift.up).contiguous() if any(need) else None
+        gradients = LinearGradients(
+            self._products, hidden_MD, weight_VD, need, saved_grad_dtypes(hidden_MD.dtype), lift
+        )
+        wide_bias_V = _float_vector(bias_V)
+        for chunk in self._chunks(hidden_MD, weight_VD, rows_N, chunk_size):
+            where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, tasks_M, wanted_K)
+            out_CV = chunk.dlogits_CV if any(need) else None
+            kernels.chunk_gradient(chunk.logits_CV, out_CV, wide_bias_V, where, spec, results)
+            if any(need):
+                gradients.add(chunk)
+        task_loss_K, task_correct_K = kernels.task_sums(results.loss_M, results.hit_M, tasks_M, scale_K.shape[0])
+        loss = (scale_K * task_loss_K).sum()
+        return LinearOutput(loss, task_loss_K, task_correct_K, stats_2M.sum(0), *gradients.rounded())
+
+    def linear_rows_forward(
+        self,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Tensor,
+        rows_N: Tensor,
+        num_rows: Tensor,
+        spec: TokenLoss,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """1F over the capacity."""
+        if hidden_MD.dtype == torch.float64:
+            return portable.linear_rows_forward(
+                hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size
+            )
+        kernels, wide_bias_V = self._kernels(), _float_vector(bias_V)
+        results, stats_2M = _new_results(targets_M)
+        for chunk in self._chunks(hidden_MD, weight_VD, rows_N, chunk_size):
+            where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, None, None)
+            kernels.chunk_gradient(chunk.logits_CV, None, wide_bias_V, where, spec, results)
+        return results.loss_M, results.hit_M, stats_2M
+
+    def linear_rows_backward(
+        self,
+        grad_M: Tensor,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_M: Tensor,
+        rows_N: Tensor,
+        num_rows: Tensor,
+        stats_2M: Tensor,
+        grad_weight_out: Tensor | None,
+        need: Need,
+        spec: TokenLoss,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """1F to compute the logits again, 1F for each of dX and dW, over the capacity."""
+        if hidden_MD.dtype == torch.float64:
+            return portable.linear_rows_backward(
+                *(grad_M, hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, stats_2M, grad_weight_out),
+                *(need, spec, chunk_size),
+            )
+        kernels, wide_bias_V = self._kernels(), _float_vector(bias_V)
+        # What arrives at a position that is not computed is never looked at, here neither.
+        grad_M = torch.where(targets_M >= 0, grad_M, 0).to(torch.float32)
+        lift = lift_for(grad_M, hidden_MD.dtype)
+        scale_M = (grad_M if lift is None else grad_M * lift.up).contiguous()
+        gradients = LinearGradients(
+            self._products, hidden_MD, weight_VD, need, (hidden_MD.dtype,) * 3, lift, grad_weight_out
+        )
+        stats_2M = stats_2M.contiguous()
+        for chunk in self._chunks(hidden_MD, weight_VD, rows_N, chunk_size):
+            where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, None, scale_M)
+            kernels.saved_gradient(chunk.logits_CV, chunk.dlogits_CV, wide_bias_V, where, spec, stats_2M)
+            gradients.add(chunk)
+        return gradients.rounded()
+
+    def logits_rows_forward(
+        self, logits_MV: Tensor, targets_M: Tensor, spec: TokenLoss, chunk_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One launch over all positions: the logits are read once and not changed."""
+        if logits_MV.dtype == torch.float64:
+            return portable.logits_rows_forward(logits_MV, targets_M, spec, chunk_size)
+        results, stats_2M = _new_results(targets_M)
+        where = ChunkRows(None, None, 0, targets_M, None, None)
+        self._kernels().chunk_gradient(_rows_of_neighbours(logits_MV), None, None, where, spec, results)
+        return results.loss_M, results.hit_M, stats_2M
+
+    def logits_rows_backward(
+        self,
+        grad_M: Tensor,
+        logits_MV: Tensor,
+        targets_M: Tensor,
+        stats_2M: Tensor,
+        spec: TokenLoss,
+        chunk_size: int,
+    ) -> Tensor:
+        """One launch over all positions: the logits are read once more."""
+        if logits_MV.dtype == torch.float64:
+            return portable.logits_rows_backward(grad_M, logits_MV, targets_M, stats_2M, spec, chunk_size)
+        out_MV = torch.empty_like(logits_MV, memory_format=torch.contiguous_format)
+        where = ChunkRows(None, None, 0, targets_M, None, grad_M.to(torch.float32).contiguous())
+        logits_MV = _rows_of_neighbours(logits_MV)
+        self._kernels().saved_gradient(logits_MV, out_MV, None, where, spec, stats_2M.contiguous())
+        return out_MV
+
+    def scale_gradient(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """One pass over ``grad``, which stays as it is for a second backward."""
+        if torch.float64 in (grad.dtype, dtype):
+            return portable.scale_gradient(grad, factor, dtype)
+        out = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
+        self._kernels().scale_gradient(grad.contiguous(), factor.to(torch.float32), out)
+        return out
+
+    def _chunks(self, hidden_MD: Tensor, weight_VD: Tensor, rows_N: Tensor, chunk_size: int) -> Iterator[Chunk]:
+        """Yield the logits of at most C rows at a time, all in the same workspace."""
+        capacity, (vocab_size, width) = rows_N.shape[0], weight_VD.shape
+        # Rows start at 16-byte boundaries whatever V is.
+        stride = -(-vocab_size // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+        row_bytes = 4 * stride + (hidden_MD.element_size() + 4) * width
+        size = min(chunk_size or default_chunk(capacity, row_bytes), capacity)
+        workspace = torch.empty((size, stride), dtype=torch.float32, device=hidden_MD.device)
+        last = hidden_MD.shape[0] - 1
+        for start in range(0, capacity, max(size, 1)):
+            rows_C = rows_N[start : start + size]
+            hidden_CD = hidden_MD.index_select(0, rows_C.clamp(max=last))
+            # A NaN behind the last row would survive its gradient of 0 in the products.
+            hidden_CD.masked_fill_((rows_C > last)[:, None], 0)
+            used = workspace[: rows_C.shape[0]]
+            logits_CV, dlogits_CV = used[:, :vocab_size], used.view(hidden_MD.dtype)[:, :vocab_size]
+            self._products.wide(hidden_CD, weight_VD.t(), logits_CV)
+            yield Chunk(start, rows_C, hidden_CD, logits_CV, dlogits_CV, size == capacity)
+
+
+def default_chunk(capacity: int, row_bytes: int) -> int:
+    """Rows per chunk within the workspace: all of them if they fit, else equal chunks of whole tiles."""
+    limit = max(1, WORKSPACE_BYTES // row_bytes)
+    if capacity <= limit:
+        return max(1, capacity)
+    equal = -(-capacity // -(-capacity // limit))
+    tiles = -(-equal // ROW_MULTIPLE) * ROW_MULTIPLE
+    return tiles if tiles <= limit else limit // ROW_MULTIPLE * ROW_MULTIPLE or limit
+
+
+def _new_results(targets_M: Tensor) -> tuple[RowResults, Tensor]:
+    """Results, 0 where a position is not computed, and the statistics among them as ``[2, M]``."""
+    stats_2M = targets_M.new_zeros((2, targets_M.shape[0]), dtype=torch.float32)
+    loss_M = targets_M.new_zeros(targets_M.shape, dtype=torch.float32)
+    return RowResults(loss_M, stats_2M[0], stats_2M[1], torch.zeros_like(targets_M)), stats_2M
+
+
+def _float_vector(bias_V: Tensor | None) -> Tensor | None:
+    return None if bias_V is None else bias_V.to(torch.float32).contiguous()
+
+
+def _rows_of_neighbours(logits_MV: Tensor) -> Tensor:
+    """Any row stride is fine, any other column stride is a copy."""
+    return logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
+
+
+# What the registry knows as "cuda" is this module; cuda_kernels.unavailable_reason says whether it can run.
+BACKEND = CudaBackend(load, LibraryProducts())
+prepare_targets = BACKEND.prepare_targets
+linear_forward = BACKEND.linear_forward
+linear_rows_forward = BACKEND.linear_rows_forward
+linear_rows_backward = BACKEND.linear_rows_backward
+logits_rows_forward = BACKEND.logits_rows_forward
+logits_rows_backward = BACKEND.logits_rows_backward
+scale_gradient = BACKEND.scale_gradient

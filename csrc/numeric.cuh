@@ -1,0 +1,105 @@
+// The three float formats of logits and gradients, their conversions, and packs of 16 bytes.
+//
+// The types hold raw bits, so that a host compiler without the CUDA headers compiles the same kernels: the tests run
+// them on a CPU (tests/cotbal_kernels/cuda_on_cpu). Only the four conversions below differ between the two.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace cotbal {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+struct fp16 {
+    uint16_t bits;
+};
+
+// Codes of the C API; cotbal_kernels/cuda_kernels.py has the same.
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+__device__ inline float widen(float value) { return value; }
+
+__device__ inline float widen(bf16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
+
+template <typename T>
+__device__ T rounded(float value);  // to nearest, ties to even
+
+template <>
+__device__ inline float rounded<float>(float value) {
+    return value;
+}
+
+#ifdef __CUDACC__
+
+__device__ inline float widen(fp16 value) { return __half2float(__ushort_as_half(value.bits)); }
+
+template <>
+__device__ inline bf16 rounded<bf16>(float value) {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+}
+
+template <>
+__device__ inline fp16 rounded<fp16>(float value) {
+    return {__half_as_ushort(__float2half_rn(value))};
+}
+
+#else
+
+__device__ inline float widen(fp16 value) {
+    const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+    const uint32_t magnitude = value.bits & 0x7fffu;
+    if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    if (magnitude < 0x400u) {  // subnormal: a multiple of 2^-24
+        const float value_of = static_cast<float>(magnitude) * 0x1p-24f;
+        return sign ? -value_of : value_of;
+    }
+    return __uint_as_float(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+template <>
+__device__ inline bf16 rounded<bf16>(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    if (value != value) return {0x7fffu};
+    return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+template <>
+__device__ inline fp16 rounded<fp16>(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+    const float magnitude = __uint_as_float(bits & 0x7fffffffu);
+    if (value != value) return {0x7fffu};
+    if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00u)};
+    if (magnitude < 0x1p-14f) {  // adding 2^-1 leaves a multiple of 2^-24, rounded to nearest even, in the low bits
+        return {static_cast<uint16_t>(sign | (__float_as_uint(magnitude + 0.5f) - __float_as_uint(0.5f)))};
+    }
+    const uint32_t half = __float_as_uint(magnitude) - (112u << 23);
+    return {static_cast<uint16_t>(sign | (half + 0xfffu + (half >> 13 & 1u)) >> 13)};
+}
+
+#endif
+
+// N neighbouring values that move in one access.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+    T at[N];
+};
+
+// Values in one 16-byte load.
+template <typename T>
+constexpr int kPerLoad = 16 / static_cast<int>(sizeof(T));
+
+__device__ inline bool aligned_to(const void* address, int bytes) {
+    return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+}  // namespace cotbal

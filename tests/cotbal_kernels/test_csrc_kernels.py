@@ -1,0 +1,405 @@
+"""The kernels of csrc/, run on the CPU from their own source, against float64: every format, layout and order."""
+
+import ctypes
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_on_cpu import (
+    ASCENDING,
+    DESCENDING,
+    SHUFFLED,
+    compile_for_cpu,
+    cpu_kernels,
+    find_compiler,
+    schedule,
+)
+from loss_problems import FP32
+from torch import Tensor
+
+from cotbal_kernels.cuda_build import source_directory
+from cotbal_kernels.cuda_kernels import ChunkRows, KernelLibrary, RowResults
+from cotbal_kernels.interface import TokenLoss
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler: CXX, g++, c++")
+
+# Shapes: C rows of a chunk, M positions, V vocabulary, K tasks.
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+FORMATS = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16)]
+PLAIN, ALL = TokenLoss(0.0, 0.0, 0.0), TokenLoss(4.0, 0.1, 0.01)
+SENTINEL = 77.0
+
+
+def oracle(logits_CV: Tensor, bias_V: Tensor | None, targets_C: Tensor, scale_C: Tensor, spec: TokenLoss):
+    """Loss, largest logit, log of the sum, first argmax and gradient of every row in float64, by autograd."""
+    raw = logits_CV.double().requires_grad_()
+    z = raw if bias_V is None else raw + bias_V.double()
+    if spec.softcap:
+        z = spec.softcap * torch.tanh(z / spec.softcap)
+    log_p = z.log_softmax(1)
+    loss = -(1 - spec.smoothing) * log_p.gather(1, targets_C[:, None])[:, 0]
+    if spec.smoothing:  # 0 times the -inf of a masked word is NaN
+        loss = loss - spec.smoothing * log_p.mean(1)
+    loss = loss + spec.z_loss * z.logsumexp(1) ** 2
+    (gradient,) = torch.autograd.grad((loss * scale_C.double()).sum(), raw)
+    largest = z.max(1).values
+    return loss.detach(), largest.detach(), (z.logsumexp(1) - largest).detach(), z.argmax(1), gradient
+
+
+def placed(rows: int, vocab: int, dtype: torch.dtype, *, misaligned: int, pad: int) -> tuple[Tensor, Tensor]:
+    """A ``[rows, vocab]`` view with gaps behind its rows, some elements off a 16-byte boundary, and all around it."""
+    whole = torch.full((32 + misaligned + rows * (vocab + pad) + 32,), SENTINEL, dtype=dtype)
+    assert whole.data_ptr() % 64 == 0
+    return whole, whole.as_strided((rows, vocab), (vocab + pad, 1), 32 + misaligned)
+
+
+def outside_untouched(whole: Tensor, view: Tensor) -> bool:
+    copy = whole.clone()
+    copy.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(SENTINEL)
+    return bool((copy == SENTINEL).all())
+
+
+class Case:
+    """Rows of random logits of which some are positions: row r is position ``rows[r]``, the last two are none."""
+
+    def __init__(self, vocab: int, in_dtype: torch.dtype, *, misaligned: int = 0, pad: int = 0, bias: bool = False):
+        generator = torch.Generator().manual_seed(vocab)
+        self.C, self.M, self.V = 5, 11, vocab
+        self.rows_N = torch.tensor([99, 99, 9, 0, 4, self.M, self.M])  # the chunk starts at its third row
+        self.num_rows = torch.tensor([5])
+        self.positions = torch.tensor([9, 0, 4])
+        self.targets_M = torch.randint(vocab, (self.M,), generator=generator)
+        self.targets_M[0] = vocab - 1  # in the tail
+        self.targets_M[4] = 0  # in the head
+        self.tasks_M = torch.randint(3, (self.M,), generator=generator)
+        self.scale_K = torch.tensor([0.7, 1.9, 0.02])
+        values = 3 * torch.randn(self.C, vocab, generator=generator)
+        values[0, self.targets_M[9]] = 12.0  # sure, and right
+        values[3:] = math.nan
+        self.whole, self.logits_CV = placed(self.C, vocab, in_dtype, misaligned=misaligned, pad=pad)
+        self.logits_CV.copy_(values)
+        self.bias_V = torch.randn(vocab, generator=generator) if bias else None
+        self.results = RowResults(*(torch.full((self.M,), SENTINEL) for _ in range(3)), torch.full((self.M,), 77))
+
+    def expected(self, spec: TokenLoss):
+        scale_C = self.scale_K[self.tasks_M[self.positions]]
+        return oracle(self.logits_CV[:3].clone(), self.bias_V, self.targets_M[self.positions], scale_C, spec)
+
+    def where(self) -> ChunkRows:
+        return ChunkRows(self.rows_N, self.num_rows, 2, self.targets_M, self.tasks_M, self.scale_K)
+
+    def check_results(self, expected, dtype: torch.dtype) -> None:
+        loss, largest, log_sum, argmax, _ = expected
+        found = [result[self.positions] for result in self.results]
+        for actual, wanted in zip(found[:3], (loss, largest, log_sum), strict=True):
+            assert float((actual - wanted).abs().max()) <= FP32 * max(1.0, float(wanted.abs().max()))
+        assert found[3].tolist() == (argmax == self.targets_M[self.positions]).long().tolist()
+        others = [m for m in range(self.M) if m not in self.positions.tolist()]
+        assert all(bool((result[others] == SENTINEL).all()) for result in self.results)  # nothing but the positions
+
+
+def check_gradient(actual: Tensor, expected: Tensor) -> None:
+    """One rounding of each element to its format, and FP32 of the largest for everything before it."""
+    wanted, largest = expected.abs(), float(expected.abs().max())
+    bound = torch.finfo(actual.dtype).eps / 2 * wanted + FP32 * largest
+    if actual.dtype == F16:
+        bound = bound + 2.0**-25  # subnormal
+    assert bool(((actual[:3].double() - expected).abs() <= bound).all())
+    assert bool((actual[3:] == 0).all())  # not NaN times 0
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are small: more threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Threads and columns per tile are 128 and 2048 up to 4096 columns, 512 and 8192 up to 65536, 1024 and 16384 beyond:
+# one word; less than one load; one ragged tile; two; three of the next size; five of the largest.
+@pytest.mark.parametrize("formats", FORMATS, ids=lambda f: "-".join(str(d)[6:] for d in f))
+@pytest.mark.parametrize("vocab", [1, 3, 67, 2053, 20011, 70001])
+@pytest.mark.parametrize("general", [False, True], ids=["plain", "general"])
+def test_chunk_gradient(formats: tuple[torch.dtype, torch.dtype], vocab: int, general: bool) -> None:
+    """Losses, statistics and gradient; rows that are none become zeros and write nothing else."""
+    spec = ALL if general else PLAIN
+    for misaligned, pad in ((0, 0), (1, 2), (3, 5)) if vocab < 20000 else ((1, 2),):
+        case = Case(vocab, formats[0], misaligned=misaligned, pad=pad, bias=general)
+        expected, before = case.expected(spec), case.whole.clone()
+        whole, out_CV = placed(case.C, vocab, formats[1], misaligned=2 * misaligned, pad=pad)
+        cpu_kernels().chunk_gradient(case.logits_CV, out_CV, case.bias_V, case.where(), spec, case.results)
+        case.check_results(expected, formats[0])
+        check_gradient(out_CV, expected[-1])
+        assert outside_untouched(whole, out_CV)
+        assert torch.equal(case.whole.nan_to_num(5), before.nan_to_num(5))
+        # The same from the saved statistics.
+        stats_2M = torch.stack([case.results.max_M, case.results.log_sum_M])
+        again = torch.full_like(out_CV, SENTINEL)
+        cpu_kernels().saved_gradient(case.logits_CV, again, case.bias_V, case.where(), spec, stats_2M)
+        check_gradient(again, expected[-1])
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=lambda f: "-".join(str(d)[6:] for d in f))
+@pytest.mark.parametrize("kernel", ["chunk", "saved"])
+@pytest.mark.parametrize("vocab", [5, 4099, 65531])  # the last is eight tiles, with barriers at 0, 2 and 6
+def test_in_place(formats: tuple[torch.dtype, torch.dtype], kernel: str, vocab: int) -> None:
+    """The gradient over the logits, 16-bit ones at the front of float32 rows, whatever order threads run in."""
+    for misaligned in (0, 1) if vocab < 20000 else (1,):
+        layout = {"misaligned": misaligned, "pad": 3}
+        apart = Case(vocab, formats[0], **layout)
+        expected, original = apart.expected(PLAIN), apart.logits_CV
+        out_CV = torch.empty(apart.C, vocab, dtype=formats[1])
+        cpu_kernels().chunk_gradient(original, out_CV, None, apart.where(), PLAIN, apart.results)
+        stats_2M = torch.stack([apart.results.max_M, apart.results.log_sum_M])
+        if kernel == "saved":
+            cpu_kernels().saved_gradient(original, out_CV, None, apart.where(), PLAIN, stats_2M)
+        check_gradient(out_CV, expected[-1])
+        for order, seed in ((ASCENDING, 1), (DESCENDING, 1), (SHUFFLED, 1), (SHUFFLED, 2)):
+            case = Case(vocab, formats[0], **layout)
+            front = in_front(case.logits_CV, formats[1])
+            with schedule(order, seed):
+                if kernel == "chunk":
+                    cpu_kernels().chunk_gradient(case.logits_CV, front, None, case.where(), PLAIN, case.results)
+                else:
+                    cpu_kernels().saved_gradient(case.logits_CV, front, None, case.where(), PLAIN, stats_2M)
+            assert torch.equal(front, out_CV)  # bit by bit
+            if formats[0] != formats[1]:  # the second half of every row is as it was
+                half = (vocab + 1) // 2
+                after, before = (logits[:, half:].nan_to_num(5) for logits in (case.logits_CV, original))
+                assert torch.equal(after, before)
+            assert outside_untouched(case.whole, case.logits_CV)
+
+
+def in_front(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of the logits as a matrix of another dtype, rows at the same addresses."""
+    ratio = logits_CV.element_size() // dtype.itemsize
+    flat = torch.empty(0, dtype=dtype).set_(logits_CV.untyped_storage())
+    return flat.as_strided(logits_CV.shape, (logits_CV.stride(0) * ratio, 1), logits_CV.storage_offset() * ratio)
+
+
+def test_a_missing_barrier_is_noticed(tmp_path: Path) -> None:
+    """The harness can fail: without the barriers before its stores the same kernel gives another gradient."""
+    source = tmp_path / "csrc"
+    shutil.copytree(source_directory(), source)
+    header = source / "logit_row.cuh"
+    barrier = "if (barrier_before_stores(t)) __syncthreads();"
+    text = header.read_text()
+    assert text.count(barrier) == 1
+    header.write_text(text.replace(barrier, "if (t < 2 && barrier_before_stores(t)) __syncthreads();"))
+    compile_for_cpu(tmp_path / "kernels.so", source)
+    broken = KernelLibrary(tmp_path / "kernels.so", device_type="cpu")
+    right = []
+    for order in (ASCENDING, DESCENDING):
+        case = Case(65531, F32)
+        expected, front = case.expected(PLAIN), in_front(case.logits_CV, BF16)
+        with schedule(order, kernels=broken):
+            broken.chunk_gradient(case.logits_CV, front, None, case.where(), PLAIN, case.results)
+        right.append(float((front[:3].double() - expected[-1]).abs().max()) < 0.01)
+    assert not all(right)
+
+
+def test_losses_alone_leave_the_logits() -> None:
+    case = Case(2053, BF16, misaligned=1)
+    expected, before = case.expected(ALL), case.whole.clone()
+    where = case.where()._replace(tasks_M=None, scale=None)
+    cpu_kernels().chunk_gradient(case.logits_CV, None, None, where, ALL, case.results)
+    case.check_results(expected, BF16)
+    assert torch.equal(case.whole.nan_to_num(5), before.nan_to_num(5))
+
+
+def test_rows_are_positions_where_no_list_is_given() -> None:
+    """And a scale per position; a target of -1 is a row of zeros."""
+    case = Case(67, F32)
+    case.logits_CV.copy_(torch.randn(5, 67))
+    targets_M, scale_M = torch.tensor([7, 3, -1, 66, -1, 0]), torch.tensor([9.0, -1.5, 9.0, 0.25, 9.0, 2.0])
+    results = RowResults(*(torch.zeros(6) for _ in range(3)), torch.zeros(6, dtype=torch.int64))
+    out_CV = torch.full((5, 67), SENTINEL)
+    where = ChunkRows(None, None, 1, targets_M, None, scale_M)
+    cpu_kernels().chunk_gradient(case.logits_CV, out_CV, None, where, PLAIN, results)
+    loss, *_, gradient = oracle(case.logits_CV[[0, 2, 4]], None, targets_M[[1, 3, 5]], scale_M[[1, 3, 5]], PLAIN)
+    assert float((results.loss_M[[1, 3, 5]] - loss).abs().max()) <= FP32 * float(loss.max())
+    assert float((out_CV[[0, 2, 4]] - gradient).abs().max()) <= FP32 * float(gradient.abs().max())
+    assert bool((out_CV[[1, 3]] == 0).all())
+    assert results.loss_M[[0, 2, 4]].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+@pytest.mark.parametrize("spec", [PLAIN, TokenLoss(0.0, 0.2, 0.0)], ids=["plain", "smoothing"])
+def test_large_offsets_lose_nothing(offset: float, spec: TokenLoss) -> None:
+    """Logits in multiples of 2^-9, to which 1e4 adds exactly: (m + log l) - z would be off by 1e-3."""
+    case = Case(6007, F32)
+    case.logits_CV.copy_((torch.randn(5, 6007, generator=torch.Generator().manual_seed(1)) * 512).round() / 512)
+    expected, shifted = case.expected(spec), case.logits_CV + offset
+    assert torch.equal(shifted - offset, case.logits_CV)
+    out_CV = torch.empty_like(shifted)
+    cpu_kernels().chunk_gradient(shifted, out_CV, None, case.where(), spec, case.results)
+    assert float((case.results.loss_M[case.positions] - expected[0]).abs().max()) <= FP32 * float(expected[0].max())
+    check_gradient(out_CV, expected[-1])
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=lambda f: "-".join(str(d)[6:] for d in f))
+def test_target_minus_one_is_formed_before_rounding(formats: tuple[torch.dtype, torch.dtype]) -> None:
+    """p rounded to bf16 before p - 1 gives a gradient off by 100 % at p = .999."""
+    logits_CV = torch.zeros(1, 4500, dtype=formats[0])
+    logits_CV[0, 4321] = math.log(0.999 * 4499 / 0.001)
+    targets_M, scale_M = torch.tensor([4321]), torch.ones(1)
+    exact = oracle(logits_CV, None, targets_M, scale_M, PLAIN)[-1]
+    results = RowResults(*(torch.zeros(1) for _ in range(3)), torch.zeros(1, dtype=torch.int64))
+    out_CV = torch.empty(1, 4500, dtype=formats[1])
+    where = ChunkRows(None, None, 0, targets_M, None, scale_M)
+    cpu_kernels().chunk_gradient(logits_CV, out_CV, None, where, PLAIN, results)
+    # Its own rounding, and four float32 roundings (exp, sum, quotient, product) relative to 1 - p = 1e-3.
+    tolerance = torch.finfo(formats[1]).eps / 2 + 4 * 6e-8 / 1e-3
+    assert abs(float(out_CV[0, 4321]) / float(exact[0, 4321]) - 1) <= tolerance
+
+
+def test_masked_and_broken_logits() -> None:
+    """-inf (a masked word) has probability 0, even where a thread sees nothing else; NaN and +inf come out as NaN."""
+    logits_CV = torch.randn(4, 6000)
+    logits_CV[0, 100:5000] = -math.inf
+    logits_CV[1, 5990] = math.nan
+    logits_CV[2, 17] = math.inf
+    targets_M, scale_M = torch.tensor([5500, 1, 2, 3]), torch.ones(4)
+    results = RowResults(*(torch.zeros(4) for _ in range(3)), torch.zeros(4, dtype=torch.int64))
+    out_CV = torch.empty_like(logits_CV)
+    where = ChunkRows(None, None, 0, targets_M, None, scale_M)
+    cpu_kernels().chunk_gradient(logits_CV, out_CV, None, where, PLAIN, results)
+    loss, *_, gradient = oracle(logits_CV[[0, 3]], None, targets_M[[0, 3]], scale_M[[0, 3]], PLAIN)
+    assert float((results.loss_M[[0, 3]] - loss).abs().max()) <= FP32 * float(loss.max())
+    assert float((out_CV[[0, 3]] - gradient).abs().max()) <= FP32
+    assert bool((out_CV[0, 100:5000] == 0).all())
+    assert bool(results.loss_M[1:3].isnan().all())
+    assert bool(out_CV[1:3].isnan().any(1).all())
+
+
+@pytest.mark.parametrize("in_dtype", [F32, BF16, F16])
+def test_the_first_largest_logit_counts(in_dtype: torch.dtype) -> None:
+    """Ties in the head, the loads and the tail of a row, of one thread and of two."""
+    for vocab, places in ((21, (0, 5, 20)), (4500, (3, 700, 705, 4499)), (4500, (2049, 2050)), (20, (17, 18))):
+        for target in places:
+            whole, logits_CV = placed(1, vocab, in_dtype, misaligned=1, pad=0)
+            logits_CV.zero_()
+            logits_CV[0, list(places)] = 2.0
+            results = RowResults(*(torch.zeros(1) for _ in range(3)), torch.zeros(1, dtype=torch.int64))
+            where = ChunkRows(None, None, 0, torch.tensor([target]), None, None)
+            cpu_kernels().chunk_gradient(logits_CV, None, None, where, PLAIN, results)
+            assert bool(results.hit_M[0]) == (target == places[0])
+            assert whole is not None
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Two rows 2^31 + 40 elements apart, in place; the pages between them are never touched."""
+    stride = 2**31 + 40
+    whole = torch.empty(stride + 500, dtype=BF16)
+    logits_CV = whole.as_strided((2, 500), (stride, 1))
+    values = torch.randn(2, 500).bfloat16()
+    logits_CV.copy_(values)
+    targets_M, scale_M = torch.tensor([3, 499]), torch.tensor([1.0, 2.0])
+    expected = oracle(values, None, targets_M, scale_M, PLAIN)
+    results = RowResults(*(torch.zeros(2) for _ in range(3)), torch.zeros(2, dtype=torch.int64))
+    where = ChunkRows(None, None, 0, targets_M, None, scale_M)
+    cpu_kernels().chunk_gradient(logits_CV, logits_CV, None, where, PLAIN, results)
+    assert float((results.loss_M - expected[0]).abs().max()) <= FP32 * float(expected[0].max())
+    assert float((logits_CV.double() - expected[-1]).abs().max()) <= torch.finfo(BF16).eps
+
+
+def in_order_of_kernel_b(values_M: Tensor, tasks_M: Tensor, task: int) -> float:
+    """Threads 0 ... 511 add every 512th position in float64; butterflies over 32 lanes, then over 16 warps."""
+
+    def butterfly(lanes: Tensor) -> Tensor:
+        for distance in (16, 8, 4, 2, 1):
+            lanes = lanes + lanes[torch.arange(32) ^ distance]
+        return lanes
+
+    threads = torch.zeros(512, dtype=torch.float64)
+    for start in range(0, len(values_M), 512):
+        part = values_M[start : start + 512].double()
+        of_task = tasks_M[start : start + 512] == task
+        threads[: len(part)] = torch.where(of_task, threads[: len(part)] + part, threads[: len(part)])
+    warps = torch.zeros(32, dtype=torch.float64)
+    warps[:16] = torch.stack([butterfly(warp)[0] for warp in threads.reshape(16, 32)])
+    return float(butterfly(warps)[0].float())
+
+
+@pytest.mark.parametrize(("positions", "tasks"), [(0, 2), (1, 1), (3001, 5), (700, 64)])
+def test_task_sums_are_in_their_order_bit_by_bit(positions: int, tasks: int) -> None:
+    generator = torch.Generator().manual_seed(positions)
+    loss_M = torch.randn(positions, generator=generator) * 10.0 ** torch.randint(
+        -6, 7, (positions,), generator=generator
+    )
+    hit_M = torch.randint(2, (positions,), generator=generator)
+    tasks_M = torch.randint(tasks, (positions,), generator=generator)
+    for order in (ASCENDING, SHUFFLED):
+        with schedule(order):
+            loss_K, hit_K = cpu_kernels().task_sums(loss_M, hit_M, tasks_M, tasks)
+        assert loss_K.tolist() == [in_order_of_kernel_b(loss_M, tasks_M, k) for k in range(tasks)]
+        assert hit_K.tolist() == [int(hit_M[tasks_M == k].sum()) for k in range(tasks)]
+
+
+@pytest.mark.parametrize("in_dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("out_dtype", [F32, BF16, F16])
+def test_scale_gradient(in_dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """Bit by bit what torch gives; a block is 4096 floats or 8192 16-bit values."""
+    factor = torch.tensor(1.003)
+    for count in (0, 1, 7, 4096, 8192, 20003):
+        for misaligned in (0, 1):
+            grad = torch.randn(count + misaligned).to(in_dtype)[misaligned:]
+            whole = torch.full((count + 9,), SENTINEL, dtype=out_dtype)
+            cpu_kernels().scale_gradient(grad, factor, whole[: count + misaligned][misaligned:])
+            assert torch.equal(whole[misaligned : count + misaligned], (grad.float() * factor).to(out_dtype))
+            assert bool((whole[count + misaligned :] == SENTINEL).all())
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_conversions_of_the_cpu_build(dtype: torch.dtype) -> None:
+    """All 65536 values widened; ties, subnormals, overflow and their neighbours rounded, as torch does."""
+    one = torch.ones(())
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    wide = torch.empty(2**16)
+    cpu_kernels().scale_gradient(every, one, wide)
+    torch.testing.assert_close(wide, every.float(), rtol=0, atol=0, equal_nan=True)
+    finite = every.float()[every.float().isfinite()].sort().values
+    between = (finite[1:] + finite[:-1]) / 2  # exact: the ties
+    values = torch.cat([finite, between, between.nextafter(one * math.inf), between.nextafter(-one * math.inf)])
+    values = torch.cat(
+        [values, torch.tensor([65519.9, 65520.0, 1e30, -1e30, math.inf, -math.inf, 1e-30, -0.0, math.nan])]
+    )
+    narrow = torch.empty(len(values), dtype=dtype)
+    cpu_kernels().scale_gradient(values, one, narrow)
+    torch.testing.assert_close(narrow, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_errors_name_the_launch_and_the_cause() -> None:
+    case = Case(67, BF16)
+    with pytest.raises(RuntimeError, match=r"cotbal_chunk_gradient failed: invalid argument \(1\)"):
+        cpu_kernels().chunk_gradient(case.logits_CV, torch.empty(5, 67), None, case.where(), PLAIN, case.results)
+    with pytest.raises(ValueError, match="neighbouring columns"):
+        cpu_kernels().chunk_gradient(torch.zeros(67, 5).t(), None, None, case.where(), PLAIN, case.results)
+    with pytest.raises(ValueError, match=r"contiguous float32 or int64 vector, got torch.bfloat16"):
+        cpu_kernels().chunk_gradient(
+            case.logits_CV, None, torch.zeros(67).bfloat16(), case.where(), PLAIN, case.results
+        )
+    on_gpu = KernelLibrary(cpu_kernels().path, device_type="cuda")
+    with pytest.raises(ValueError, match="run on cuda, got a tensor on cpu"):
+        on_gpu.task_sums(torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 1)
+
+
+def test_a_barrier_that_cannot_complete_ends_the_launch(tmp_path: Path) -> None:
+    """The other thing the harness must notice."""
+    source = tmp_path / "api.cu"
+    source.write_text(
+        "#include <cuda_runtime.h>\n"
+        "__global__ void half() { if (threadIdx.x < 16) __syncthreads(); else __shfl_xor_sync(~0u, 1, 1); }\n"
+        'extern "C" int run() {\n'
+        "    cudaLaunchConfig_t config = {};\n"
+        "    config.blockDim = dim3(32);\n"
+        "    return cudaLaunchKernelEx(&config, half);\n"
+        "}\n"
+    )
+    compile_for_cpu(tmp_path / "half.so", tmp_path)
+    assert ctypes.CDLL(str(tmp_path / "half.so")).run() == 719

@@ -1,11 +1,13 @@
 """Task-weighted fused cross-entropy (Eq. 2 of CoTBal) for language and multimodal model training."""
 
+from .convergence import ConvergenceBalancer
 from .distributed import global_normalizer, global_task_tokens
 from .functional import linear_task_cross_entropy, task_cross_entropy
 from .modules import LinearTaskCrossEntropy, TaskCrossEntropy
 from .results import TaskLoss
 
 __all__ = [
+    "ConvergenceBalancer",
     "LinearTaskCrossEntropy",
     "TaskCrossEntropy",
     "TaskLoss",

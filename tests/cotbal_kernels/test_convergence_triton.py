@@ -1,0 +1,175 @@
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ahead_of_time import CAPABILITIES, compile_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreter import interpreted
+from test_convergence import sequence
+
+from cotbal_kernels import ConvergenceBalancer
+from cotbal_kernels.convergence import VARIANTS
+from cotbal_kernels.triton_kernels.convergence import NUM_WARPS, ConvergenceKernel, convergence_step_kernel
+
+# Both paths are float64 up to the rounding of the weights to float32 (6e-8) and sum in different orders, which the
+# normalisations of Eq. 4, 5 and 7 amplify.
+TOLERANCE = {"rtol": 5e-7, "atol": 5e-7}
+
+
+def both(num_tasks: int, **arguments: Any) -> tuple[ConvergenceBalancer, ConvergenceBalancer]:
+    with interpreted():
+        kernel = ConvergenceBalancer(num_tasks, **arguments, device="cpu", backend="triton")
+    return kernel, ConvergenceBalancer(num_tasks, **arguments, device="cpu")
+
+
+def assert_same_state(kernel: ConvergenceBalancer, portable: ConvergenceBalancer) -> None:
+    expected = portable.state_dict()
+    for name, value in kernel.state_dict().items():
+        if name == "settings":
+            continue
+        if value.is_floating_point() and name not in ("initial", "ratios"):
+            torch.testing.assert_close(value, expected[name], rtol=5e-7, atol=1e-12 if name != "weights" else 5e-7)
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tasks=st.integers(1, 9),
+    window=st.integers(2, 9),
+    warmup=st.integers(0, 9),
+    history=st.sampled_from([1, 5, 1000]),
+    absent=st.sampled_from([0.0, 0.4]),
+)
+@settings(max_examples=6, deadline=None)
+@pytest.mark.filterwarnings("ignore:Eq. 7")
+def test_kernel_equals_portable(
+    variant: str, seed: int, tasks: int, window: int, warmup: int, history: int, absent: float
+) -> None:
+    kernel, portable = both(tasks, window=window, warmup=warmup, variant=variant, history=history)
+    losses, present = sequence(seed, steps=14, tasks=tasks, held=0.3, absent=absent)
+    for row, here in zip(losses, present, strict=True):
+        given_present = None if here.all() else here
+        with interpreted():
+            weights = kernel.step(row, given_present)
+        torch.testing.assert_close(weights, portable.step(row, given_present), **TOLERANCE)
+    assert_same_state(kernel, portable)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("tasks", "window", "history"), [(33, 1500, 4100), (2, 1024, 2048), (129, 3, 7)])
+def test_more_than_one_block(variant: str, tasks: int, window: int, history: int) -> None:
+    """Full rings of several blocks with a ragged last one, taken over from the state of a run begun elsewhere."""
+    kernel, portable = both(tasks, window=window, warmup=2, variant=variant, history=history)
+    generator = torch.Generator().manual_seed(0)
+    state = portable.state_dict()
+    rows = state["counts"].shape[0]
+    start = 2 * window + history
+    state["step"].fill_(start)
+    state["counts"] += 2 * window + torch.randint(0, window, (rows,), generator=generator)
+    newest = (state["counts"] - 1) % window
+    # Slot s holds the step of its presence: the newest is the step before, every other one a step earlier.
+    state["ratio_steps"] += start - 1 - (newest.unsqueeze(1) - torch.arange(window)) % window
+    state["initial"] += 2.0
+    for name in ("ratios", "slope_ring", "slopes", "peaks"):
+        state[name] += torch.rand(state[name].shape, generator=generator) + 0.1
+    for balancer in (kernel, portable):
+        balancer.load_state_dict(state)
+    for _ in range(2):
+        losses = torch.rand(tasks, generator=generator)
+        with interpreted():
+            weights = kernel.step(losses)
+        torch.testing.assert_close(weights, portable.step(losses), **TOLERANCE)
+        assert weights.std() > 0.01  # the comparison sees more than uniform weights
+    assert_same_state(kernel, portable)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("variant", ["absolute", "mftcoder"])
+def test_losses_of_any_dtype_and_stride(variant: str, dtype: torch.dtype) -> None:
+    kernel, portable = both(3, window=4, warmup=1, variant=variant)
+    losses, present = sequence(seed=7, steps=8, tasks=6, held=0.2, absent=0.2)
+    losses[2, 0], losses[3, 2], losses[0, 4] = float("nan"), 0.0, 0.0
+    for row, here in zip(losses.to(dtype), present, strict=True):
+        with interpreted():
+            weights = kernel.step(row[::2], here[::2])
+        torch.testing.assert_close(weights, portable.step(row[::2], here[::2]), **TOLERANCE)
+
+
+def test_a_task_without_a_slope_is_left_out_of_the_largest() -> None:
+    kernel, _ = both(3, window=4, warmup=0)
+    for t in range(3):
+        with interpreted():
+            kernel.step(torch.tensor([1.0 / (t + 1), 2.0, 1.0]), torch.tensor([True, t == 0, False]))
+    assert kernel.state_dict()["peaks"][1] == kernel.slopes[0] < 0
+
+
+def test_kernel_leaves_its_counter_ready_and_its_result_alone() -> None:
+    kernel, _ = both(3, window=4, warmup=0)
+    losses, _ = sequence(seed=8, steps=4, tasks=3, held=0.0, absent=0.0)
+    with interpreted():
+        returned = [kernel.step(row) for row in losses]
+    copies = [weights.clone() for weights in returned]
+    with interpreted():
+        kernel.step(losses[0])
+    assert all(torch.equal(a, b) for a, b in zip(returned, copies, strict=True))
+    assert isinstance(kernel._triton, ConvergenceKernel)
+    assert int(kernel._triton.arrivals) == 0
+
+
+SIGNATURE = {
+    **dict.fromkeys(("initial_ptr", "ratios_ptr", "slopes_ptr", "slope_ring_ptr", "peaks_ptr", "logits_ptr"), "*fp64"),
+    **dict.fromkeys(("step_ptr", "counts_ptr", "ratio_steps_ptr"), "*i64"),
+    **dict.fromkeys(("losses_ptr", "weights_ptr", "output_ptr"), "*fp32"),
+    **dict.fromkeys(("stride", "num_tasks", "window", "history", "warmup", "slopes_kept"), "i32"),
+    "present_ptr": "*u8",
+    "arrivals_ptr": "*i32",
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("variant", "tasks", "window"), [("absolute", 8, 50), ("printed", 1024, 10_000), ("mftcoder", 1024, 10_000)]
+)
+def test_compiles_without_spills(capability: int, variant: str, tasks: int, window: int) -> None:
+    with interpreted():
+        kernel = ConvergenceBalancer(tasks, window=window, warmup=4, variant=variant, device="meta", backend="triton")
+    assert isinstance(kernel._triton, ConvergenceKernel)
+    resources = compile_for(
+        convergence_step_kernel, SIGNATURE, kernel._triton.constants, capability=capability, num_warps=NUM_WARPS
+    )
+    assert resources.spills == 0
+    assert resources.stack == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_on_a_gpu_and_in_a_graph(variant: str) -> None:
+    losses, present = sequence(seed=9, steps=40, tasks=5, held=0.2, absent=0.2)
+    reference = ConvergenceBalancer(5, window=8, warmup=3, variant=variant, device="cpu")
+    expected = [reference.step(row, here) for row, here in zip(losses, present, strict=True)]
+    for backend in ("triton", "portable"):
+        balancer = ConvergenceBalancer(5, window=8, warmup=3, variant=variant, device="cuda", backend=backend)
+        row, here = losses[0].cuda(), present[0].cuda()
+        balancer.step(row, here)  # compiles the kernel
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            balancer.step(row, here)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        fresh = ConvergenceBalancer(5, window=8, warmup=3, variant=variant, device="cuda", backend=backend)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            weights = fresh.step(row, here)
+        for t in range(40):
+            row.copy_(losses[t])
+            here.copy_(present[t])
+            graph.replay()
+            torch.testing.assert_close(weights.cpu(), expected[t], **TOLERANCE)
+            assert torch.equal(weights, fresh.weights)

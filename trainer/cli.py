@@ -25,6 +25,12 @@ ConfigPath = Annotated[Path, typer.Argument(help="YAML configuration; see docs/c
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. training.epochs=2")
 ]
+Methods = Annotated[
+    str | None, typer.Option(help="compare with these balancing methods, e.g. ew,tla,rlw,coba (stl is always there)")
+]
+Seeds = Annotated[
+    int | None, typer.Option(min=1, help="train every final model with this many seeds, for means and spreads")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print stages, steps and cost, and stop")]
 
 
@@ -34,29 +40,43 @@ def demo(
     small: Annotated[
         bool, typer.Option("--small", help="minutes instead of a quarter of an hour; learns little")
     ] = False,
+    methods: Methods = None,
+    seeds: Seeds = None,
     dry_run: DryRun = False,
     overrides: Overrides = None,
 ) -> None:
     """Run the whole of Algorithm 1 on built-in tasks and write a report. Run it again to continue."""
     preset = Path(__file__).parent / "configs" / ("demo_small.yaml" if small else "demo.yaml")
-    _run(preset, {"output_dir": str(output), **_parse_overrides(overrides)}, dry_run)
+    _run(
+        preset, {"output_dir": str(output), **_final_trainings(methods, seeds), **_parse_overrides(overrides)}, dry_run
+    )
 
 
 @app.command()
-def run(config: ConfigPath, dry_run: DryRun = False, overrides: Overrides = None) -> None:
+def run(
+    config: ConfigPath,
+    methods: Methods = None,
+    seeds: Seeds = None,
+    dry_run: DryRun = False,
+    overrides: Overrides = None,
+) -> None:
     """Run the pipeline of CONFIG. Run it again after an interruption: it continues where it was."""
-    _run(config, _parse_overrides(overrides), dry_run)
+    _run(config, {**_final_trainings(methods, seeds), **_parse_overrides(overrides)}, dry_run)
 
 
 @app.command()
 def train(
     config: ConfigPath,
     output: Annotated[Path, typer.Option(help="folder for model/, log.jsonl and tensorboard/")],
-    method: Annotated[str, typer.Option(help="ew | tla | cotbal (cotbal needs --weights)")] = "ew",
-    weights: Annotated[Path | None, typer.Option(help="JSON of `cotbal weights`, or {task: weight}")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="a balancing method (docs/balancing.md); default: balancing.method of CONFIG")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="for cotbal: JSON of `cotbal weights`, or {task: weight}")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train once on the full mixture of CONFIG with one balancing method."""
+    """Train once on the tasks of CONFIG with one balancing method."""
     from trainer.config import load_config
     from trainer.single import train_once
 
@@ -71,12 +91,17 @@ def weights(
     on_degenerate: Annotated[
         str, typer.Option(help="error | clip: when V_j(j+mini) does not exceed V_j(mini)")
     ] = "error",
+    difficulty: Annotated[
+        str, typer.Option(help="reused | precise: Eq. 9 from the proxies, or from {alone: {mini, full}}")
+    ] = "reused",
 ) -> None:
     """Print task weights, contributions and difficulties for a table of validation scores (equations 3-11)."""
     from trainer.balancing.cotbal import cotbal_weights
     from trainer.balancing.scores import Scores
 
-    result = cotbal_weights(Scores.from_json(_read_json(scores)), temperature, alpha, on_degenerate)
+    result = cotbal_weights(
+        Scores.from_json(_read_json(scores)), temperature, alpha, on_degenerate, difficulty=difficulty
+    )
     typer.echo(json.dumps(result.to_json(), indent=2))
 
 
@@ -130,18 +155,28 @@ def _run(path: Path, overrides: dict[str, Any], dry_run: bool) -> None:
 
 
 def _plan_table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'training':<28}{'records':>9}{'steps':>8}{'cost':>8}  scored on"]
+    width = max(28, *(len(row["training"]) + 1 for row in rows))
+    lines = [f"{'training':<{width}}{'records':>9}{'steps':>8}{'cost':>8}  scored on"]
     lines += [
-        f"{row['training']:<28}{row['records']:>9}{row['steps']:>8}{row['cost']:>8.2f}  {row['scored on']}"
+        f"{row['training']:<{width}}{row['records']:>9}{row['steps']:>8}{row['cost']:>8.2f}  {row['scored on']}"
         for row in rows
     ]
-    proxies = sum(row["cost"] for row in rows if row["scored on"] == "validation")
+    proxies = sum(row["cost"] for row in rows if "validation" in row["scored on"])
     total = sum(row["cost"] for row in rows)
     lines.append(
         f"cost is in units of the final training, by records: proxies {proxies:.2f} "
         f"(what CoTBal adds to a plain training), everything {total:.2f}"
     )
     return "\n".join(lines)
+
+
+def _final_trainings(methods: str | None, seeds: int | None) -> dict[str, Any]:
+    """``--methods`` and ``--seeds`` as keys of the configuration."""
+    overrides: dict[str, Any] = {} if seeds is None else {"seeds": seeds}
+    if methods is not None:
+        names = [name.strip() for name in methods.split(",") if name.strip()]
+        overrides["comparisons"] = ["stl", *(name for name in names if name != "stl")]
+    return overrides
 
 
 def _parse_overrides(overrides: list[str] | None) -> dict[str, Any]:

@@ -6,26 +6,22 @@ default, and an unknown key is an error that names the nearest valid one.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from trainer.balancing.config import BalancingConfig, ComparisonConfig, ValidationConfig, option_groups
 from trainer.errors import UserError, nearest
 from trainer.metrics import get_metric
+from trainer.options import NAME, Options
 
 BUILT_IN = "built_in"
 _TASKS_WORD = "literal['built_in']"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-class TaskConfig(_Options):
+class TaskConfig(Options):
     """One task: its three record files, its metric, and whether CoTBal balances it."""
 
     name: str = Field(description="used in file names, tables and plots")
@@ -41,7 +37,7 @@ class TaskConfig(_Options):
     @field_validator("name")
     @classmethod
     def _usable_in_paths(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise ValueError(f"task name '{name}' must be letters, digits, '_', '-', '.' only")
         return name
 
@@ -62,7 +58,7 @@ class TaskConfig(_Options):
         return self
 
 
-class BuiltInTasksConfig(_Options):
+class BuiltInTasksConfig(Options):
     """Sizes of the built-in tasks: conversations in training, questions in validation and test."""
 
     train: Annotated[int, Field(ge=8)] = Field(1000, description="conversations per task")
@@ -70,7 +66,7 @@ class BuiltInTasksConfig(_Options):
     test: Annotated[int, Field(ge=2)] = Field(300, description="questions per task")
 
 
-class TinyLlavaConfig(_Options):
+class TinyLlavaConfig(Options):
     """Size of the built-in LLaVA (only read when ``model.path`` is ``built_in``)."""
 
     hidden_size: Annotated[int, Field(ge=16)] = 192
@@ -83,7 +79,7 @@ class TinyLlavaConfig(_Options):
     pretraining_epochs: Annotated[float, Field(gt=0)] = 4.0
 
 
-class ModelConfig(_Options):
+class ModelConfig(Options):
     """The pretrained LMM that Algorithm 1 starts every training from."""
 
     path: str = Field(BUILT_IN, description="a transformers image-text-to-text model: folder, hub name, or built_in")
@@ -95,7 +91,7 @@ class ModelConfig(_Options):
     )
 
 
-class TrainingConfig(_Options):
+class TrainingConfig(Options):
     """One training run; the same for every run of Algorithm 1, so that only the mixture and lambda differ."""
 
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the training's own mixture")
@@ -115,13 +111,13 @@ class TrainingConfig(_Options):
     dataloader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that encode samples; 0 = none")
 
 
-class EvaluationConfig(_Options):
+class EvaluationConfig(Options):
     """Batched greedy generation on validation and test records."""
 
     batch_size: Annotated[int, Field(ge=1)] = Field(32, description="prompts generated at once")
 
 
-class CotbalConfig(_Options):
+class CotbalConfig(Options):
     """Eq. 3-11 of CoTBal; the defaults are the paper's."""
 
     temperature: Annotated[float, Field(gt=0)] = Field(0.5, description="T of Eq. 5, 7 and 10")
@@ -130,12 +126,15 @@ class CotbalConfig(_Options):
     strategy: Literal["cotbal", "one2all", "all2one", "contribution", "difficulty"] = Field(
         "cotbal", description="which lambda the final training uses (Table 3)"
     )
+    difficulty: Literal["reused", "precise"] = Field(
+        "reused", description="Eq. 9 from the proxies, or from one full and one mini model per task alone (Table 3)"
+    )
     on_degenerate: Literal["error", "clip"] = Field(
         "error", description="when V_j(j+mini) does not exceed V_j(mini), which makes Eq. 3 explode"
     )
 
 
-class LaunchConfig(_Options):
+class LaunchConfig(Options):
     """Where trainings run. ``parallel`` independent trainings go at once, each on ``processes`` processes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -145,7 +144,7 @@ class LaunchConfig(_Options):
     torchrun_args: list[str] = Field([], description="handed to torchrun as they are, for several machines")
 
 
-class RunConfig(_Options):
+class RunConfig(Options):
     """The whole of Algorithm 1, from records to the report."""
 
     output_dir: Path = Field(description="run directory; run again on the same one to continue")
@@ -156,8 +155,14 @@ class RunConfig(_Options):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cotbal: CotbalConfig = CotbalConfig()
-    comparisons: list[Literal["stl", "ew"]] = Field(
-        ["stl", "ew"], description="stl is the baseline of Delta I and Delta E; ew the usual mixture"
+    balancing: BalancingConfig = BalancingConfig()
+    comparisons: list[ComparisonConfig] = Field(
+        [ComparisonConfig(method="stl"), ComparisonConfig(method="ew")],
+        description="trained beside CoTBal: methods by name, or `{name, method, options}`; "
+        "stl is the baseline of Delta I and Delta E",
+    )
+    seeds: Annotated[int, Field(ge=1)] = Field(
+        1, description="trainings of every final model, with `seed`, `seed` + 1, ...; proxies are trained once"
     )
     launch: LaunchConfig = LaunchConfig()
 
@@ -171,10 +176,23 @@ class RunConfig(_Options):
                 raise ValueError(f"task names must be unique; given twice: {', '.join(twice)}")
         return tasks
 
+    @field_validator("comparisons")
+    @classmethod
+    def _trained_once(cls, comparisons: list[ComparisonConfig]) -> list[ComparisonConfig]:
+        names = [comparison.name for comparison in comparisons]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"names must be unique; given twice: {', '.join(twice)}")
+        return [comparison for comparison in comparisons if comparison.name != "cotbal"]  # which every run trains
+
     @field_validator("output_dir")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
         return path.expanduser().absolute()
+
+    def method_options(self, comparison: ComparisonConfig) -> dict[str, Any]:
+        """The options of a comparison's method: its own over those of the group ``balancing``."""
+        return self.balancing.options.get(comparison.method, {}) | comparison.options
 
     def to_yaml(self) -> str:
         """The resolved configuration, loadable again."""
@@ -228,7 +246,9 @@ def reference() -> str:
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             groups.append((name, field.annotation))
-    groups.append(("model.tiny_llava", TinyLlavaConfig))
+    groups += [("model.tiny_llava", TinyLlavaConfig), ("balancing.validation", ValidationConfig)]
+    groups.append(("comparisons[]", ComparisonConfig))
+    groups += option_groups().items()
     lines = ["# Configuration", "", "Made from `trainer/config.py` by `python -m trainer.config`."]
     for prefix, model in groups:
         lines += [
@@ -242,13 +262,19 @@ def reference() -> str:
         for name, field in model.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 continue
-            default = "required" if field.is_required() else f"`{field.default}`"
+            default = "required" if field.is_required() else f"`{_shown(field.default)}`"
             meaning = field.description or ""
             if get_origin(field.annotation) is Literal:
                 choices = ", ".join(f"`{option}`" for option in get_args(field.annotation))
                 meaning = f"one of {choices}" + (f"; {meaning}" if meaning else "")
             lines.append(f"| `{name}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(default: Any) -> Any:
+    if isinstance(default, list):
+        return [item.name if isinstance(item, ComparisonConfig) else item for item in default]
+    return default
 
 
 def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
@@ -296,8 +322,8 @@ def _explain(error: ValidationError) -> str:
 def _valid_keys(location: list[str]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for part in location:
-        if part == "tasks":
-            model = TaskConfig
+        if part in ("tasks", "comparisons"):
+            model = TaskConfig if part == "tasks" else ComparisonConfig
         elif part in model.model_fields:
             annotation = model.model_fields[part].annotation
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):

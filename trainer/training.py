@@ -10,35 +10,35 @@ micro-batches of the accumulation window.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
-import time
 import traceback
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
-from cotbal_kernels import global_normalizer
 from cotbal_kernels.huggingface import apply_fused_loss
+from trainer.balancing.method import MethodContext
+from trainer.balancing.registry import method_class, read_options
 from trainer.config import RunConfig, TrainingConfig
 from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import ConversationEncoder
-from trainer.data.mixtures import Mixture, select
+from trainer.data.mixtures import Mixture, MixtureKind, select
 from trainer.errors import UserError
 from trainer.launching import ERROR_FILE, die_with_parent
+from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog
+from trainer.loop.trainer import TaskWeightedTrainer
+from trainer.loop.validation import ValidationBatches
+from trainer.loop.weighting import Tasks, TaskWeighting
 from trainer.models.features import FeatureStore
 from trainer.models.loading import load_model, load_processor
-from trainer.tasks import load_task
-
-COMPLETE = "COMPLETE"  # written last into a checkpoint folder: one without it was cut off
+from trainer.tasks import Task, load_task
 
 
 class TrainingSpec(BaseModel):
@@ -49,126 +49,30 @@ class TrainingSpec(BaseModel):
         config: the run's resolved configuration, with its tasks spelled out.
         model_path: folder or hub name of the model to start from.
         mixture: kind and task of the :class:`Mixture`.
-        task_weights: lambda of Eq. 2 by task name; tasks left out weigh 1.
-        aggregation: ``token`` (Eq. 2) or ``task`` (TLA).
-        output_dir: gets ``model/``, ``log.jsonl``, ``tensorboard/`` and, while it runs, ``checkpoints/``.
+        method: name of the balancing method (`trainer.balancing.registry`).
+        options: of the method.
+        task_weights: for CoTBal, lambda of Eq. 2 by task name; tasks left out weigh 1.
+        seed: of data order and random weights; None is the configuration's, which the mini subsets always follow.
+        output_dir: gets ``model/``, ``log.jsonl``, ``weights.csv``, ``tensorboard/`` and, while it runs,
+            ``checkpoints/``.
         features: folder of cached vision features, when the tower is frozen and takes them.
     """
 
     name: str
     config: RunConfig
     model_path: str
-    mixture: Literal["mini", "plus", "single", "all"]
+    mixture: MixtureKind
     mixture_task: str | None = None
+    method: str = "ew"
+    options: dict[str, Any] = {}
     task_weights: dict[str, float] = {}
-    aggregation: Literal["token", "task"] = "token"
+    seed: int | None = None
     output_dir: Path
     features: Path | None = None
 
-
-class TaskWeightedTrainer(Trainer):
-    """``transformers.Trainer`` with the global normaliser of Eq. 2 and per-task logs."""
-
-    def __init__(self, *, task_names: list[str], task_weights: Tensor, aggregation: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.task_names = task_names
-        self.task_weights = task_weights.to(self.args.device)
-        self.aggregation = aggregation
-        count = len(task_names)
-        self._task_loss = torch.zeros(count, dtype=torch.float64, device=self.args.device)
-        self._task_tokens = torch.zeros(count, dtype=torch.float64, device=self.args.device)
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
-        """The denominator of Eq. 2 over the accumulation window and all ranks.
-
-        ``Trainer`` hands it to the model as ``num_items_in_batch`` and multiplies the loss by the number of
-        processes, which undoes the averaging of gradients.
-        """
-        if not batch_samples:
-            return None
-        return global_normalizer(
-            [batch["labels"].to(device) for batch in batch_samples],
-            [batch["loss_task_ids"].to(device) for batch in batch_samples],
-            self.task_weights,
-            shift=True,
-            aggregation=self.aggregation,
-        )
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._task_loss += outputs["task_loss"]
-        self._task_tokens += outputs["task_tokens"]
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds mean cross-entropy, tokens and weight per task since the last log, summed over ranks."""
-        if "loss" in logs:
-            sums = torch.stack([self._task_loss, self._task_tokens])
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(sums)
-            weights = self.task_weights.tolist()
-            for name, total, tokens, weight in zip(self.task_names, *sums.tolist(), weights, strict=True):
-                if tokens:
-                    logs |= {f"task_loss/{name}": total / tokens, f"task_tokens/{name}": tokens}
-                    logs[f"task_weight/{name}"] = weight
-            self._task_loss.zero_()
-            self._task_tokens.zero_()
-        super().log(logs, start_time)
-
-
-class RunLog(TrainerCallback):
-    """``log.jsonl``: one line per logged step, continued after a resume without a gap or a repeated step."""
-
-    def __init__(self, path: Path, task_names: list[str]) -> None:
-        self.path = path
-        self.task_names = task_names
-        self._started = time.monotonic()
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in map(_parsed, lines) if line and line["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if not state.is_world_process_zero or logs is None or "loss" not in logs:
-            return
-        line: dict[str, Any] = {"step": state.global_step, "steps": state.max_steps, "epoch": logs.get("epoch", 0.0)}
-        line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-        line["seconds"] = time.monotonic() - self._started
-        line["tasks"] = {
-            name: {key: logs[f"task_{key}/{name}"] for key in ("loss", "tokens", "weight")}
-            for name in self.task_names
-            if f"task_loss/{name}" in logs
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint once every file of it is on disk."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if dist.is_initialized():
-            dist.barrier()
-        if state.is_world_process_zero:
-            assert args.output_dir is not None
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+    @property
+    def training_seed(self) -> int:
+        return self.config.seed if self.seed is None else self.seed
 
 
 def newest_checkpoint(directory: Path, world_size: int) -> Path | None:
@@ -234,7 +138,7 @@ def training_arguments(spec: TrainingSpec, use_cpu: bool) -> TrainingArguments:
         save_steps=training.save_steps,
         save_total_limit=2,
         save_only_model=False,
-        seed=spec.config.seed,
+        seed=spec.training_seed,
         dataloader_num_workers=training.dataloader_workers,
         dataloader_pin_memory=not use_cpu,
         remove_unused_columns=False,
@@ -251,6 +155,49 @@ def _checkpointing(enabled: bool) -> dict[str, Any]:
     return {name: enabled, f"{name}_kwargs": {"use_reentrant": False}} if enabled else {}
 
 
+def task_weighting(
+    spec: TrainingSpec,
+    tasks: list[Task],
+    encoder: ConversationEncoder,
+    collator: Collator,
+    args: TrainingArguments,
+) -> TaskWeighting:
+    """The spec's balancing method with everything it asks for."""
+    balanced = [not task.config.auxiliary for task in tasks]
+    chosen = method_class(spec.method)
+    validation = None
+    options = spec.config.balancing.validation
+    if chosen.needs.validation:
+        held_out = [task.validation if own else [] for task, own in zip(tasks, balanced, strict=True)]
+        samples = MixtureDataset(encoder, tasks, held_out)
+        starts = [sum(map(len, held_out[:k])) for k, own in enumerate(balanced) if own]
+        validation = ValidationBatches(
+            [len(held_out[k]) for k, own in enumerate(balanced) if own],
+            lambda task, record: samples[starts[task] + record],
+            collator,
+            per_task=options.samples_per_task,
+            batch_size=spec.config.training.batch_size,
+            seed=spec.training_seed,
+            rank=args.process_index,
+            world=args.world_size,
+        )
+    own_tasks = [task.name for task, own in zip(tasks, balanced, strict=True) if own]
+    context = MethodContext(
+        num_tasks=sum(balanced),
+        device=args.device,
+        seed=spec.training_seed,
+        validation_batches=validation.batches_per_pass if validation else 0,
+        fixed_weights=torch.tensor([spec.task_weights.get(name, 1.0) for name in own_tasks]),
+    )
+    return TaskWeighting(
+        chosen(context, read_options(spec.method, spec.options)),
+        Tasks([task.name for task in tasks], balanced),
+        validation,
+        options.interval,
+        spec.output_dir / "weights.csv",
+    )
+
+
 def train(spec: TrainingSpec) -> None:
     """Runs one training to its end, from its newest complete checkpoint when there is one."""
     use_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
@@ -260,7 +207,7 @@ def train(spec: TrainingSpec) -> None:
         deepspeed.init_distributed("gloo")  # before any model is built
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(spec.output_dir / "tensorboard"))
     args = training_arguments(spec, use_cpu)  # before the model: ZeRO-3 shards it as it is loaded
-    set_seed(spec.config.seed)
+    set_seed(spec.training_seed)
 
     assert not isinstance(spec.config.tasks, str), "the pipeline spells the tasks out"
     tasks = [load_task(config) for config in spec.config.tasks]
@@ -279,24 +226,25 @@ def train(spec: TrainingSpec) -> None:
     )
 
     model = load_model(spec.model_path, spec.config.model, torch.float32)
-    task_weights = torch.tensor([spec.task_weights.get(task.name, 1.0) for task in tasks])
-    apply_fused_loss(model, task_weights=task_weights, aggregation=spec.aggregation)
+    weighting = task_weighting(spec, tasks, encoder, collator, args)
+    # "task_sum" differs from "task" in the normaliser only, and that comes from outside.
+    aggregation = "token" if weighting.method.options.aggregation == "token" else "task"
+    apply_fused_loss(model, num_tasks=len(tasks), aggregation=aggregation)
 
-    names = [task.name for task in tasks]
     trainer = TaskWeightedTrainer(
-        task_names=names,
-        task_weights=task_weights,
-        aggregation=spec.aggregation,
+        weighting=weighting,
         model=model,
         args=args,
         train_dataset=MixtureDataset(encoder, tasks, records),
         data_collator=collator,
         processing_class=processor,
-        callbacks=[RunLog(spec.output_dir / "log.jsonl", names), CompleteCheckpoints()],
+        callbacks=[RunLog(spec.output_dir / "log.jsonl", weighting.tasks.names), CompleteCheckpoints()],
     )
     if not trainer.is_deepspeed_enabled:
         raise RuntimeError("DeepSpeed is off although it was configured; unset ACCELERATE_* environment variables")
     checkpoint = newest_checkpoint(spec.output_dir / "checkpoints", args.world_size)
+    if checkpoint:
+        weighting.load(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     partial = spec.output_dir / "model.partial"
@@ -306,13 +254,6 @@ def train(spec: TrainingSpec) -> None:
         shutil.rmtree(spec.output_dir / "model", ignore_errors=True)
         partial.rename(spec.output_dir / "model")
         shutil.rmtree(spec.output_dir / "checkpoints", ignore_errors=True)
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # the process was killed while it wrote this line
-        return None
 
 
 def main() -> None:

@@ -43,6 +43,12 @@ def problems(data: dict[str, Any]) -> list[str]:
         ({"seeed": 1}, "seeed: unknown key (did you mean 'seed'?)"),
         ({"training": {"epoch": 1}}, "training.epoch: unknown key (did you mean 'epochs'?)"),
         ({"model": {"tiny_llava": {"layer": 2}}}, "model.tiny_llava.layer: unknown key (did you mean 'layers'?)"),
+        ({"balancing": {"metod": "ew"}}, "balancing.metod: unknown key (did you mean 'method'?)"),
+        ({"balancing": {"validation": {"every": 2}}}, "balancing.validation.every: unknown key"),
+        (
+            {"comparisons": [{"method": "ew", "optoins": {}}]},
+            "comparisons.0.optoins: unknown key (did you mean 'options'?",
+        ),
         ({"launch": {"procs": 2}}, "launch.procs: unknown key (did you mean 'processes'?)"),
         ({"tasks": [task(metrc="cider")]}, "tasks.0.metrc: unknown key (did you mean 'metric'?)"),
         ({"tasks": [task(), task(name="b", valid="x")]}, "tasks.1.valid: unknown key (did you mean 'validation'?)"),
@@ -50,7 +56,8 @@ def problems(data: dict[str, Any]) -> list[str]:
     ],
 )
 def test_an_unknown_key_names_the_nearest_valid_one(data: dict[str, Any], line: str) -> None:
-    assert problems(data) == [line]
+    (found,) = problems(data)
+    assert found.startswith(line)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +72,18 @@ def test_an_unknown_key_names_the_nearest_valid_one(data: dict[str, Any], line: 
         ({"training": {"batch_size": 0}}, "training.batch_size: Input should be greater than or equal to 1 (got 0)"),
         ({"cotbal": {"mini_ratio": 1}}, "cotbal.mini_ratio: Input should be less than 1 (got 1)"),
         ({"cotbal": {"alpha": 1.5}}, "cotbal.alpha: Input should be less than or equal to 1 (got 1.5)"),
-        ({"comparisons": ["slt"]}, "comparisons.0: Input should be 'stl' or 'ew' (got 'slt')"),
+        ({"comparisons": ["slt"]}, "comparisons.0: unknown method 'slt' (did you mean 'stl'?); valid: stl, ew, tla, "),
+        ({"comparisons": ["ew", "ew"]}, "comparisons: names must be unique; given twice: ew"),
+        ({"comparisons": [{"method": "rlw", "options": {"distribution": "dirichlet"}}]}, "comparisons.0: 'rlw' with "),
+        ({"comparisons": [{"method": "rlw", "name": "ew"}]}, "comparisons.0: comparison name 'ew' is a method's"),
+        ({"comparisons": [{"method": "rlw", "name": "a@1"}]}, "comparisons.0: comparison name 'a@1' must be letters"),
+        ({"comparisons": [{"method": "rlw", "name": "mini"}]}, "comparisons.0: comparison name 'mini' belongs to a"),
+        ({"comparisons": [{"method": "rlw", "name": "stl-a"}]}, "comparisons.0: comparison name 'stl-a' belongs to a"),
+        ({"comparisons": [{"method": "rlw", "name": "x", "options": {"T": 1}}]}, "comparisons.0: options of method 'r"),
+        ({"seeds": 0}, "seeds: Input should be greater than or equal to 1 (got 0)"),
+        ({"balancing": {"method": "cobo"}}, "balancing.method: unknown method 'cobo' (did you mean 'coba'?); valid: "),
+        ({"balancing": {"options": {"dwa": {"window": 0}}}}, "balancing.options: options of method 'dwa': window: "),
+        ({"balancing": {"options": {"cotbal": {}}}}, "balancing.options: the options of 'cotbal' are the group "),
         ({"tasks": "builtin"}, "tasks: must be a list of tasks or 'built_in' (got 'builtin')"),
         ({"tasks": 3}, "tasks: must be a list of tasks or 'built_in' (got 3)"),
         ({"tasks": []}, "tasks: at least one task must be balanced (auxiliary: false)"),

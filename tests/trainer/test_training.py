@@ -17,10 +17,11 @@ from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import ConversationEncoder
 from trainer.errors import UserError
 from trainer.launching import TrainingFailedError, run_training
+from trainer.loop.callbacks import COMPLETE
 from trainer.models.loading import load_processor
 from trainer.pipeline.stages import write_json
 from trainer.tasks import load_task
-from trainer.training import COMPLETE, TrainingSpec, newest_checkpoint
+from trainer.training import TrainingSpec, newest_checkpoint
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {"colour": 0.4, "box": 1.6}
@@ -28,17 +29,19 @@ STEPS = 6  # 24 samples in batches of 8, two epochs
 
 
 def run(run_data: dict[str, Any], output: Path, **training: Any) -> dict[str, torch.Tensor]:
-    """Trains on everything with WEIGHTS and returns the final parameters."""
+    """Trains on everything, with WEIGHTS unless told otherwise, and returns the final parameters."""
     processes = training.pop("processes", 1)
-    aggregation = training.pop("aggregation", "token")
+    method = training.pop("method", "cotbal")
+    options = {"aggregation": training.pop("aggregation", "token")} if method == "cotbal" else {}
     run_data["training"] |= {"epochs": 2, "learning_rate": 1e-2, "logging_steps": 1} | training
     spec = TrainingSpec(
         name="parity",
         config=parse_config(run_data, "test"),
         model_path=run_data["model"]["path"],
         mixture="all",
-        task_weights=WEIGHTS,
-        aggregation=aggregation,
+        method=method,
+        options=options,
+        task_weights=WEIGHTS if method == "cotbal" else {},
         output_dir=output,
     )
     output.mkdir(parents=True, exist_ok=True)
@@ -161,8 +164,9 @@ def test_per_task_log_adds_up_to_the_loss(run_data: dict[str, Any], tmp_path: Pa
 
 
 def test_a_resumed_training_is_bitwise_the_uninterrupted_one(run_data: dict[str, Any], tmp_path: Path) -> None:
-    """A kill leaves a truncated newest checkpoint: it is passed over and the one before it is used."""
-    whole = run(run_data, tmp_path / "whole", batch_size=8, save_steps=4, epochs=20)
+    """A kill leaves a truncated newest checkpoint: it is passed over and the one before it is used. The method moves
+    its weights with validation batches and losses of before."""
+    whole = run(run_data, tmp_path / "whole", batch_size=8, save_steps=4, epochs=20, method="famo_star")
     interrupted = tmp_path / "interrupted"
     spec = json.loads((tmp_path / "whole" / "spec.json").read_text()) | {"output_dir": str(interrupted)}
     interrupted.mkdir()
@@ -192,6 +196,10 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(run_data: dict[str,
     assert [[line[key] for key in keys] for line in log_lines(interrupted)] == [
         [line[key] for key in keys] for line in log_lines(tmp_path / "whole")
     ]
+    weights = (tmp_path / "whole" / "weights.csv").read_text()
+    assert (interrupted / "weights.csv").read_text() == weights
+    assert len(set(weights.splitlines())) == 61
+    assert len({line.split(",", 1)[1] for line in weights.splitlines()}) > 50, "the weights hardly move"
 
 
 def test_another_number_of_processes_is_refused_before_loading(tmp_path: Path) -> None:

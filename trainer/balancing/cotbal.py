@@ -150,6 +150,7 @@ def cotbal_weights(
     on_degenerate: str = "error",
     minimum_gain: float = 0.01,
     contribution_range: tuple[float, float] = CONTRIBUTION_RANGE,
+    difficulty: str = "reused",
 ) -> CotbalWeights:
     """Weights of Eq. 11, with every intermediate quantity.
 
@@ -165,20 +166,23 @@ def cotbal_weights(
             ``contribution_range`` and every difficulty to [0, 1] (0 where Eq. 9 is undefined), and lists each
             changed entry in ``clipped``.
         minimum_gain: relative to the score, so that it means the same for percentages and fractions.
+        difficulty: "reused": Eq. 9 as printed, from the models of the contributions. "precise": from the models of one
+            task alone, V_i(mini of i) and V_i(i) (section 3.3, Table 3).
     """
     _check_options(temperature, alpha, on_degenerate, minimum_gain, contribution_range)
     V_mini, V_full = scores.mini, scores.full
     V_own = np.diag(V_full)
+    V_easy, V_hard = _compared(scores, difficulty)  # of Eq. 9
     sign = np.where(scores.higher_is_better, 1.0, -1.0)
     gain = sign * (V_own - V_mini)
     smallest = minimum_gain * np.maximum(np.abs(V_own), np.abs(V_mini))
-    divisor = np.where(scores.higher_is_better, V_own, V_mini)  # of Eq. 9
+    divisor = np.where(scores.higher_is_better, V_hard, V_easy)  # of Eq. 9
     flat, undefined = gain <= smallest, divisor <= 0
     clipped: list[Clipped] = []
     warnings: list[str] = []
 
     if flat.any() or undefined.any():
-        problems = _describe(scores, flat, undefined, minimum_gain)
+        problems = _describe(scores, flat, undefined, divisor, difficulty, minimum_gain)
         if on_degenerate == "error":
             raise UserError(
                 "; ".join(problems)
@@ -189,7 +193,7 @@ def cotbal_weights(
 
     if on_degenerate == "error":
         C = contributions(V_mini, V_full)
-        D = difficulties(V_mini, V_own, scores.higher_is_better)
+        D = difficulties(V_easy, V_hard, scores.higher_is_better)
         low, high = contribution_range
         warnings += [
             f"the contribution of {scores.tasks[i]!r} to {scores.tasks[j]!r} is {C[i, j]:.3g}, outside "
@@ -198,7 +202,7 @@ def cotbal_weights(
         ]
     else:
         C = _clipped_contributions(scores, flat, smallest, contribution_range, clipped)
-        D = _clipped_difficulties(scores, undefined, clipped)
+        D = _clipped_difficulties(scores, V_easy, V_hard, undefined, clipped)
 
     lambda_one2all = one2all_lambda(C, temperature)
     lambda_all2one = all2one_lambda(C, temperature)
@@ -236,11 +240,26 @@ def _clipped_contributions(
     return C
 
 
-def _clipped_difficulties(scores: Scores, undefined: NDArray[np.bool_], clipped: list[Clipped]) -> Array:
+def _compared(scores: Scores, difficulty: str) -> tuple[Array, Array]:
+    """Scores of the model with little data of each task and of the one with all of it."""
+    if difficulty == "reused":
+        return scores.mini, np.diag(scores.full)
+    if difficulty != "precise":
+        raise UserError(f"difficulty must be 'reused' or 'precise', got {difficulty!r}")
+    if scores.alone_mini is None or scores.alone_full is None:
+        raise UserError(
+            "the precise difficulty needs scores['alone'] = {'mini': {task: V}, 'full': {task: V}}, of models trained "
+            "on one task alone; use the 'reused' one without them"
+        )
+    return scores.alone_mini, scores.alone_full
+
+
+def _clipped_difficulties(
+    scores: Scores, V_easy: Array, V_hard: Array, undefined: NDArray[np.bool_], clipped: list[Clipped]
+) -> Array:
     D = np.zeros(len(scores.tasks))
-    own = np.diag(scores.full)
     defined = ~undefined
-    exact = difficulties(scores.mini[defined], own[defined], scores.higher_is_better[defined])
+    exact = difficulties(V_easy[defined], V_hard[defined], scores.higher_is_better[defined])
     D[defined] = np.clip(exact, *DIFFICULTY_RANGE)
     originals: list[float | None] = [None] * len(D)
     for index, value in zip(np.flatnonzero(defined), exact, strict=True):
@@ -255,7 +274,14 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _describe(scores: Scores, flat: NDArray[np.bool_], undefined: NDArray[np.bool_], minimum_gain: float) -> list[str]:
+def _describe(
+    scores: Scores,
+    flat: NDArray[np.bool_],
+    undefined: NDArray[np.bool_],
+    divisor: Array,
+    difficulty: str,
+    minimum_gain: float,
+) -> list[str]:
     problems = []
     for j, task in enumerate(scores.tasks):
         own, mini = scores.full[j, j], scores.mini[j]
@@ -266,10 +292,10 @@ def _describe(scores: Scores, flat: NDArray[np.bool_], undefined: NDArray[np.boo
                 f"more than {100 * minimum_gain:g} % of the score, so Eq. 3 is undefined in column {task!r}"
             )
         if undefined[j]:
-            name = f"V({task}+mini)" if scores.higher_is_better[j] else "V(mini)"
-            value = own if scores.higher_is_better[j] else mini
+            large, small = (f"{task}+mini", "mini") if difficulty == "reused" else (f"{task} alone", f"mini of {task}")
+            name = large if scores.higher_is_better[j] else small
             problems.append(
-                f"task {task!r}: {name} = {value:.6g} is not positive, so the difficulty of {task!r} "
+                f"task {task!r}: V({name}) = {divisor[j]:.6g} is not positive, so the difficulty of {task!r} "
                 "(Eq. 9) is undefined"
             )
     return problems

@@ -1,4 +1,4 @@
-"""The training sets of Algorithm 1: mini subsets, "i + mini", one task alone, and everything.
+"""The training sets of Algorithm 1: mini subsets, "i + mini", one task (or its mini) alone, and everything.
 
 Every mini subset has the same share of its task (CoTBal section 3.3: the ratio must be the same for a fair
 measure of difficulty) and depends on the seed and the task's name only, so all proxies see the same one.
@@ -14,23 +14,27 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 T = TypeVar("T")
-MixtureKind = Literal["mini", "plus", "single", "all"]
+MixtureKind = Literal["mini", "plus", "single", "single_mini", "all"]
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which records a training sees: ``mini``, ``plus`` (one task whole, minis of the rest), ``single``, ``all``."""
+    """Which records a training sees.
+
+    ``mini``: every task's mini; ``plus``: one task whole, minis of the rest; ``single``: one task alone;
+    ``single_mini``: one task's mini alone; ``all``: everything.
+    """
 
     kind: MixtureKind
     task: str | None = None
 
     def share(self, task: str, mini_ratio: float) -> float:
         """The share of `task`'s records in this mixture: 0, `mini_ratio` or 1."""
-        if self.kind == "all" or task == self.task:
-            return 1.0
-        if self.kind == "single":
+        if self.kind in ("single", "single_mini") and task != self.task:
             return 0.0
-        return mini_ratio
+        if self.kind in ("mini", "single_mini"):
+            return mini_ratio
+        return 1.0 if self.kind == "all" or task == self.task else mini_ratio
 
 
 def mini_size(records: int, ratio: float) -> int:

@@ -1,47 +1,47 @@
 """Algorithm 1 of CoTBal as a graph of stages, from records to the report.
 
-data, check
-    Records, images and tokens, before anything expensive.
+data, check, check-validation
+    Records, images and tokens, before anything expensive; validation records for methods that take losses of them.
 corpus, initial_model, features, train-pretraining
     The built-in pretrained LMM, when none is given.
 train-mini, train-plus-<i>, score-mini, score-plus-<i>
     Lines 1-4: proxy models, and V_j(mini), V_j(i + mini) on validation data.
-weights
-    Lines 5-19: C, D and every lambda.
+train-alone-<i>, score-alone-<i>, score-stl-<i>
+    One mini and one full model of each task alone, for the precise difficulty (Table 3).
+weights, weights-<name>
+    Lines 5-19: C, D and every lambda; once more for every ablation among the comparisons.
 train-cotbal, test-cotbal
     Line 20: Eq. 2 with lambda_CoTBal.
-train-ew, test-ew, train-stl-<i>, test-stl-<i>, results
-    What Delta I and Delta E compare with.
+train-<name>, test-<name>, train-stl-<i>, test-stl-<i>, results
+    What CoTBal is compared with. ``train-<name>@1`` is ``train-<name>`` with the next seed.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
-import platform
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from trainer.balancing.cotbal import cotbal_weights
+from trainer.balancing.registry import method_class
 from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
 from trainer.data.mixtures import Mixture
 from trainer.errors import UserError
 from trainer.evaluation import EvaluationSpec, evaluate
 from trainer.launching import die_with_parent, resolve_device, run_training, threads_per_process
-from trainer.metrics import get_metric
 from trainer.pipeline import built_in, outcome
-from trainer.pipeline.preflight import check_run
+from trainer.pipeline.places import Places, digest, environment, last_step, weights_stage
+from trainer.pipeline.preflight import check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, write_json
-from trainer.pipeline.trainings import Training, list_trainings
+from trainer.pipeline.trainings import Training, list_trainings, weight_variants
 from trainer.report import build_report
 from trainer.training import TrainingSpec
 
@@ -61,6 +61,7 @@ class Pipeline:
         self.config = config
         self.run_dir = config.output_dir
         self.progress = progress or Progress()
+        self.places = Places(config.output_dir)
         self.device = resolve_device(config.launch.device)
         if self.device == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # else every process that imports DeepSpeed warns of it
@@ -73,9 +74,10 @@ class Pipeline:
         self.resolved = config.model_copy(update={"tasks": self.tasks})
         own_model = config.model.path == BUILT_IN
         self.initial_model = self.run_dir / "initial_model"
-        self.trainings = list_trainings(self.tasks, config.comparisons)
-        self.pretraining = Training("pretraining", Mixture("all"), "none", ())
-        base = self._training_dir(self.pretraining) / "model"
+        self.trainings = list_trainings(config, self.tasks)
+        self.variants = weight_variants(config)
+        self.pretraining = Training("pretraining", Mixture("all"), (), ())
+        base = self.places.training(self.pretraining) / "model"
         own_path = base if config.model.tiny_llava.pretraining_records else self.initial_model
         self.model_path = str(own_path) if own_model else config.model.path
         self.features = self.run_dir / "features" if own_model else None
@@ -87,22 +89,23 @@ class Pipeline:
         """The whole graph, each stage after those it needs."""
         stages = self._preparation()
         ready = tuple(stage.name for stage in stages)
-        proxies = [training for training in self.trainings if training.split == "validation"]
-        finals = [training for training in self.trainings if training.split == "test"]
-        for training in proxies:
-            stages += [self._train_stage(training, ready), self._score_stage(training)]
-        stages.append(
-            Stage(
-                "weights",
-                self.config.cotbal.model_dump(mode="json"),
-                tuple(f"score-{training.name}" for training in proxies),
-                (self.run_dir / "scores.json", self.run_dir / "weights.json"),
-                self._compute_weights,
-            )
-        )
+        finals = [training for training in self.trainings if "test" in training.splits]
+        for training in self.trainings:
+            if training not in finals:
+                stages += [self._train_stage(training, ready), self._score_stage(training, "validation")]
+        # The full model of a task alone is one of the finals, and some weights may wait for its validation scores.
+        alone = [training for training in finals if "validation" in training.splits]
+        for training in alone:
+            stages += [self._train_stage(training, ready), self._score_stage(training, "validation")]
+        stages += [self._weights_stage(name) for name in self.variants]
+        if any(self._validates(training) for training in finals):
+            stages.append(Stage("check-validation", FORMAT, ready, (), self._check_validation))
         for training in finals:  # the longest first: the short ones fill the places that are left
-            needs = (*ready, "weights") if training.weighted else ready
-            stages += [self._train_stage(training, needs), self._score_stage(training)]
+            if training not in alone:
+                needs = (*ready, weights_stage(training.weights)) if training.weights else ready
+                needs = (*needs, "check-validation") if self._validates(training) else needs
+                stages.append(self._train_stage(training, needs))
+            stages.append(self._score_stage(training, "test"))
         tested = tuple(f"test-{training.name}" for training in finals)
         stages.append(
             Stage("results", FORMAT, (*tested, "weights"), (self.run_dir / "results.json",), self._collect_results)
@@ -123,7 +126,7 @@ class Pipeline:
             except OSError as error:
                 raise UserError(f"another process is working on {self.run_dir}; wait for it or stop it") from error
             (self.run_dir / "config.yaml").write_text(self.config.to_yaml())
-            write_json(self.run_dir / "environment.json", self._environment())
+            write_json(self.run_dir / "environment.json", environment(config=self.config, device=self.device))
             parallel = self.config.launch.parallel
             with ProcessPoolExecutor(
                 parallel, multiprocessing.get_context("spawn"), initializer=die_with_parent
@@ -152,7 +155,7 @@ class Pipeline:
             files = None  # the data stage's fingerprint stands for them
         else:
             files = [
-                [task.model_dump(mode="json"), *(_digest(p) for p in (task.train, task.validation, task.test) if p)]
+                [task.model_dump(mode="json"), *(digest(p) for p in (task.train, task.validation, task.test) if p)]
                 for task in self.tasks
             ]
         checked = Stage(
@@ -215,26 +218,56 @@ class Pipeline:
             "model": self.config.model.model_dump(mode="json"),
             "mini_ratio": self.config.cotbal.mini_ratio,
             "processes": self.config.launch.processes,
-            "seed": self.config.seed,
+            "seed": self.config.seed + training.repetition,
         }
+        if training.weights is None and training.method != "ew":
+            inputs["balancing"] = [
+                training.method,
+                training.options,
+                self.config.balancing.validation.model_dump() if self._validates(training) else {},
+            ]
+        elif training.options:
+            inputs["balancing"] = training.options
         return Stage(
             f"train-{training.name}",
             inputs,
             needs,
-            (self._training_dir(training),),
+            (self.places.training(training),),
             lambda context: self._train(training, context),
         )
 
-    def _score_stage(self, training: Training) -> Stage:
-        kind = "score" if training.split == "validation" else "test"
+    def _score_stage(self, training: Training, split: str) -> Stage:
+        kind = "score" if split == "validation" else "test"
         limits = {task.name: [task.metric, task.max_new_tokens] for task in self.tasks if task.name in training.tasks}
         return Stage(
             f"{kind}-{training.name}",
             limits,
             (f"train-{training.name}",),
-            (self._evaluation_dir(training),),
-            lambda context: self._evaluate(training, context),
+            (self.places.evaluation(training, split),),
+            lambda context: self._evaluate(training, split, context),
         )
+
+    def _weights_stage(self, name: str) -> Stage:
+        options = self.variants[name]
+        outputs = (self.places.weights(name),)
+        scored = [
+            training.name
+            for training in self.trainings
+            if "validation" in training.splits
+            and (options.difficulty == "precise" or training.mixture.kind in ("mini", "plus"))
+        ]
+        return Stage(
+            weights_stage(name),
+            # Runs from before there was a choice of difficulties go on with the weights they have.
+            options.model_dump(mode="json", exclude={"difficulty"} if options.difficulty == "reused" else None),
+            tuple(f"score-{training}" for training in scored),
+            (self.run_dir / "scores.json", *outputs) if name == "cotbal" else outputs,
+            lambda context: self._compute_weights(name),
+        )
+
+    def _validates(self, training: Training) -> bool:
+        """Whether the training's method takes validation losses."""
+        return method_class(training.method).needs.validation
 
     # -- their work ----------------------------------------------------------------------------------------
 
@@ -242,10 +275,13 @@ class Pipeline:
         model_path = str(self.initial_model) if self.features else self.model_path
         check_run(self.resolved, model_path, self.run_dir / "tasks.json", context)
 
+    def _check_validation(self, context: StageContext) -> None:
+        check_validation(self.resolved, self.model_path, context)
+
     def _train(self, training: Training, context: StageContext) -> None:
-        directory = self._training_dir(training)
+        directory = self.places.training(training)
         directory.mkdir(parents=True, exist_ok=True)
-        weights = json.loads((self.run_dir / "weights.json").read_text()) if training.weighted else None
+        weights = json.loads(self.places.weights(training.weights).read_text()) if training.weights else None
         config, launch, model_path = self.resolved, self.config.launch, self.model_path
         if training is self.pretraining:  # alone, on its own records, from random weights
             epochs = {"epochs": config.model.tiny_llava.pretraining_epochs}
@@ -258,7 +294,10 @@ class Pipeline:
             model_path=model_path,
             mixture=training.mixture.kind,
             mixture_task=training.mixture.task,
+            method=training.method,
+            options=training.options,
             task_weights=dict(zip(weights["tasks"], weights["applied"], strict=True)) if weights else {},
+            seed=self.config.seed + training.repetition,
             output_dir=directory,
             features=self.features,
         )
@@ -267,18 +306,18 @@ class Pipeline:
             return
 
         def poll() -> None:
-            step, steps = _last_step(directory / "log.jsonl")
+            step, steps = last_step(directory / "log.jsonl")
             context.report(step, steps, "step")
 
         run_training(directory / "spec.json", launch, self.device, context.slot, directory / "output.log", poll)
 
-    def _evaluate(self, training: Training, context: StageContext) -> None:
+    def _evaluate(self, training: Training, split: str, context: StageContext) -> None:
         spec = EvaluationSpec(
             config=self.resolved,
-            model_path=self._training_dir(training) / "model",
-            split=training.split,
+            model_path=self.places.training(training) / "model",
+            split=split,
             tasks=training.tasks,
-            output_dir=self._evaluation_dir(training),
+            output_dir=self.places.evaluation(training, split),
             features=self.features,
             device=self.device if self.device == "cpu" else f"cuda:{context.slot * self.config.launch.processes}",
             threads=threads_per_process(self.config.launch) * self.config.launch.processes,
@@ -292,56 +331,20 @@ class Pipeline:
                 "lower evaluation.batch_size and run again: what is done is kept"
             ) from error
 
-    def _compute_weights(self, context: StageContext) -> None:
-        cotbal = self.config.cotbal
-        values = {
-            training.name: outcome.read_metrics(self._evaluation_dir(training))
-            for training in self.trainings
-            if training.split == "validation"
-        }
-        metrics = {task.name: get_metric(task.metric) for task in self.tasks if task.metric}
-        table = {
-            "tasks": list(self.balanced),
-            "mini": {j: values["mini"][j]["value"] for j in self.balanced},
-            "full": {i: {j: values[f"plus-{i}"][j]["value"] for j in self.balanced} for i in self.balanced},
-            "higher_is_better": {j: metrics[j].higher_is_better for j in self.balanced},
-        }
-        write_json(self.run_dir / "scores.json", table)
-        result = cotbal_weights(Scores.from_json(table), cotbal.temperature, cotbal.alpha, cotbal.on_degenerate)
-        applied = list(result.by_strategy(cotbal.strategy).values())
-        write_json(self.run_dir / "weights.json", result.to_json() | {"strategy": cotbal.strategy, "applied": applied})
+    def _compute_weights(self, name: str) -> None:
+        options = self.variants[name]
+        table = outcome.score_table(self.run_dir, self.resolved, options.difficulty == "precise")
+        if name == "cotbal":
+            write_json(self.run_dir / "scores.json", table)
+        result = cotbal_weights(
+            Scores.from_json(table),
+            options.temperature,
+            options.alpha,
+            options.on_degenerate,
+            difficulty=options.difficulty,
+        )
+        applied = list(result.by_strategy(options.strategy).values())
+        write_json(self.places.weights(name), result.to_json() | {"strategy": options.strategy, "applied": applied})
 
     def _collect_results(self, context: StageContext) -> None:
-        outcome.write_results(self.run_dir, self.resolved, [t for t in self.trainings if t.split == "test"])
-
-    # -- places --------------------------------------------------------------------------------------------
-
-    def _training_dir(self, training: Training) -> Path:
-        return self.run_dir / "trainings" / training.name
-
-    def _evaluation_dir(self, training: Training) -> Path:
-        return self.run_dir / "evaluations" / training.name / training.split
-
-    def _environment(self) -> dict[str, Any]:
-        packages = ("torch", "transformers", "deepspeed", "accelerate", "cotbal")
-        return {
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-            "platform": f"{platform.system()} {platform.machine()}",
-            "device": self.device,
-            "world_size": self.config.launch.processes,
-            "parallel": self.config.launch.parallel,
-        }
-
-
-def _digest(path: Path) -> str:
-    """Content hash of a record file; a missing one is the check stage's to report."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "missing"
-
-
-def _last_step(log: Path) -> tuple[int, int]:
-    try:
-        line = json.loads(log.read_text().splitlines()[-1])
-    except (FileNotFoundError, IndexError, json.JSONDecodeError):
-        return 0, 0
-    return line["step"], line["steps"]
+        outcome.write_results(self.run_dir, self.resolved, [t for t in self.trainings if "test" in t.splits])

@@ -1,12 +1,14 @@
-"""From evaluations to ``results.json``: methods, the STL baseline, standard errors, and what needs no image."""
+"""From evaluations to ``scores.json`` and ``results.json``: methods, the STL baseline, seeds, what needs no image."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.balancing.registry import SINGLE_TASK_LABEL, training_label
 from trainer.baselines import majority_answer, question_only
 from trainer.config import RunConfig
 from trainer.metrics import get_metric
@@ -14,8 +16,6 @@ from trainer.pipeline.stages import write_json
 from trainer.pipeline.trainings import Training
 from trainer.tasks import load_task
 
-METHOD_LABELS = {"cotbal": "CoTBal", "ew": "EW"}
-BASELINE = "STL"
 Table = dict[str, dict[str, float]]  # task -> metric -> value
 
 
@@ -24,16 +24,45 @@ def read_metrics(directory: Path) -> dict[str, dict[str, Any]]:
     return json.loads((directory / "metrics.json").read_text())
 
 
+def score_table(run_dir: Path, config: RunConfig, precise: bool) -> dict[str, Any]:
+    """``scores.json``: V_j of every proxy, and of the models of one task alone for the precise difficulty."""
+    assert not isinstance(config.tasks, str)
+    metrics = {task.name: get_metric(task.metric) for task in config.tasks if not task.auxiliary and task.metric}
+
+    def scores(training: str) -> dict[str, float]:
+        evaluated = read_metrics(run_dir / "evaluations" / training / "validation")
+        return {name: entry["value"] for name, entry in evaluated.items()}
+
+    table: dict[str, Any] = {
+        "tasks": list(metrics),
+        "mini": scores("mini"),
+        "full": {name: scores(f"plus-{name}") for name in metrics},
+        "higher_is_better": {name: metric.higher_is_better for name, metric in metrics.items()},
+    }
+    if precise:
+        alone = {"mini": "alone", "full": "stl"}
+        table["alone"] = {
+            key: {name: scores(f"{kind}-{name}")[name] for name in metrics} for key, kind in alone.items()
+        }
+    return table
+
+
 def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) -> None:
-    """Writes ``results.json``, the input of ``cotbal compare``, with standard errors and baselines beside it."""
-    values: dict[str, Table] = {}
-    errors: dict[str, Table] = {}
+    """Writes ``results.json``, the input of ``cotbal compare``, with standard errors and baselines beside it.
+
+    With several seeds, values and standard errors (of the test sampling) are means over seeds, and ``seeds`` has the
+    values of each: ``{method: [task -> metric -> value, ...]}``.
+    """
+    by_seed: dict[str, list[Table]] = {}
+    errors_by_seed: dict[str, list[Table]] = {}
     for training in finals:
-        method = METHOD_LABELS.get(training.name, BASELINE)
-        metrics = read_metrics(run_dir / "evaluations" / training.name / training.split)
-        for name, entry in metrics.items():
-            values.setdefault(method, {})[name] = {entry["metric"]: entry["value"]}
-            errors.setdefault(method, {})[name] = {entry["metric"]: entry["standard_error"]}
+        method = training_label(training.name)
+        metrics = read_metrics(run_dir / "evaluations" / training.name / "test")
+        for tables, key in ((by_seed, "value"), (errors_by_seed, "standard_error")):
+            rows = tables.setdefault(method, [{} for _ in range(config.seeds)])
+            rows[training.repetition] |= {name: {entry["metric"]: entry[key]} for name, entry in metrics.items()}
+    values = {method: mean_table(tables) for method, tables in by_seed.items()}
+    errors = {method: mean_table(tables) for method, tables in errors_by_seed.items()}
     assert not isinstance(config.tasks, str)
     directions: dict[str, dict[str, str]] = {}
     baselines: dict[str, Table] = {"majority": {}, "question_only": {}}
@@ -47,7 +76,17 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
         baselines["majority"][task.name] = {metric.label: majority.value}
         baselines["question_only"][task.name] = {metric.label: blind.value}
     results: dict[str, Any] = {"tasks": directions}
-    if BASELINE in values:
-        results["baseline"] = values.pop(BASELINE)
+    if SINGLE_TASK_LABEL in values:
+        results["baseline"] = values.pop(SINGLE_TASK_LABEL)
     results |= {"methods": values, "standard_errors": errors, "baselines": baselines}
+    if config.seeds > 1:
+        results["seeds"] = by_seed
     write_json(run_dir / "results.json", results)
+
+
+def mean_table(tables: Sequence[Table]) -> Table:
+    """The mean of tables with the same tasks and metrics."""
+    return {
+        task: {metric: statistics.fmean(table[task][metric] for table in tables) for metric in metrics}
+        for task, metrics in tables[0].items()
+    }

@@ -42,14 +42,14 @@ def check_records(config: TaskConfig) -> tuple[Task, int]:
     return task, check_images(task)
 
 
-def check_tokens(task: Task, encoder: ConversationEncoder) -> tuple[int, int, int]:
-    """Encodes every training record; returns supervised tokens, all tokens and how many records were cut.
+def check_tokens(task: Task, encoder: ConversationEncoder, split: str = "train") -> tuple[int, int, int]:
+    """Encodes every record of a split; returns supervised tokens, all tokens and how many records were cut.
 
     Raises:
         UserError: a record whose images do not fit or that has no supervised token, named with its task.
     """
     supervised = total = cut = 0
-    for record in task.train:
+    for record in task.split(split):
         try:
             encoded = encoder.training_sample(record, task.image_path)
         except UserError as error:
@@ -99,6 +99,20 @@ def check_run(config: RunConfig, model_path: str, tasks_json: Path, context: Sta
         described.append(row)
         context.report(number + 1, len(config.tasks), "task")
     write_json(tasks_json, {"tasks": described})
+
+
+def check_validation(config: RunConfig, model_path: str, context: StageContext) -> None:
+    """Checks that validation records can be trained on, for the methods that take losses of them.
+
+    Raises:
+        UserError: the first record that cannot, named.
+    """
+    assert not isinstance(config.tasks, str)
+    encoder = token_counter(load_processor(model_path), config.model.max_length)
+    balanced = [task for task in config.tasks if not task.auxiliary]
+    for number, task_config in enumerate(balanced):
+        check_tokens(load_task(task_config), encoder, "validation")
+        context.report(number + 1, len(balanced), "task")
 
 
 def check_config(config: RunConfig) -> str:

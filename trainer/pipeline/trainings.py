@@ -4,36 +4,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainer.config import RunConfig, TaskConfig
+from trainer.balancing.registry import SINGLE_TASK, is_cotbal, read_options
+from trainer.config import CotbalConfig, RunConfig, TaskConfig
 from trainer.data.mixtures import Mixture, select
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of the run: its mixture, what it is scored on, and how it comes by its weights."""
+    """One training of the run.
+
+    Attributes:
+        name: of its folders and stages; a repetition with another seed ends in ``@1``, ``@2``, ...
+        mixture: what it sees.
+        splits: what it is scored on: ``validation`` for the equations, ``test`` for the results.
+        tasks: what it is scored on.
+        method, options: of balancing.
+        weights: for CoTBal and its ablations, the name of their weights; else None.
+        repetition: 0 for the run's seed, 1 for the next one, ...
+    """
 
     name: str
     mixture: Mixture
-    split: str
+    splits: tuple[str, ...]
     tasks: tuple[str, ...]
-    weighted: bool = False
+    method: str = "ew"
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    repetition: int = 0
+
+    @property
+    def base_name(self) -> str:
+        """The name without the mark of a repetition."""
+        return self.name.partition("@")[0]
 
 
-def list_trainings(tasks: Sequence[TaskConfig], comparisons: Sequence[str]) -> list[Training]:
-    """Every training of a run, proxies first: N + 1 of Algorithm 1, the final one, and the compared ones."""
+def weight_variants(config: RunConfig) -> dict[str, CotbalConfig]:
+    """CoTBal and the ablations among the comparisons: the name of their weights to their Eq. 3-11."""
+    variants = {"cotbal": config.cotbal}
+    for comparison in config.comparisons:
+        if is_cotbal(comparison.method):
+            own = read_options(comparison.method, comparison.options).model_dump(exclude_none=True)
+            variants[comparison.name] = config.cotbal.model_copy(
+                update={key: value for key, value in own.items() if key in CotbalConfig.model_fields}
+            )
+    return variants
+
+
+def list_trainings(config: RunConfig, tasks: Sequence[TaskConfig]) -> list[Training]:
+    """Every training of a run, proxies first: N + 1 of Algorithm 1, the final one, and the compared ones.
+
+    Proxies are trained once. A final training is repeated for every one of ``config.seeds``.
+    """
     balanced = tuple(task.name for task in tasks if not task.auxiliary)
-    proxies = [Training("mini", Mixture("mini"), "validation", balanced)]
-    proxies += [Training(f"plus-{i}", Mixture("plus", i), "validation", balanced) for i in balanced]
     scored = tuple(task.name for task in tasks if task.name in balanced and task.test)
-    finals = [Training("cotbal", Mixture("all"), "test", scored, weighted=True)]
-    if "ew" in comparisons:
-        finals.append(Training("ew", Mixture("all"), "test", scored))
-    if "stl" in comparisons:
-        finals += [Training(f"stl-{i}", Mixture("single", i), "test", (i,)) for i in scored]
-    return proxies + finals
+    methods = {comparison.method for comparison in config.comparisons}
+    precise = any(variant.difficulty == "precise" for variant in weight_variants(config).values())
+
+    proxies = [Training("mini", Mixture("mini"), ("validation",), balanced)]
+    proxies += [Training(f"plus-{i}", Mixture("plus", i), ("validation",), balanced) for i in balanced]
+    if precise:
+        proxies += [Training(f"alone-{i}", Mixture("single_mini", i), ("validation",), (i,)) for i in balanced]
+
+    finals = [Training("cotbal", Mixture("all"), ("test",), scored, "cotbal", weights="cotbal")]
+    for comparison in config.comparisons:
+        if comparison.method != SINGLE_TASK:
+            options = config.method_options(comparison)
+            weights = comparison.name if is_cotbal(comparison.method) else None
+            finals.append(
+                Training(comparison.name, Mixture("all"), ("test",), scored, comparison.method, options, weights)
+            )
+    for i in balanced:  # the full model of a task alone is its STL model: trained once for both
+        compared = SINGLE_TASK in methods and i in scored
+        splits = (*(("validation",) if precise else ()), *(("test",) if compared else ()))
+        if splits:
+            finals.append(Training(f"stl-{i}", Mixture("single", i), splits, (i,)))
+    repeated = [
+        replace(training, name=f"{training.name}@{number}", splits=("test",), repetition=number)
+        for training in finals
+        if "test" in training.splits
+        for number in range(1, config.seeds)
+    ]
+    return proxies + finals + repeated
 
 
 def plan(config: RunConfig, trainings: Sequence[Training], records: dict[str, int]) -> list[dict[str, Any]]:
@@ -51,7 +105,8 @@ def plan(config: RunConfig, trainings: Sequence[Training], records: dict[str, in
         )
         batches = -(-count // window)
         steps = math.ceil(-(-batches // config.training.gradient_accumulation_steps) * config.training.epochs)
-        rows.append({"training": training.name, "records": count, "steps": steps, "scored on": training.split})
+        scored_on = ", ".join(training.splits)
+        rows.append({"training": training.name, "records": count, "steps": steps, "scored on": scored_on})
     final = next(row["records"] for row in rows if row["training"] == "cotbal")
     for row in rows:
         row["cost"] = row["records"] / final

@@ -19,11 +19,13 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
+from trainer.balancing.registry import training_label
 from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN
 from trainer.errors import UserError
 from trainer.report import plots
-from trainer.report.run_directory import FINAL_TRAININGS, RunDirectory, number
+from trainer.report.curves import loss_panels, weight_panels
+from trainer.report.run_directory import RunDirectory, number
 from trainer.report.samples import sample_groups
 from trainer.report.tables import (
     BASELINES,
@@ -37,6 +39,8 @@ from trainer.report.tables import (
     metric_label,
     read_scores,
     score_rows,
+    seed_comparisons,
+    spread,
 )
 
 T = TypeVar("T")
@@ -95,13 +99,14 @@ def report_context(run: RunDirectory) -> dict[str, Any]:
     """Everything the template shows."""
     scores = read_scores(run)
     deltas, why_no_deltas = comparisons(run)
+    over_seeds = seed_comparisons(run)
     samples = {task["name"]: task.get("test_records") for task in run.tasks}
     sampled = next((name for name in ("cotbal", "ew") if (run.path / "evaluations" / name / "test").is_dir()), None)
     weights = _attempt(run, "weights.json", lambda: _weights(run))
     context = {
         "title": run.path.resolve().name,
         "facts": _facts(run),
-        "headline": headline(scores, deltas),
+        "headline": headline(scores, deltas, over_seeds),
         "weight_sentence": weights["sentence"] if weights else None,
         "tiles": [
             {"method": name, "delta_i": delta.delta_i, "delta_e": delta.delta_e}
@@ -111,12 +116,18 @@ def report_context(run: RunDirectory) -> dict[str, Any]:
         "test_rows": score_rows(scores, samples),
         "test_complete": scores.complete,
         "deltas": deltas,
+        "seeds": max(map(len, over_seeds.values()), default=1),
+        "spreads": {
+            name: {key: spread([getattr(delta, key) for delta in each]) for key in ("delta_i", "delta_e")}
+            for name, each in over_seeds.items()
+        },
         "why_no_deltas": why_no_deltas,
         "radar": _radar(scores),
         "weights": weights,
         "score_matrix": _attempt(run, "scores.json", lambda: _score_matrix(run)),
-        "curves": _curves(run),
-        "sampled": FINAL_TRAININGS.get(sampled or "", sampled),
+        "curves": loss_panels(run),
+        "trajectories": weight_panels(run),
+        "sampled": training_label(sampled) if sampled else None,
         "sample_groups": sample_groups(run, sampled) if sampled else [],
         "stages": _stages(run),
         "environment": _flatten(run.environment or {}),
@@ -278,37 +289,6 @@ def _radar(scores: ScoreTable) -> Markup | None:
     colors = {name: plots.method_color(name, k) for k, name in enumerate(methods)}
     label = "Score divided by the single-task score"
     return Markup(plots.grouped_bars(tasks, ratios, colors, 1.0, "score / STL score", label))
-
-
-def _curves(run: RunDirectory) -> Markup | None:
-    """Training loss of every task in the final trainings, over the share of the training."""
-    tasks = [task["name"] for task in run.tasks]
-    panels: dict[str, dict[str, plots.Curve]] = {}
-    for name in run.trainings:
-        if name in ("mini", "pretraining") or name.startswith("plus-"):
-            continue
-        method = SINGLE if name.startswith("stl-") else FINAL_TRAININGS.get(name, name)
-        points: dict[str, list[tuple[float, float]]] = {}
-        for step in run.log(name):
-            total, entries = number(step.get("steps")), step.get("tasks")
-            if not total or not isinstance(entries, Mapping):
-                continue
-            for task, entry in entries.items():
-                loss = number(entry.get("loss")) if isinstance(entry, Mapping) and entry.get("tokens", 1) else None
-                if loss is not None:
-                    points.setdefault(task, []).append((100 * step["step"] / total, loss))
-        for task, line in points.items():
-            x, y = zip(*line, strict=True)
-            panels.setdefault(task, {})[method] = (x, y)
-    if not panels:
-        return None
-    order = [task for task in tasks if task in panels] + sorted(set(panels) - set(tasks))
-    methods = {SINGLE: 0, EQUAL: 1, FINAL: 3}
-    return Markup(
-        plots.loss_curves(
-            {task: dict(sorted(panels[task].items(), key=lambda item: methods.get(item[0], 2))) for task in order}
-        )
-    )
 
 
 def _stages(run: RunDirectory) -> dict[str, Any]:

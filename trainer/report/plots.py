@@ -171,6 +171,42 @@ def loss_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
         return _svg(figure, "Training loss of each task")
 
 
+def weight_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
+    """One panel per method and one line per task: the weight of every step; equal weighting is the dashed line."""
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    tasks = list(dict.fromkeys(task for curves in panels.values() for task in curves))
+    strokes = [(color, dash) for dash in ("-", (0, (4, 1.5)), (0, (1, 1))) for color in (*SERIES, "gray")]
+    style = {task: strokes[k % len(strokes)] for k, task in enumerate(tasks)}
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2.7 * columns + 0.6, 1.9 * rows + 0.7), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        handles = {}
+        for axes, (method, curves) in zip(grid, panels.items(), strict=False):
+            axes.axhline(1.0, color=PLACEHOLDERS["ink"], linewidth=0.8, linestyle=(0, (4, 3)))
+            for task, (x, y) in curves.items():
+                color, dash = style[task]
+                (handles[task],) = axes.plot(
+                    *thinned(x, y), color=PLACEHOLDERS[color], linestyle=dash, linewidth=1.1, label=task
+                )
+            axes.set_title(method, fontsize=9, loc="left", color=PLACEHOLDERS["ink"])
+            axes.set_ylim(bottom=0)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        figure.supxlabel("optimizer step", fontsize=8.5, color=PLACEHOLDERS["muted"])
+        figure.supylabel("task weight λ", fontsize=8.5, color=PLACEHOLDERS["muted"])
+        figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=4, handlelength=1.6)
+        return _svg(figure, "Task weights during training")
+
+
+def thinned(x: Sequence[float], y: Sequence[float], most: int = 300) -> tuple[Sequence[float], Sequence[float]]:
+    """At most `most` points, evenly spaced, the last one among them: a page is no place for 100,000 steps."""
+    if len(x) <= most:
+        return x, y
+    kept = [round(k * (len(x) - 1) / (most - 1)) for k in range(most)]
+    return [x[k] for k in kept], [y[k] for k in kept]
+
+
 def smooth(values: Sequence[float], share: float = 0.06) -> list[float]:
     """Centred moving average over ``share`` of the points to either side, shorter at the ends: no lag."""
     reach = round(share * len(values))

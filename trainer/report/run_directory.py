@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping
@@ -11,10 +12,6 @@ from typing import Any
 
 # One logged optimizer step, as the trainer writes it.
 Step = dict[str, Any]
-
-# Trainings of the final comparison: directory name under trainings/ and evaluations/ -> name of the method.
-# STL is not one training but one per task, "stl-<task>".
-FINAL_TRAININGS = {"ew": "EW", "cotbal": "CoTBal"}
 
 
 class RunDirectory:
@@ -76,6 +73,25 @@ class RunDirectory:
             if isinstance(line.get("step"), int):
                 steps[line["step"]] = line
         return [steps[step] for step in sorted(steps)]
+
+    def weights_of(self, training: str) -> tuple[list[str], list[list[float]]]:
+        """``weights.csv`` of a training: tasks, and rows of the step and every task's weight; both may be empty."""
+        name = f"trainings/{training}/weights.csv"
+        file = self.path / name
+        if not file.exists():
+            return [], []
+        header, *lines = [*csv.reader(file.read_text(encoding="utf-8", errors="replace").splitlines())] or [[]]
+        rows = []
+        for line in lines:
+            try:
+                row = [float(value) for value in line]
+            except ValueError:
+                row = []
+            if len(row) == len(header) and all(map(math.isfinite, row)):
+                rows.append(row)
+        if len(rows) < len(lines):
+            self.damaged.append(f"{name}: {len(lines) - len(rows)} unreadable line(s) left out")
+        return header[1:], rows
 
     def metrics(self, training: str, split: str) -> dict[str, Any]:
         """{task: {"metric", "value", "standard_error", "samples"}}, empty when not evaluated yet."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
+from trainer.balancing.registry import training_label
 from trainer.comparison import Comparison, compare
 from trainer.errors import UserError
 from trainer.metrics import METRICS
-from trainer.report.run_directory import FINAL_TRAININGS, RunDirectory, number
+from trainer.report.run_directory import RunDirectory, number
 
 BASELINES = {"majority": "majority answer", "question_only": "question only"}
 FINAL, EQUAL, SINGLE = "CoTBal", "EW", "STL"
@@ -105,10 +108,10 @@ def read_scores(run: RunDirectory) -> ScoreTable:
 def _scores_so_far(run: RunDirectory) -> ScoreTable:
     scores = ScoreTable()
     root = run.path / "evaluations"
-    names = sorted(file.parent.parent.name for file in root.glob("*/test/metrics.json"))
+    names = sorted(file.parent.parent.name for file in root.glob("*/test/metrics.json") if "@" not in str(file))
     names.sort(key=lambda name: (not name.startswith("stl-"), name == "cotbal"))
     for name in names:
-        method = SINGLE if name.startswith("stl-") else FINAL_TRAININGS.get(name, name)
+        method = training_label(name)
         for task, entry in run.metrics(name, "test").items():
             label = metric_label(entry.get("metric"))
             better = next((m.higher_is_better for m in METRICS.values() if m.label == label), True)
@@ -165,7 +168,34 @@ def comparisons(run: RunDirectory) -> tuple[dict[str, Comparison], str | None]:
     return dict(sorted(found.items(), key=lambda item: item[0] == FINAL)), None
 
 
-def headline(scores: ScoreTable, deltas: Mapping[str, Comparison]) -> list[str]:
+def seed_comparisons(run: RunDirectory) -> dict[str, list[Comparison]]:
+    """Eq. 12-14 of every seed against the mean of the single-task models; empty when there is one seed."""
+    results = run.results or {}
+    by_method = results.get("seeds")
+    if not isinstance(by_method, Mapping) or not results.get("baseline"):
+        return {}
+    found = {}
+    for method, tables in by_method.items():
+        if method == SINGLE:
+            continue
+        methods = {str(number): table for number, table in enumerate(tables)}
+        try:
+            found[method] = list(compare({**results, "methods": methods}).values())
+        except UserError as error:
+            run.damaged.append(f"results.json: seeds of {method}: {error}")
+    return found
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; None for fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def headline(
+    scores: ScoreTable,
+    deltas: Mapping[str, Comparison],
+    over_seeds: Mapping[str, Sequence[Comparison]] = MappingProxyType({}),
+) -> list[str]:
     """Plain sentences about the outcome that claim no more than the numbers carry."""
     sentences = []
     for name in (FINAL, EQUAL):
@@ -177,7 +207,8 @@ def headline(scores: ScoreTable, deltas: Mapping[str, Comparison]) -> list[str]:
                 f"(ΔI = {delta.delta_i:+.2f} %); the tasks that fell behind account for ΔE = {delta.delta_e:.2f} %."
             )
     if FINAL in deltas and EQUAL in deltas:
-        sentences.append(_difference(scores, deltas[FINAL].delta_i - deltas[EQUAL].delta_i))
+        difference = deltas[FINAL].delta_i - deltas[EQUAL].delta_i
+        sentences.append(_difference(scores, difference, over_seeds))
     sentences += [
         f"ΔI of {name} rests mostly on {task} ({deltas[name].per_task[task]:+.0f} %): relative changes are "
         "large where the single-task score is small."
@@ -187,7 +218,7 @@ def headline(scores: ScoreTable, deltas: Mapping[str, Comparison]) -> list[str]:
     return sentences + learned(scores)
 
 
-def _difference(scores: ScoreTable, difference: float) -> str:
+def _difference(scores: ScoreTable, difference: float, over_seeds: Mapping[str, Sequence[Comparison]]) -> str:
     """CoTBal against EW in Delta I, with the error that the finite test sets alone put on it.
 
     The difference is mean_i mean_j of (M_CoTBal - M_EW) / M_STL; M_STL is taken as given and the two models as
@@ -208,9 +239,16 @@ def _difference(scores: ScoreTable, difference: float) -> str:
     error = 100 * math.sqrt(math.fsum(v or 0 for v in variances)) / len(variances)
     verdict = "more" if abs(difference) > 2 * error else "no more"
     return (
-        f"{text}, {verdict} than two standard errors of the test sampling (one is {error:.2f} points); how much "
-        "another seed would move it is not in this figure."
+        f"{text}, {verdict} than two standard errors of the test sampling (one is {error:.2f} points); "
+        f"{_seeds_sentence(over_seeds)}."
     )
+
+
+def _seeds_sentence(over_seeds: Mapping[str, Sequence[Comparison]]) -> str:
+    if FINAL not in over_seeds or EQUAL not in over_seeds:
+        return "how much another seed would move it is not in this figure"
+    each = [a.delta_i - b.delta_i for a, b in zip(over_seeds[FINAL], over_seeds[EQUAL], strict=True)]
+    return f"from seed to seed it is {', '.join(f'{value:+.2f}' for value in each)}"
 
 
 def dominant_task(comparison: Comparison) -> str | None:

@@ -1,0 +1,403 @@
+"""Every balancing method against its definition, written again in float64 numpy, on recorded sequences of losses."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from trainer.balancing.method import BalancingMethod, MethodContext, StepReport, TaskLosses, mean_one
+from trainer.balancing.registry import METHODS, method_class, read_options
+from trainer.errors import UserError
+
+N = 3
+Array = NDArray[np.float64]
+# Weights are float32; everything before is float64 on both sides.
+FLOAT32 = {"rtol": 2e-7, "atol": 2e-7}
+
+
+def make(name: str, options: dict[str, Any] | None = None, num_tasks: int = N, seed: int = 0) -> BalancingMethod:
+    fixed = torch.linspace(0.5, 1.5, num_tasks) if num_tasks > 1 else torch.ones(1)
+    context = MethodContext(num_tasks, torch.device("cpu"), seed, validation_batches=4, fixed_weights=fixed)
+    return method_class(name)(context, read_options(name, options))
+
+
+def losses(sums: Array, tokens: Array, norms: Array | None = None) -> TaskLosses:
+    return TaskLosses(
+        torch.from_numpy(sums), torch.from_numpy(tokens), None if norms is None else torch.from_numpy(norms)
+    )
+
+
+class Recording:
+    """Sums, tokens, losses after the step and gradient norms of a training; the first steps lack the last task."""
+
+    def __init__(self, steps: int, num_tasks: int = N, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        shape = (steps, num_tasks)
+        self.tokens = random.integers(1, 40, shape).astype(np.float64)
+        self.tokens[random.random(shape) < 0.2] = 0
+        self.tokens[:3, -1] = 0
+        self.tokens[:, 0] += 1  # one task is always there
+        slope = np.linspace(0.5, 3, num_tasks)
+        self.mean = 0.2 + np.exp(-slope * np.arange(steps)[:, None] / steps) * random.uniform(1, 4, shape)
+        self.sums = self.mean * self.tokens
+        self.after = self.sums * random.uniform(0.8, 1.05, shape)
+        self.norms = random.uniform(0.1, 5, shape) * (self.tokens > 0)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def step(self, t: int, with_norms: bool = True) -> TaskLosses:
+        return losses(self.sums[t], self.tokens[t], self.norms[t] if with_norms else None)
+
+    def play(self, method: BalancingMethod, epoch: Callable[[int], float] = lambda t: 0.0, start: int = 0) -> Array:
+        """Weights used by every step ``[steps, N]``, and last those after the final one, as the loop calls a method.
+
+        Validation batches, where asked for, are the recorded steps too: batch t before step t.
+        """
+        used = []
+        for t in range(start, len(self)):
+            if method.needs.validation:
+                again = losses(self.after[t - 1], self.tokens[t - 1]) if t else None
+                method.validated(self.step(t), again if method.needs.validation_again else None)
+            method.before_step(self.step(t) if method.needs.losses_before else None)
+            used.append(method.weights.numpy().copy())
+            if method.needs.losses:
+                after = losses(self.after[t], self.tokens[t])
+                method.after_step(StepReport(t + 1, epoch(t), self.step(t), after))
+        return np.array([*used, method.weights.numpy()])
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def normalised(w: Array) -> Array:
+    return len(w) * w / w.sum()
+
+
+def forward_filled(record: Recording) -> Array:
+    """Loss of every step and task, an absent one's last; NaN before it was seen."""
+    out = np.where(record.tokens > 0, record.mean, np.nan)
+    for t in range(1, len(out)):
+        out[t] = np.where(np.isnan(out[t]), out[t - 1], out[t])
+    return out
+
+
+def first_seen(filled: Array) -> Array:
+    return np.array([column[~np.isnan(column)][0] for column in filled.T])
+
+
+def adam(gradients: list[Array], start: Array, lr: float, decay: float) -> list[Array]:
+    """``torch.optim.Adam``, as the reference: the vector after every gradient."""
+    parameter = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    optimizer = torch.optim.Adam([parameter], lr=lr, weight_decay=decay)
+    out = []
+    for gradient in gradients:
+        parameter.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        out.append(parameter.detach().numpy().copy())
+    return out
+
+
+def test_no_weight_is_zero() -> None:
+    """The fused loss skips a task of weight 0, and its loss would read as 0 from then on."""
+    assert mean_one(torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)).tolist() == pytest.approx([1e-8, 0.75, 2.25])
+
+
+def test_fixed_weights() -> None:
+    record = Recording(4)
+    for name in ("ew", "tla", "uniform"):
+        np.testing.assert_array_equal(record.play(make(name)), np.ones((5, N)))
+    np.testing.assert_array_equal(record.play(make("cotbal")), np.tile([0.5, 1.0, 1.5], (5, 1)))
+
+
+@pytest.mark.parametrize(
+    ("name", "aggregation"),
+    [
+        ("ew", "token"), ("tla", "task"), ("uniform", "task_sum"), ("rlw", "token"), ("dwa", "token"),
+        ("igbv1", "token"), ("cotbal", "token"), ("gradnorm", "task_sum"), ("lbtw_star", "task_sum"),
+        ("famo", "task_sum"), ("coba", "task_sum"),
+    ],
+)  # fmt: skip
+def test_each_method_has_the_aggregation_of_its_paper(name: str, aggregation: str) -> None:
+    assert read_options(name).aggregation == aggregation
+    assert read_options(name, {"aggregation": "token"}).aggregation == "token"
+
+
+def test_dwa_by_iteration() -> None:
+    window, T = 4, 1.5
+    record = Recording(20)
+    found = record.play(make("dwa", {"window": window, "temperature": T}))
+    for t in range(21):
+        if t < 2 * window:
+            expected = np.ones(N)
+        else:
+            new, old = slice(t - window, t), slice(t - 2 * window, t - window)
+            last = record.sums[new].sum(0) / record.tokens[new].sum(0)
+            before = record.sums[old].sum(0) / record.tokens[old].sum(0)
+            expected = N * softmax(last / before / T)
+        np.testing.assert_allclose(found[t], expected, **FLOAT32)
+    assert np.abs(found[-1] - 1).max() > 0.01
+
+
+def test_dwa_without_tokens_in_a_window_counts_as_no_change() -> None:
+    record = Recording(8)
+    record.tokens[:4, 1] = record.sums[:4, 1] = 0
+    found = record.play(make("dwa", {"window": 4}))[-1]
+    ratio = np.ones(N)
+    for k in (0, 2):
+        new, old = (record.sums[part, k].sum() / record.tokens[part, k].sum() for part in (slice(4, 8), slice(4)))
+        ratio[k] = new / old
+    np.testing.assert_allclose(found, N * softmax(ratio / 2), **FLOAT32)
+
+
+def test_dwa_by_epoch() -> None:
+    per_epoch = 5
+    record = Recording(4 * per_epoch)
+    found = record.play(make("dwa", {"form": "epoch"}), epoch=lambda t: (t + 1) / per_epoch)
+    means = [
+        record.sums[e * per_epoch : (e + 1) * per_epoch].sum(0)
+        / record.tokens[e * per_epoch : (e + 1) * per_epoch].sum(0)
+        for e in range(4)
+    ]
+    for t in range(4 * per_epoch + 1):
+        epoch = t // per_epoch
+        expected = np.ones(N) if epoch < 2 else N * softmax(means[epoch - 1] / means[epoch - 2] / 2.0)
+        np.testing.assert_allclose(found[t], expected, **FLOAT32)
+
+
+def test_igbv1() -> None:
+    record = Recording(30)
+    found = record.play(make("igbv1", {"base_start": 6, "base_steps": 10}))
+    base = record.sums[6:16].sum(0) / record.tokens[6:16].sum(0)
+    filled = forward_filled(record)
+    for t in range(31):
+        expected = np.ones(N) if t < 16 else N * softmax(filled[t - 1] / base)
+        np.testing.assert_allclose(found[t], expected, **FLOAT32)
+
+
+def test_igbv1_takes_steps_100_to_199_by_default() -> None:
+    record = Recording(203)
+    found = record.play(make("igbv1"))
+    np.testing.assert_array_equal(found[:200], np.ones((200, N)))
+    base = record.sums[100:200].sum(0) / record.tokens[100:200].sum(0)
+    np.testing.assert_allclose(found[203], N * softmax(forward_filled(record)[202] / base), **FLOAT32)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 2.0])
+@pytest.mark.parametrize("name", ["lbtw", "lbtw_star"])
+def test_lbtw(name: str, exponent: float) -> None:
+    """From training losses a step moves the next weights; from validation losses, the batch before it."""
+    record = Recording(12)
+    found = record.play(make(name, {"exponent": exponent}))
+    filled = forward_filled(record)
+    ratio = np.nan_to_num(filled / first_seen(filled), nan=1.0) ** exponent
+    expected = np.array([normalised(row) for row in ratio])
+    if name == "lbtw":
+        np.testing.assert_allclose(found, np.vstack([np.ones(N), expected]), **FLOAT32)
+    else:
+        np.testing.assert_allclose(found[:-1], expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("name", ["gradnorm", "gradnorm_star"])
+def test_gradnorm(name: str) -> None:
+    record = Recording(12)
+    a, lr = 1.5, 0.1
+    found = record.play(make(name, {"learning_rate": lr}))
+    w, first = np.ones(N), np.full(N, np.nan)
+    state = torch.nn.Parameter(torch.ones(N, dtype=torch.float64))
+    optimizer = torch.optim.Adam([state], lr=lr)
+    expected = [w]
+    for t in range(12):
+        here = record.tokens[t] > 0
+        first = np.where(np.isnan(first) & here, record.mean[t], first)
+        G = w * record.norms[t]
+        r = (record.mean[t] / first)[here]
+        target = G[here].mean() * (r / r.mean()) ** a
+        gradient = np.zeros(N)
+        gradient[here] = np.sign(G[here] - target) * record.norms[t][here]
+        state.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        with torch.no_grad():
+            state.clamp_(min=1e-6)
+            state.mul_(N / state.sum())
+        w = state.detach().numpy().copy()
+        expected.append(w)
+    if name == "gradnorm":
+        np.testing.assert_allclose(found, expected, **FLOAT32)
+    else:
+        np.testing.assert_allclose(found[:-1], expected[1:], **FLOAT32)
+
+
+def test_famo() -> None:
+    """w = z / (c D) of the step's own batch, and xi from how much of log D the step removed."""
+    record = Recording(15)
+    lr, gamma = 0.1, 0.02
+    found = record.play(make("famo", {"learning_rate": lr, "decay": gamma}))
+    filled = forward_filled(record)
+    xi, gradients = np.zeros(N), []
+    for t in range(15):
+        D = filled[t] + 1e-8
+        D = np.where(np.isnan(D), np.nanmean(D), D)
+        z = softmax(xi)
+        c = (z / D).sum()
+        np.testing.assert_allclose(found[t], N * z / (c * D), **FLOAT32)
+        here = record.tokens[t] > 0
+        after = record.after[t] / np.maximum(record.tokens[t], 1) + 1e-8
+        delta = np.where(here, np.log(D) - np.log(np.where(here, after, 1)), 0)
+        jacobian = np.diag(z) - np.outer(z, z)
+        gradients.append(jacobian.T @ delta)
+        xi = adam(gradients, np.zeros(N), lr, gamma)[-1]
+
+
+def test_famo_weights_are_the_gradient_of_its_loss() -> None:
+    """sum_i z_i log D_i / c differentiated by L_i with c held fixed."""
+    record = Recording(5)
+    method = make("famo", {"learning_rate": 0.5})
+    record.play(method, start=3)
+    xi: torch.Tensor = method.xi  # type: ignore[attr-defined]
+    L = torch.tensor([2.0, 0.7, 1.3], dtype=torch.float64, requires_grad=True)
+    D = L + 1e-8
+    z = xi.softmax(0)
+    c = (z / D).sum().detach()
+    (gradient,) = torch.autograd.grad((z * D.log() / c).sum(), L)
+    method.before_step(TaskLosses(L.detach() * 5, torch.full((N,), 5.0, dtype=torch.float64)))
+    np.testing.assert_allclose(method.weights.numpy() / N, gradient.numpy(), **FLOAT32)
+
+
+def test_famo_star() -> None:
+    record = Recording(15)
+    found = record.play(make("famo_star", {"learning_rate": 0.1}))
+    np.testing.assert_allclose(found[0], np.ones(N), **FLOAT32)
+    xi, gradients = np.zeros(N), []
+    for t in range(1, 15):
+        here = record.tokens[t - 1] > 0
+        before = np.where(here, record.mean[t - 1] + 1e-8, 1)
+        after = np.where(here, record.after[t - 1] / np.maximum(record.tokens[t - 1], 1) + 1e-8, 1)
+        z = softmax(xi)
+        delta = np.log(before) - np.log(after)
+        gradients.append((np.diag(z) - np.outer(z, z)).T @ delta)
+        xi = adam(gradients, np.zeros(N), 0.1, 0.01)[-1]
+        np.testing.assert_allclose(found[t], N * softmax(xi), **FLOAT32)
+
+
+def test_coba_is_the_convergence_balancer() -> None:
+    from cotbal_kernels.convergence import ConvergenceBalancer
+
+    record = Recording(14)
+    for options, window, warmup in (({}, 8, 4), ({"window": 5, "warmup": 2}, 5, 2)):  # M is 4 in `make`
+        found = record.play(make("coba", options))
+        balancer = ConvergenceBalancer(N, window=window, warmup=warmup)
+        for t in range(14):
+            here = torch.from_numpy(record.tokens[t] > 0)
+            expected = balancer.step(torch.from_numpy(record.mean[t]), present=here)
+            np.testing.assert_allclose(found[t], expected.numpy(), rtol=1e-6)  # mean 1 again in float32
+        assert np.abs(found[-1] - 1).max() > 0.01
+
+
+class TestRlw:
+    def draws(self, distribution: str, steps: int = 4000, seed: int = 0) -> Array:
+        method = make("rlw", {"distribution": distribution}, seed=seed)
+        out = []
+        for _ in range(steps):
+            method.before_step(None)
+            out.append(method.weights.double().numpy() / N)
+        return np.array(out)
+
+    def test_normal_is_the_softmax_of_a_standard_normal(self) -> None:
+        """log w_i - log w_j is N(0, 2), uncorrelated in time."""
+        w = self.draws("normal")
+        difference = np.log(w[:, 0]) - np.log(w[:, 1])
+        # Standard errors over 4000 draws: mean sqrt(2 / 4000) = 0.022, variance 2 sqrt(2 / 4000) = 0.045; four of each.
+        assert abs(difference.mean()) < 0.09
+        assert abs(difference.var() - 2) < 0.18
+        # P(|x| < sqrt 2) of N(0, 2) is 0.6827, standard error 0.0074.
+        assert abs((np.abs(difference) < 2**0.5).mean() - 0.6827) < 0.03
+        assert abs(np.corrcoef(difference[1:], difference[:-1])[0, 1]) < 4 / 4000**0.5
+
+    def test_dirichlet_is_uniform_on_the_simplex(self) -> None:
+        """Dirichlet(1, 1, 1): w_i is Beta(1, 2), P(w_i <= x) = 1 - (1 - x)^2."""
+        w = self.draws("dirichlet")
+        for quantile in (0.1, 0.3, 0.6):
+            expected = 1 - (1 - quantile) ** 2
+            assert abs((w[:, 1] <= quantile).mean() - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5
+        # Var = 1/18, Cov = -1/36; standard errors are below 0.0012 and 0.0009.
+        np.testing.assert_allclose(np.cov(w.T), np.full((3, 3), -1 / 36) + np.eye(3) / 12, atol=0.005)
+
+    def test_the_seed_decides(self) -> None:
+        np.testing.assert_array_equal(self.draws("normal", 5), self.draws("normal", 5))
+        assert not np.allclose(self.draws("normal", 5), self.draws("normal", 5, seed=1))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dwa": {"window": 2}, "igbv1": {"base_start": 1, "base_steps": 3}, "coba": {"warmup": 1, "window": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(data=st.data())
+def test_weights_are_finite_not_negative_and_have_mean_one(name: str, data: st.DataObject) -> None:
+    """For any losses, however extreme, any pattern of absence, one task or many."""
+    num_tasks = data.draw(st.integers(1, 5))
+    steps = data.draw(st.integers(1, 9))
+    record = Recording(steps, num_tasks, seed=data.draw(st.integers(0, 10)))
+    scale = data.draw(st.sampled_from([1e-6, 1.0, 1e4]))
+    factors = data.draw(st.lists(st.sampled_from([1e-3, 1.0, 1e3]), min_size=num_tasks, max_size=num_tasks))
+    record.sums *= scale * np.array(factors)
+    record.after *= scale * np.array(factors)
+    record.norms *= scale
+    if data.draw(st.booleans()):  # whole steps without a token
+        empty = data.draw(st.integers(0, steps - 1))
+        for array in (record.tokens, record.sums, record.after, record.norms):
+            array[empty] = 0
+    found = record.play(make(name, OPTIONS.get(name), num_tasks))
+    assert np.isfinite(found).all()
+    assert (found > 0).all()
+    np.testing.assert_allclose(found.astype(np.float64).mean(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loaded_state_continues_bitwise(name: str) -> None:
+    """Through a file, into a method that has seen other things."""
+    record = Recording(16)
+
+    def halfway(t: int) -> float:
+        return (t + 1) / 4
+
+    whole = record.play(make(name, OPTIONS.get(name)), epoch=halfway)
+    first = Recording(16)
+    for key in ("tokens", "sums", "mean", "after", "norms"):
+        setattr(first, key, getattr(first, key)[:9])
+    method = make(name, OPTIONS.get(name))
+    first.play(method, epoch=halfway)
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    other = make(name, OPTIONS.get(name), seed=5)
+    Recording(4, seed=7).play(other)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    np.testing.assert_array_equal(record.play(other, epoch=halfway, start=9), whole[9:])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rlww", {}, r"unknown method 'rlww' \(did you mean 'rlw'\?\)"),
+        ("rlw", {"distribtion": "normal"}, r"distribtion: unknown key \(did you mean 'distribution'\?\)"),
+        ("rlw", {"distribution": "cauchy"}, r"distribution: Input should be 'normal' or 'dirichlet' \(got 'cauchy'\)"),
+        ("dwa", {"temperature": 0}, r"temperature: Input should be greater than 0 \(got 0\)"),
+        ("coba", {"window": 1}, r"window: Input should be greater than or equal to 2 \(got 1\)"),
+    ],
+)
+def test_bad_names_and_options(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_options(name, options)

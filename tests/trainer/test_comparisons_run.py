@@ -1,0 +1,217 @@
+"""A whole run with comparisons, an ablation and seeds: stages, weights, results and report. Trainings are replaced by
+what they leave behind, evaluations by scores that follow from the training's name; everything between is real."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_run import Page
+
+import trainer.pipeline.algorithm1 as algorithm1
+from trainer.balancing.cotbal import cotbal_weights
+from trainer.balancing.scores import Scores
+from trainer.comparison import compare
+from trainer.config import parse_config
+from trainer.evaluation import EvaluationSpec
+from trainer.launching import TrainingFailedError
+from trainer.pipeline.algorithm1 import Pipeline
+from trainer.pipeline.progress import Progress
+from trainer.training import TrainingSpec
+
+BALANCED = ["colour", "box"]
+
+
+def score(training: str, task: str) -> float:
+    """A score in percent that is another one for every training and task, with more data scoring higher."""
+    data = 20.0 if training in ("mini", f"alone-{task}") else 50.0
+    return data + sum(ord(letter) * (k + 1) for k, letter in enumerate(training + task)) % 97 / 10
+
+
+class Quiet(Progress):
+    def say(self, text: str) -> None: ...
+
+
+class Runs:
+    """Counts trainings, and fails on demand."""
+
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+        self.fail_at: str | None = None
+
+    def train(self, spec_path: Path, *_: Any) -> None:
+        spec = TrainingSpec.model_validate_json(spec_path.read_text())
+        if spec.name == self.fail_at:
+            raise TrainingFailedError(spec.name)
+        self.trained.append(spec.name)
+        (spec.output_dir / "model").mkdir()
+        names = [*BALANCED, "chat"]
+        with (spec.output_dir / "weights.csv").open("w") as file:
+            file.write(",".join(["step", *names]) + "\n")
+            for step in range(1, 5):
+                moved = 0.1 * step if spec.method == "coba" else 0.0
+                file.write(f"{step},{1 + moved},{1 - moved},1.0\n")
+        entry = {name: {"loss": 1.0, "tokens": 5, "weight": 1.0} for name in names}
+        lines = [json.dumps({"step": step, "steps": 4, "tasks": entry}) for step in range(1, 5)]
+        (spec.output_dir / "log.jsonl").write_text("\n".join(lines))
+
+    def submit(self, _: Any, spec: EvaluationSpec) -> Future[None]:
+        training = spec.model_path.parent.name
+        metrics = {
+            task: {"metric": "EM", "value": score(training, task), "standard_error": 1.0, "samples": 4}
+            for task in spec.tasks
+        }
+        spec.output_dir.mkdir(parents=True, exist_ok=True)
+        (spec.output_dir / "metrics.json").write_text(json.dumps(metrics))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    runs = Runs()
+
+    class Pool:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def __enter__(self) -> Runs:
+            return runs
+
+        def __exit__(self, *_: Any) -> None: ...
+
+    monkeypatch.setattr(algorithm1, "run_training", runs.train)
+    monkeypatch.setattr(algorithm1, "ProcessPoolExecutor", Pool)
+    return runs
+
+
+@pytest.fixture
+def run(run_data: dict[str, Any], runs: Runs) -> Callable[..., Path]:
+    """Runs the pipeline with changes to the configuration; returns the run directory."""
+
+    def go(**changes: Any) -> Path:
+        run_data["tasks"][1]["metric"] = "exact_match"
+        data = run_data | changes
+        Pipeline(parse_config(data, "test"), Quiet()).run()
+        return Path(data["output_dir"])
+
+    return go
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+COMPARED = ["stl", "ew", "coba", "cotbal_precise", {"name": "hot", "method": "cotbal", "options": {"temperature": 5.0}}]
+
+
+def test_rows_of_every_method_with_means_over_seeds(run: Callable[..., Path], runs: Runs) -> None:
+    run_dir = run(comparisons=COMPARED, seeds=3)
+    finals = ["cotbal", "ew", "coba", "cotbal_precise", "hot", "stl-colour", "stl-box"]
+    expected = ["mini", "plus-colour", "plus-box", "alone-colour", "alone-box"]
+    expected += finals + [f"{name}@{number}" for name in finals for number in (1, 2)]
+    assert sorted(runs.trained) == sorted(expected)
+
+    for name in expected:
+        spec = TrainingSpec.model_validate_json((run_dir / "trainings" / name / "spec.json").read_text())
+        assert spec.seed == int(name.partition("@")[2] or 0)
+
+    results = read(run_dir / "results.json")
+    labels = {"CoTBal": "cotbal", "EW": "ew", "CoBa": "coba", "CoTBal precise D": "cotbal_precise", "hot": "hot"}
+    assert set(results["methods"]) == set(labels)
+    for label, name in labels.items():
+        each = [{task: score(f"{name}{mark}", task) for task in BALANCED} for mark in ("", "@1", "@2")]
+        assert [{task: row[task]["EM"] for task in BALANCED} for row in results["seeds"][label]] == each
+        for task in BALANCED:
+            mean = statistics.fmean(row[task] for row in each)
+            assert results["methods"][label][task]["EM"] == pytest.approx(mean)
+    single = [score(f"stl-colour{mark}", "colour") for mark in ("", "@1", "@2")]
+    assert results["baseline"]["colour"]["EM"] == pytest.approx(statistics.fmean(single))
+
+    page = Page((run_dir / "report.html").read_text())
+    deltas = compare(results)
+    for label in labels:
+        per_seed = [compare({**results, "methods": {"x": table}})["x"].delta_i for table in results["seeds"][label]]
+        (row,) = [row for row in page.tables["deltas"] if row[0] == label]
+        assert row[1] == f"{deltas[label].delta_i:+.2f} ± {statistics.stdev(per_seed):.2f}"
+    assert "3 seeds." in page.words
+    assert "from seed to seed it is" in page.words
+    assert page.row("moving-weights", "CoBa")[1:] == ["1.25 (1.10–1.40)", "0.75 (0.60–0.90)"]
+    assert [row[0] for row in page.tables["moving-weights"][1:]] == ["CoBa"]
+
+
+def test_a_method_that_never_moved_its_weights_is_named(run: Callable[..., Path]) -> None:
+    """The stand-in for a training moves those of CoBa only."""
+    page = Page((run(comparisons=["ew", "igbv1", "coba"]) / "report.html").read_text())
+    assert "IGBv1 kept the same weights for the whole training" in page.words
+    assert [row[0] for row in page.tables["moving-weights"][1:]] == ["CoBa"]
+
+
+def test_ablations_have_weights_of_their_own(run: Callable[..., Path]) -> None:
+    run_dir = run(comparisons=COMPARED)
+    table = read(run_dir / "scores.json")
+    assert table["mini"] == {task: score("mini", task) for task in BALANCED}
+    precise = {
+        "mini": {task: score(f"alone-{task}", task) for task in BALANCED},
+        "full": {task: score(f"stl-{task}", task) for task in BALANCED},
+    }
+    scores = Scores.from_json(table | {"alone": precise})
+    expected = {
+        "cotbal": cotbal_weights(scores),
+        "hot": cotbal_weights(scores, temperature=5.0),
+        "cotbal_precise": cotbal_weights(scores, difficulty="precise"),
+    }
+    for name, weights in expected.items():
+        file = run_dir / ("weights.json" if name == "cotbal" else f"weights/{name}.json")
+        assert read(file)["applied"] == weights.weights.tolist()
+        spec = TrainingSpec.model_validate_json((run_dir / "trainings" / name / "spec.json").read_text())
+        assert spec.task_weights == dict(zip(BALANCED, weights.weights.tolist(), strict=True))
+    # Eq. 9 by hand.
+    d = [1 - precise["mini"][task] / precise["full"][task] for task in BALANCED]
+    assert read(run_dir / "weights" / "cotbal_precise.json")["difficulty"] == pytest.approx(d)
+
+
+def test_what_is_done_stays_done_when_methods_and_seeds_are_added(run: Callable[..., Path], runs: Runs) -> None:
+    run(comparisons=["stl", "ew"])
+    first = list(runs.trained)
+    runs.trained.clear()
+    runs.fail_at = "rlw"
+    with pytest.raises(TrainingFailedError):
+        run(comparisons=["stl", "ew", "rlw", "coba"], seeds=2)
+    assert not set(first) & set(runs.trained)
+    before = list(runs.trained)
+    runs.fail_at = None
+    runs.trained.clear()
+    run(comparisons=["stl", "ew", "rlw", "coba"], seeds=2)
+    assert not set(first + before) & set(runs.trained)
+    finals = ["cotbal", "ew", "stl-colour", "stl-box", "rlw", "coba"]
+    assert set(before + runs.trained) == {"rlw", "coba", *(f"{name}@1" for name in finals)}
+
+
+def test_options_of_a_method_are_its_training_s_inputs(run: Callable[..., Path], runs: Runs) -> None:
+    run(comparisons=["rlw", "lbtw_star"])
+    runs.trained.clear()
+    run_dir = run(
+        comparisons=["rlw", "lbtw_star"],
+        balancing={"options": {"rlw": {"distribution": "dirichlet"}}, "validation": {"interval": 3}},
+    )
+    assert sorted(runs.trained) == ["lbtw_star", "rlw"]
+    spec = TrainingSpec.model_validate_json((run_dir / "trainings" / "rlw" / "spec.json").read_text())
+    assert (spec.method, spec.options) == ("rlw", {"distribution": "dirichlet"})
+
+
+def test_validation_records_are_checked_before_a_method_takes_losses_of_them(
+    run: Callable[..., Path], runs: Runs, run_data: dict[str, Any], tmp_path: Path
+) -> None:
+    lines = Path(run_data["tasks"][0]["validation"]).read_text().splitlines()
+    record = json.loads(lines[1])
+    record["conversations"][0]["value"] = "<image>\n" + "very " * 500 + "long"
+    (tmp_path / "long.jsonl").write_text("\n".join([lines[0], json.dumps(record)]))
+    run_data["tasks"][0]["validation"] = str(tmp_path / "long.jsonl")
+    with pytest.raises(ValueError, match=r"task 'colour'.*colour-validation-1"):
+        run(comparisons=["coba"])
+    assert "coba" not in runs.trained

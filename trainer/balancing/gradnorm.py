@@ -1,0 +1,84 @@
+"""GradNorm: equalises the sizes of the tasks' gradients (Chen et al., "GradNorm", ICML 2018), at the head's weight."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trainer.balancing.adam import VectorAdam
+from trainer.balancing.method import (
+    BalancingMethod,
+    MethodContext,
+    MethodOptions,
+    Needs,
+    StepReport,
+    TaskLosses,
+    TaskSumOptions,
+    mean_one,
+)
+
+
+class GradNormOptions(TaskSumOptions):
+    """Options of GradNorm and GradNorm*."""
+
+    asymmetry: Annotated[float, Field(ge=0)] = Field(1.5, description="a, how strongly slow tasks are favoured")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(0.025, description="of Adam on w")
+
+
+class GradNorm(BalancingMethod):
+    """One Adam step per training step on ``sum_i |G_i - mean(G) r_i^a|``, then w is scaled back to sum N.
+
+    G_i = w_i * norm of d L_i / d lm_head.weight over the whole step; r_i = (L_i / L_i(0)) / mean, the relative inverse
+    training rate. The target ``mean(G) r_i^a`` is a constant to the gradient. Means run over the tasks present in the
+    step; an absent one has no gradient, and L_i(0) is the loss of the first batch that has the task.
+    """
+
+    Options = GradNormOptions
+    options: GradNormOptions
+    needs = Needs(losses=True, gradient_norms=True)
+    stateful = ("w", "first")
+
+    def __init__(self, context: MethodContext, options: MethodOptions) -> None:
+        super().__init__(context, options)
+        self.w = torch.ones(context.num_tasks, dtype=torch.float64, device=context.device)
+        self.first = torch.full_like(self.w, torch.nan)
+        self._adam = VectorAdam(self.w, self.options.learning_rate)
+
+    def after_step(self, report: StepReport) -> None:
+        self._update(report.losses)
+
+    def _update(self, losses: TaskLosses) -> None:
+        assert losses.gradient_norms is not None
+        present, count = losses.present, losses.present.sum().clamp(min=1)
+        self.first = torch.where(self.first.isnan() & present, losses.mean, self.first)
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.where(present, values, 0.0).sum() / count
+
+        norms = losses.gradient_norms
+        G = self.w * norms
+        left = losses.mean / self.first
+        target = mean(G) * (left / mean(left)) ** self.options.asymmetry
+        gradient = torch.where(present, torch.sign(G - target) * norms, 0.0)
+        w = self._adam.step(self.w, gradient).clamp(min=1e-6)  # a negative weight would ascend the task's loss
+        self.w = w * (len(w) / w.sum())
+        self.weights = mean_one(self.w)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"adam": self._adam.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._adam.state = {name: value.to(self.context.device) for name, value in state["adam"].items()}
+
+
+class GradNormStar(GradNorm):
+    """GradNorm*: losses and gradient norms of validation batches (CoBa, section 4)."""
+
+    needs = Needs(validation=True, validation_gradient_norms=True)
+
+    def validated(self, new: TaskLosses, again: TaskLosses | None) -> None:
+        self._update(new)

@@ -1,0 +1,96 @@
+"""Validation batches inside a training: for every update the same number of samples of every task.
+
+Which samples belong to update u depends on the seed and u only, so an interrupted training goes on with the batches it
+would have had, and every rank knows its share without being told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from trainer.data.encoding import IGNORE_INDEX
+
+Sample = dict[str, Any]
+Batch = dict[str, Tensor]
+
+
+class ValidationBatches:
+    """Draws from the validation sets of the balanced tasks, each in a fresh order for every pass over it.
+
+    Args:
+        sizes: validation records of each balanced task, none empty.
+        sample: the encoded record `r` of balanced task `i`.
+        collate: samples to a batch.
+        per_task: samples of each task in one update, over all ranks.
+        batch_size: rows per forward pass.
+        seed: of the orders.
+        rank, world: this process and how many there are.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        sample: Callable[[int, int], Sample],
+        collate: Callable[[Sequence[Sample]], Batch],
+        *,
+        per_task: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.sizes = list(sizes)
+        self.per_task = per_task
+        self._sample = sample
+        self._collate = collate
+        self._batch_size = batch_size
+        self._seed = seed
+        self._rank, self._world = rank, world
+        self._orders: dict[tuple[int, int], list[int]] = {}
+
+    @property
+    def batches_per_pass(self) -> int:
+        """M: updates until every record of the largest validation set was seen."""
+        return -(-max(self.sizes) // self.per_task)
+
+    def drawn(self, update: int) -> list[tuple[int, int]]:
+        """(balanced task, record) of every sample of an update, the same on all ranks."""
+        positions = range(update * self.per_task, (update + 1) * self.per_task)
+        return [
+            (task, self._order(task, position // size)[position % size])
+            for task, size in enumerate(self.sizes)
+            for position in positions
+        ]
+
+    def __call__(self, update: int) -> list[Batch]:
+        """This rank's share as micro-batches; the same number of them on every rank, as ZeRO-3 needs.
+
+        A rank that gets fewer samples than another fills up with samples whose labels are all ignored.
+        """
+        chosen = self.drawn(update)
+        share = -(-len(chosen) // self._world)
+        mine = chosen[self._rank :: self._world]
+        real = len(mine)
+        mine = mine + chosen[: share - real]
+        samples = [self._sample(*item) for item in mine]
+        batches = []
+        for start in range(0, share, self._batch_size):
+            batch = self._collate(samples[start : start + self._batch_size])
+            batch["labels"][max(0, real - start) :] = IGNORE_INDEX
+            batches.append(batch)
+        return batches
+
+    def _order(self, task: int, turn: int) -> list[int]:
+        key = (task, turn)
+        if key not in self._orders:
+            self._orders = {old: order for old, order in self._orders.items() if old[1] >= turn - 1 or old[0] != task}
+            digest = hashlib.sha256(f"{self._seed}/{task}/{turn}".encode()).digest()
+            order = list(range(self.sizes[task]))
+            random.Random(digest).shuffle(order)
+            self._orders[key] = order
+        return self._orders[key]

@@ -1,0 +1,63 @@
+"""Where a run keeps things, and small facts about it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.pipeline.trainings import Training
+
+
+@dataclass(frozen=True)
+class Places:
+    """Paths inside a run directory."""
+
+    run_dir: Path
+
+    def training(self, training: Training) -> Path:
+        return self.run_dir / "trainings" / training.name
+
+    def evaluation(self, training: Training, split: str) -> Path:
+        return self.run_dir / "evaluations" / training.name / split
+
+    def weights(self, name: str) -> Path:
+        """Weights of CoTBal or of one of its ablations."""
+        return self.run_dir / "weights.json" if name == "cotbal" else self.run_dir / "weights" / f"{name}.json"
+
+
+def weights_stage(name: str) -> str:
+    """The stage that computes the weights `name`."""
+    return "weights" if name == "cotbal" else f"weights-{name}"
+
+
+def environment(config: RunConfig, device: str) -> dict[str, Any]:
+    """Versions and sizes for ``environment.json``."""
+    packages = ("torch", "transformers", "deepspeed", "accelerate", "cotbal")
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "world_size": config.launch.processes,
+        "parallel": config.launch.parallel,
+    }
+
+
+def digest(path: Path) -> str:
+    """Content hash of a record file; a missing one is the check stage's to report."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "missing"
+
+
+def last_step(log: Path) -> tuple[int, int]:
+    """Steps done and steps in all, from a training's ``log.jsonl``; 0 of 0 while nothing is known."""
+    try:
+        line = json.loads(log.read_text().splitlines()[-1])
+    except (FileNotFoundError, IndexError, json.JSONDecodeError):
+        return 0, 0
+    return line["step"], line["steps"]

@@ -5,7 +5,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from ahead_of_time import CAPABILITIES, compile_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import interpreted
@@ -13,6 +12,7 @@ from test_convergence import sequence
 
 from cotbal_kernels import ConvergenceBalancer
 from cotbal_kernels.convergence import VARIANTS
+from cotbal_kernels.triton_kernels.ahead_of_time import CAPABILITIES, compile_for
 from cotbal_kernels.triton_kernels.convergence import NUM_WARPS, ConvergenceKernel, convergence_step_kernel
 
 # Both paths are float64 up to the rounding of the weights to float32 (6e-8) and sum in different orders, which the

@@ -1,0 +1,183 @@
+"""The GPU check on a machine without one: its refusal, its pure parts, and its measurements on small CPU sizes."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import gpu_check, gpu_measure, gpu_tiles
+from cotbal_kernels.triton_kernels.tiles import Tile
+
+CPU = torch.device("cpu")
+sys.path.append(str(Path(__file__).parent.parent / "cotbal_kernels"))  # for its interpreter
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_says_in_one_sentence_that_there_is_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--out", str(tmp_path / "new")]) == 2
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert "no CUDA device" in printed
+    assert not (tmp_path / "new").exists()
+
+
+def test_budget_bounds_sections_and_the_whole() -> None:
+    now = 100.0
+    budget = gpu_check.Budget(60.0, clock=lambda: now)
+    budget.enter(0.5)
+    assert budget.left() == 30
+    now = 125.0
+    assert budget.left() == 5
+    now = 140.0
+    assert budget.left() == 0  # overdrawn, never negative
+    budget.enter(0.5)
+    assert budget.left() == 20  # what is left of the whole
+
+
+def test_report_is_whole_after_every_result(tmp_path: Path) -> None:
+    report = gpu_check.Report(tmp_path / "a" / "b")
+    report.put("targets", "case", "triton", {"milliseconds": 1.5})
+    report.put("targets", "case", "cuda", {"milliseconds": 2.5})
+    assert json.loads(report.path.read_text()) == {
+        "targets": {"case": {"triton": {"milliseconds": 1.5}, "cuda": {"milliseconds": 2.5}}}
+    }
+    assert [path.name for path in report.path.parent.iterdir()] == ["gpu_check.json"]
+
+
+def test_table() -> None:
+    assert gpu_check.table(("what", "ms"), [("triton", 32.71234), ("b", "-")]).splitlines() == [
+        "| what   | ms   |",
+        "|--------|------|",
+        "| triton | 32.7 |",
+        "| b      | -    |",
+    ]
+
+
+LOG = """\
+tests/a.py::test_one[x-{'k': 1}] PASSED                [ 25%]
+tests/a.py::test_two SKIPPED (cuda: no nvcc)           [ 50%]
+tests/a.py::test_three[8] FAILED                       [ 75%]
+tests/a.py::test_four ERROR                            [100%]
+"""
+
+
+@pytest.mark.parametrize("end", ["", "== 2 failed, 1 passed, 1 skipped in 3.21s ==\n"])
+def test_counts_of_a_log_that_was_cut_off_too(end: str) -> None:
+    found = gpu_check.outcomes(LOG + end)
+    assert (found["passed"], found["skipped"], found["failed"]) == (1, 1, 2)
+    assert found["failures"] == ["tests/a.py::test_three[8]", "tests/a.py::test_four"]
+    assert found["complete"] == bool(end)
+
+
+def test_command_that_takes_too_long_returns_what_it_printed() -> None:
+    status, output = gpu_check._command(["sh", "-c", "echo begun; sleep 30"], 1)
+    assert (status, output) == ("timeout", "begun\n")
+
+
+def test_a_section_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such clock")
+
+    def tested(report: gpu_check.Report, budget: gpu_check.Budget) -> None:
+        report.put("tests", gpu_check.outcomes(LOG))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "environment", broken)
+    monkeypatch.setattr(gpu_check, "tests", tested)
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "environment", "tests"]) == 1
+    printed = capsys.readouterr().out
+    assert "environment stopped: RuntimeError: no such clock" in printed
+    assert "tests: 1 passed, 2 failed, 1 skipped, cut off by the time limit" in printed
+
+
+def test_interleaved_runs_in_turns_and_survives_a_failure() -> None:
+    order: list[str] = []
+
+    def fail() -> None:
+        order.append("c")
+        raise ValueError("out of memory")
+
+    candidates = {"a": lambda: order.append("a"), "c": fail, "b": lambda: order.append("b")}
+    found = gpu_measure.interleaved(candidates, lambda: 1.0, CPU, warmup=1, rounds=3)
+    assert order == ["a", "c", "b", "a", "b", "a", "b", "a", "b"]
+    assert found["c"] == {"error": "ValueError: out of memory"}
+    assert found["a"]["rounds"] == found["b"]["rounds"] == 3
+    late = gpu_measure.interleaved({"a": lambda: None}, lambda: 0.0, CPU, warmup=1, rounds=9)
+    assert late["a"]["rounds"] == 3  # enough for a median, then no more
+
+
+def test_targets_are_measured_and_derived(tmp_path: Path) -> None:
+    """The same code on a CPU, small: every case, every candidate, ratios that are what they say."""
+    report = gpu_check.Report(tmp_path)
+    full, sparse = gpu_measure.Sizes(32, 16, 100), gpu_measure.Sizes(64, 16, 100, 0.3)
+    gpu_measure.measure_targets(report.put, lambda: 9.0, ["portable"], CPU, full, sparse, torch.float32)
+    cases = report.values["targets"]
+    assert [*cases] == [f"loss and gradients {full}", f"loss alone {full}", f"loss and gradients {sparse}"]
+    for found in cases.values():
+        assert all("error" not in result for result in found.values()), found
+        base, ours = (found[name] for name in (next(iter(found)), "portable"))
+        assert base["of_products"] == 1
+        assert ours["of_products"] == pytest.approx(ours["milliseconds"] / base["milliseconds"])
+    products = cases[f"loss and gradients {full}"]["three products"]
+    assert products["tflops"] == pytest.approx(6 * 32 * 16 * 100 / products["milliseconds"] / 1e9)
+    assert "dense PyTorch" in cases[f"loss and gradients {sparse}"]
+    assert "| loss alone" in gpu_check.summary(report.values)
+
+
+def test_dense_is_the_same_loss() -> None:
+    """What the fused loss is measured against computes Eq. 2 too."""
+    p = gpu_measure.Problem.random(gpu_measure.Sizes(64, 16, 100, 0.5), CPU, torch.float32)
+    fused, dense = p.fused("portable"), p.dense()
+    torch.testing.assert_close(fused, dense)
+    for a, b in zip(p.gradients(fused), p.gradients(dense), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_tiles_of_the_grid_fit_and_begin_with_the_backends() -> None:
+    tiles = list(gpu_tiles.candidates())
+    assert tiles[0] == Tile(128, 256, 64, 8, 3, 8, 2)
+    assert len(tiles) == len(set(tiles)) > 30
+    assert all(tile.stages * (tile.rows + tile.cols) * tile.depth * 2 <= 227 * 1024 for tile in tiles)
+    assert not gpu_tiles.fits(Tile(256, 256, 64, 8, 3))  # 256 accumulators a thread
+
+
+def test_tuning_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tiles in the interpreter: the launches are right, results agree, the best comes first."""
+
+    from interpreter import interpreted
+
+    class Here:
+        def __init__(self, *_: Any) -> None: ...
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+        def submit(self, function: Any, job: Any) -> Any:
+            value = function(job)
+            return SimpleNamespace(result=lambda timeout: value)
+
+        def shutdown(self, **_: Any) -> None: ...
+
+    monkeypatch.setattr(gpu_tiles, "ProcessPoolExecutor", Here)
+    small = gpu_tiles.Shape(20, 40, 70)
+    tables: dict[str, Any] = {}
+    tiles = [Tile(16, 64, 32, 1, 1, 2, 2), Tile(32, 32, 16, 1, 1, 4, 1), Tile(16, 48, 32, 1, 1)]  # 48 is no power of 2
+    with interpreted():
+        put = lambda _, product, rows: tables.__setitem__(product, rows)  # noqa: E731
+        gpu_tiles.tune(put, lambda: 99.0, CPU, small, small, 3, tiles)
+    assert [*tables] == list(gpu_tiles.PRODUCTS)
+    for rows in tables.values():
+        assert [tuple(row["tile"]) for row in rows[-1:]] == [tuple(tiles[2])]
+        assert "problem" in rows[-1]
+        assert rows[0]["tflops"] >= rows[1]["tflops"] > 0
+        assert not any("wrong" in row for row in rows)
+    assert math.isfinite(tables["project"][0]["milliseconds"])

@@ -1,0 +1,80 @@
+"""Shared by the tests that need a GPU: problems on the device, and the error of the materialised path beside ours."""
+
+from typing import Any
+
+import pytest
+import torch
+from loss_problems import Problem, error, make_problem
+from torch import Tensor
+
+from cotbal_kernels import backends
+from cotbal_kernels.reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+BACKENDS = ["triton", "cuda", "portable"]
+ALL = {"logit_softcap": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+
+
+def require(backend: str) -> None:
+    """Skip, with the reason that a user would be given, where a backend cannot run."""
+    if backend != "portable":
+        reason = backends.unavailable_reason(backend)
+        if reason is not None:
+            pytest.skip(f"{backend}: {reason}")
+
+
+def require_memory(gibibytes: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gibibytes:
+        pytest.skip(f"needs {gibibytes} GiB of free GPU memory, {free:.1f} GiB are free")
+
+
+def gpu_problem(*args: Any, **kwargs: Any) -> Problem:
+    """``make_problem`` on the device; every floating-point tensor is a leaf."""
+    p = make_problem(*args, **kwargs)
+    moved = {name: value.detach().cuda() for name, value in vars(p).items()}
+    return Problem(**{name: value.requires_grad_(value.is_floating_point()) for name, value in moved.items()})
+
+
+def upstream_like(loss: Tensor) -> Tensor:
+    """A gradient that is not all ones: for "none" it differs from row to row."""
+    return torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
+
+
+def gradients(loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, inputs, upstream_like(loss)))
+
+
+def exact_and_ordinary(p: Problem, with_bias: bool, **options: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """The float64 result, its gradients, and those of logits materialised in the dtype of the inputs.
+
+    Behind the materialised logits is a float64 softmax, so this baseline is better than what a training loop has.
+    """
+    leaves = [p.hidden, p.weight, *([p.bias] if with_bias else [])]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    bias = wide[2] if with_bias else None
+    expected = reference_linear_task_cross_entropy(*wide[:2], *p.tensors[2:], bias=bias, **options)
+    exact = gradients(expected.loss, wide)
+    logits = torch.nn.functional.linear(p.hidden, p.weight, p.bias if with_bias else None)
+    ordinary = gradients(reference_task_cross_entropy(logits, *p.tensors[2:], **options).loss, leaves)
+    return expected, exact, ordinary
+
+
+def rms_error(actual: Tensor, expected: Tensor) -> float:
+    difference = actual.double() - expected.double()
+    return float(difference.square().mean().sqrt() / expected.double().square().mean().sqrt())
+
+
+def assert_gradients(actual: list[Tensor], exact: list[Tensor], ordinary: list[Tensor], dtype: torch.dtype) -> None:
+    """At most the materialised path's own error on the same inputs.
+
+    Root mean square: within a tenth, since both draw their roundings at random. Largest: a single rounding may fall
+    badly, so as much is allowed as two halves of a unit in the last place (the gradient of the logits, the result); in
+    float32, where it is the order of up to 32003 terms that differs, sqrt(32003) * 6e-8.
+    """
+    largest = 1.1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for a, wanted, baseline in zip(actual, exact, ordinary, strict=True):
+        assert a.dtype == dtype
+        assert error(a, wanted) <= max(largest, error(baseline, wanted))
+        limit = 1e-5 if dtype == torch.float32 else 1.1 * rms_error(baseline, wanted)
+        assert rms_error(a, wanted) <= limit

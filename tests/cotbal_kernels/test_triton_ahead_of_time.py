@@ -1,0 +1,100 @@
+"""Every kernel of a training step compiles for GPUs that are not here, with the tiles it would have there."""
+
+import functools
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cotbal_kernels.triton_kernels import ahead_of_time
+from cotbal_kernels.triton_kernels.ahead_of_time import FEATURES, PLAIN, Resources
+
+PRODUCTS = ("project", "grad_hidden", "grad_weight")
+INSTRUCTIONS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+# Bytes of shared memory in which every stage holds its two operands, (rows + columns) x depth x 2, of 128 x 256 x 64
+# (sm_89: 128 x 128 x 32) tiles.
+STAGE = {80: 49_152, 89: 16_384, 90: 49_152, 100: 49_152}
+STAGES = {80: 2, 89: 3, 90: 3, 100: 3}  # mma.sync keeps one of its 3 (sm_89: 4) stages in registers
+# Bytes a thread may spill, stores and loads together. An epilogue with gradient, bias, soft cap or smoothing needs
+# more than 255 registers beside the 128 accumulators. It runs once per tile, after some 64 steps of D: there a few
+# hundred bytes out of the first-level cache do not show.
+EPILOGUE = 512
+# The plain recomputation on sm_90, and on sm_80 the kept exponentials and dX: some ten registers.
+FEW = 48
+
+
+def compiled(capability: int, variants: str) -> dict[str, Resources]:
+    """Resources by name of the launch, in two processes as a machine of CI has two cores."""
+    launches = ahead_of_time.training_launches(capability, torch.bfloat16, VARIANTS[variants])
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # threads of torch do not survive a fork
+        found = pool.map(functools.partial(_compile, capability, variants), range(len(launches)))
+        return dict(zip((launch.name for launch in launches), found, strict=True))
+
+
+VARIANTS = {"plain": PLAIN, "features": FEATURES}
+
+
+def _compile(capability: int, variants: str, index: int) -> Resources:
+    launch = ahead_of_time.training_launches(capability, torch.bfloat16, VARIANTS[variants])[index]
+    return ahead_of_time.compile_launch(launch, capability)
+
+
+@pytest.mark.parametrize(
+    ("capability", "variants"),
+    [
+        (90, "plain"),
+        pytest.param(80, "plain", marks=pytest.mark.slow),
+        pytest.param(89, "plain", marks=pytest.mark.slow),
+        pytest.param(100, "plain", marks=pytest.mark.slow),
+        pytest.param(90, "features", marks=pytest.mark.slow),
+    ],
+)
+def test_training_step_compiles(capability: int, variants: str) -> None:
+    """Machine code, the device's own matrix instructions, operands of all stages in flight, no spills to speak of."""
+    found = compiled(capability, variants)
+    kernels = {name.split(" ")[0] for name in found}
+    assert kernels >= {"compact", "pack", "project", "row_losses", "dlogits", *PRODUCTS, "task_sums", "scale"}
+    for name, used in found.items():
+        kernel, _, rest = name.partition(" ")
+        written = {feature.strip("[],") for feature in rest.split()}
+        if kernel not in PRODUCTS:
+            assert used.spills == used.stack == 0, name
+            assert used.matrix_instructions == "none", name
+            continue
+        assert used.matrix_instructions == INSTRUCTIONS[capability], name
+        if kernel == "project" or capability >= 90:
+            assert used.shared >= STAGE[capability] * STAGES[capability], name
+        if variants == "features" and kernel == "project":
+            assert used.spills <= EPILOGUE, name
+        elif (kernel == "project" and "gradient" in written) or (capability == 80 and kernel != "grad_weight"):
+            assert used.spills <= FEW, name
+        else:
+            assert used.spills == 0, name
+
+
+@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+def test_what_is_compiled_is_what_is_launched(capability: int) -> None:
+    """Recorded from the backend itself: three ways of writing logits, descriptors from sm_90 on, aligned rows."""
+    launches = ahead_of_time.training_launches(capability, torch.bfloat16, PLAIN + FEATURES)
+    project = [launch for launch in launches if launch.kernel.__name__ == "project_kernel"]
+    assert {launch.constexprs["WRITE"] for launch in project} == {0, 1, 2}
+    assert {launch.constexprs["USE_TMA"] for launch in project} == {capability >= 90}
+    for launch in project:
+        kind = launch.signature["weight_ptr"]
+        assert kind == ("tensordesc<bf16[256,64]>" if capability >= 90 else "*bf16")
+        assert {"width", "weight_stride", "out_stride"} <= launch.aligned
+        assert not {"row_start", "vocab_stop"} & launch.aligned  # differ from slice to slice
+    assert len({launch.key for launch in launches}) == len(launches)
+
+
+def test_a_spill_is_seen() -> None:
+    """The figure itself: a tile whose accumulators alone are 256 registers of a thread does not fit."""
+    launches = ahead_of_time.training_launches(80, torch.bfloat16, PLAIN[:1])
+    (launch,) = (launch for launch in launches if launch.kernel.__name__ == "grad_weight_kernel")
+    crowded = {**launch.constexprs, "BLOCK_V": 128, "BLOCK_D": 256, "BLOCK_M": 32}
+    options = {"num_warps": 4, "num_stages": 2}
+    too_large = ahead_of_time.Launch(launch.kernel, launch.signature, crowded, launch.aligned, options)
+    assert ahead_of_time.compile_launch(too_large, 80).spills > 0

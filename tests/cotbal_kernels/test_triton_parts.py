@@ -1,0 +1,187 @@
+"""Parts of the Triton backend: packing of the targets, sums per task, and the memory plan of the kept exponentials."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from interpreter import interpreted
+from triton_on_cpu import INTERPRETED
+
+from cotbal_kernels import triton_backend
+from cotbal_kernels.interface import saved_grad_dtypes
+from cotbal_kernels.triton_kernels.head import TileStatistics
+from cotbal_kernels.triton_kernels.slices import Slices, plan_slices
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    size=st.integers(0, 100),  # blocks of 32
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    zeros=st.integers(0, 2),
+    skip_zero=st.booleans(),
+    bound=st.sampled_from([None, 0, 7, 64]),
+    wrong=st.sampled_from([None, "label", "task", "weight"]),
+    seed=st.integers(0, 1000),
+)
+def test_prepare_targets_is_numpy(size, ignored, zeros, skip_zero, bound, wrong, seed) -> None:
+    """Stable order of the packed rows, counts, what fills the rest, and the poison."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 20, size)
+    labels[rng.random(size) < ignored] = -1
+    tasks, weights = rng.integers(0, 3, size), rng.random(3).astype(np.float32)
+    weights[:zeros] = 0
+    capacity = size if bound is None else min(bound, size)
+    valid_tasks = tasks.copy()
+    if wrong and size:
+        {"label": labels, "task": tasks, "weight": weights}[wrong][0] = {"label": 20, "task": -2, "weight": np.inf}[
+            wrong
+        ]
+        valid_tasks = tasks.clip(0, 2)
+    found = INTERPRETED.prepare_targets(
+        *map(torch.from_numpy, (labels.copy(), tasks.copy(), weights.copy())), 20, -1, skip_zero, False, capacity
+    )
+    supervised = labels != -1
+    computed = supervised & (weights[valid_tasks] != 0) if skip_zero else supervised
+    rows = np.flatnonzero(computed)
+    assert found.num_rows.tolist() == [len(rows)]
+    assert found.rows_N.tolist() == [*rows[:capacity], *[size] * (capacity - len(rows[:capacity]))]
+    assert found.targets_M.tolist() == np.where(computed, labels.clip(0, 19), -1).tolist()
+    assert found.tasks_M.tolist() == valid_tasks.tolist()
+    assert found.tokens_K.tolist() == np.bincount(valid_tasks[supervised], minlength=3).tolist()
+    bad = len(rows) > capacity or (labels > 19).any() or (supervised & (tasks < 0)).any() or np.isinf(weights).any()
+    assert bool(found.poison.isnan()) == bool(bad)
+    assert bad or float(found.poison) == 0
+
+
+@pytest.mark.parametrize("size", [1, 15, 53])
+def test_task_sums_bit_by_bit(size: int) -> None:
+    """Sixteen running sums in double precision, then their sum, rounded once: the same bits in numpy."""
+    rng = np.random.default_rng(0)
+    loss = (rng.random(size) * 10.0 ** rng.integers(-8, 9, size)).astype(np.float32)
+    hit, tasks = rng.integers(0, 2, size), rng.integers(0, 4, size)
+    rows = triton_backend.RowResults(torch.from_numpy(loss), torch.from_numpy(hit), torch.empty(0))
+    with interpreted():
+        sums_K, correct_K = triton_backend._task_sums(rows, torch.from_numpy(tasks), torch.empty(5))
+    for task in range(5):  # task 4 is absent
+        lanes = np.zeros(16)
+        for start in range(0, size, 16):
+            here = np.where(tasks[start : start + 16] == task, loss[start : start + 16], 0).astype(np.float64)
+            lanes[: len(here)] += here
+        assert sums_K[task].numpy() == np.float32(lanes.sum())
+        assert correct_K[task] == hit[tasks == task].sum()
+
+
+class Memory:
+    """A head that computes nothing: every launch is checked against what the memory holds, byte by byte."""
+
+    def __init__(self, rows: int, vocab_size: int, width: int, elements: int, block: int, dtype: torch.dtype) -> None:
+        self.capacity, self.vocab_size, self.width, self.elements = rows, vocab_size, width, elements
+        self.cols, self.block, self.keeps_exponentials = 2 * block, block, True
+        self.packed_ND = torch.empty(max(1, rows), width, dtype=dtype)
+        self.holder: dict[int, Any] = {}  # 2-byte cell -> what was last written there
+        self.kept = 0
+        self.taken: list[str] = []
+
+    def slices(self, rows: int, storage_rows: int) -> Slices:
+        self.plan = plan_slices(rows, self.vocab_size, self.cols, self.elements, storage_rows)
+        return self.plan
+
+    def workspace(self, rows: int, stride: int) -> torch.Tensor:
+        assert rows * stride <= max(self.elements, rows * self.cols), "more workspace than allowed"
+        self.memory = self.packed_ND.new_empty((rows, stride))
+        return self.memory
+
+    def cells(self, tensor: torch.Tensor, rows: int, columns: int) -> list[int]:
+        """The cells that a kernel touches, from address and strides of what it is given."""
+        assert tensor.shape[0] >= rows
+        if rows:
+            for whole in (self.memory, self.out_VD):
+                begin, end = whole.data_ptr(), whole.data_ptr() + whole.numel() * whole.element_size()
+                last = tensor.data_ptr() + ((rows - 1) * tensor.stride(0) + columns) * tensor.element_size()
+                if begin <= tensor.data_ptr() < end:
+                    assert last <= end, "a kernel would write past the end of its memory"
+                    break
+            else:
+                raise AssertionError("neither the workspace nor dW")
+        half, per_row = tensor.element_size() // 2, tensor.stride(0) * tensor.element_size() // 2
+        first = tensor.data_ptr() // 2
+        return [first + row * per_row + cell for row in range(rows) for cell in range(columns * half)]
+
+    def padded(self, bounds: tuple[int, int]) -> int:
+        return -(-(bounds[1] - bounds[0]) // self.cols) * self.cols
+
+    def exponentials(self, window: tuple[int, int], slices: Slices, views: list[torch.Tensor], rows: Any) -> Any:
+        self.kept = window[1]
+        assert window[0] == 0
+        for bounds, view in zip(slices.ranges(), views, strict=True):
+            self.holder.update(dict.fromkeys(self.cells(view, window[1], self.padded(bounds)), ("exp", bounds)))
+        return TileStatistics.empty(1, 1, False, torch.device("cpu"))
+
+    def forward(self, window: tuple[int, int], rows: Any) -> None:
+        assert window == (self.kept, self.capacity - self.kept)
+
+    def dlogits(self, window, bounds, first_tile, view, *_: Any) -> None:
+        cells = self.cells(view, window[1], self.padded(bounds))
+        assert all(self.holder.get(cell) == ("exp", bounds) for cell in cells), "exponentials were overwritten"
+        self.holder.update(dict.fromkeys(cells, ("kept", bounds)))
+        tiles = sum(-(-(stop - start) // self.block) for start, stop in self.plan.ranges() if stop <= bounds[0])
+        assert first_tile == tiles
+
+    def recompute(self, window, bounds, out, *_: Any) -> None:
+        self.holder.update(dict.fromkeys(self.cells(out, window[1], self.padded(bounds)), ("again", bounds)))
+
+    def grad_hidden(self, window, bounds, dlogits, *_: Any) -> None:
+        kind = "kept" if window == (0, self.kept) and self.kept else "again"
+        cells = self.cells(dlogits, window[1], self.padded(bounds))
+        assert all(self.holder.get(cell) == (kind, bounds) for cell in cells), "not the gradient of these logits"
+        self.taken.append("hidden")
+
+    grad_bias = grad_hidden
+
+    def grad_weight(self, counts, bounds, parts, scale, out_VD, accumulate) -> None:
+        read: list[int] = []
+        for kind, rows, part in zip(("kept", "again"), counts, parts, strict=True):
+            cells = self.cells(part, rows, self.padded(bounds))
+            assert all(self.holder.get(cell) == (kind, bounds) for cell in cells), "not the gradient of these logits"
+            read += cells
+        written = self.cells(out_VD[bounds[0] : bounds[1]], bounds[1] - bounds[0], self.width)
+        assert not set(read) & set(written), "dW overwrites what the same launch reads"
+        self.holder.update(dict.fromkeys(written, ("dW", bounds)))
+        self.taken.append("weight")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    vocab_size=st.integers(1, 300),
+    width=st.integers(1, 24),
+    elements=st.integers(1, 6000),
+    block=st.sampled_from([8, 16, 32]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_no_exponential_is_overwritten_before_it_is_used(rows, vocab_size, width, elements, block, dtype) -> None:
+    """The schedule of the backend itself, on real addresses, with launches that only look at the memory."""
+    head = Memory(rows, vocab_size, width, elements, block, dtype)
+    head.out_VD = torch.empty(vocab_size, width, dtype=saved_grad_dtypes(dtype)[1])
+    gradients = triton_backend._Gradients(torch.empty(rows, width), head.out_VD, torch.empty(vocab_size))
+    results = triton_backend.RowResults.zeros(torch.zeros(rows, dtype=torch.int64))
+    scale = triton_backend.Scale.of(torch.ones(rows))
+    triton_backend._slices_of_vocabulary(head, gradients, results, scale)  # type: ignore[arg-type]
+    slices = head.plan
+    assert [*slices.bounds] == sorted(set(slices.bounds))
+    assert slices.bounds[0] == 0
+    assert slices.bounds[-1] == vocab_size
+    ratio = 2 if dtype == torch.float16 else 1
+    fits = rows * head.padded((0, vocab_size)) <= elements
+    assert slices.kept_rows == (rows if fits else min(rows, ratio * width))
+    assert head.taken.count("weight") == len(slices.ranges())
+    # At the end dW is whole: every cell was written by its own slice, and by nobody afterwards.
+    for start, stop in slices.ranges():
+        cells = head.cells(head.out_VD[start:stop], stop - start, width)
+        assert {head.holder[cell] for cell in cells} == {("dW", (start, stop))}

@@ -1,0 +1,174 @@
+"""Loss and every gradient of the Triton backend, in the interpreter, against the float64 reference."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from loss_problems import FP32, error, make_problem
+from triton_on_cpu import compare, gradients, on_cpu, plans  # noqa: F401
+
+from cotbal_kernels import linear_task_cross_entropy, task_cross_entropy
+from cotbal_kernels.reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
+from cotbal_kernels.triton_kernels import head
+from cotbal_kernels.triton_kernels.configs import INTERPRETED
+
+pytestmark = [pytest.mark.usefixtures("on_cpu"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # numpy's
+
+ALL = {"logit_softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01}
+# Positions, D, V: three tiles or more of 16 rows, of 64 vocabulary rows (32 with statistics of their own) and, in D,
+# two of 64 (three steps of 32); ragged everywhere.
+SHAPE, D, V = (2, 25), 72, 150
+WHOLE, SLICED = None, 8  # chunk_size: the whole vocabulary fits the workspace; slices of 22, 64 and 64
+# Half a unit in the last place, 2^-11, twice: the gradient of the logits is rounded to float16, and so is the result.
+FP16 = 2.0**-10
+
+
+def test_tiles_are_smaller_than_the_problem() -> None:
+    rows = int(0.6 * 50)
+    assert INTERPRETED.project.rows < rows / 1.5
+    assert INTERPRETED.project.cols * 2 < V
+    assert INTERPRETED.grad_hidden.cols < D
+    assert INTERPRETED.grad_weight.depth < rows / 1.5
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "with_bias", "options"),
+    [
+        (WHOLE, False, {}),
+        (SLICED, True, {}),
+        (SLICED, True, {"logit_softcap": 1.5}),
+        (SLICED, False, {"label_smoothing": 0.2}),
+        (WHOLE, True, {"label_smoothing": 0.2}),
+        (SLICED, False, {"z_loss": 0.05, "aggregation": "task"}),
+        (SLICED, True, {"aggregation": "sum", **ALL}),
+        (SLICED, True, {"aggregation": "none", **ALL}),
+        (WHOLE, False, {"aggregation": "none"}),
+        (SLICED, True, {"recompute": True, "aggregation": "task", "logit_softcap": 1.5}),
+        (SLICED, False, {"differentiable_tasks": True, "label_smoothing": 0.2, "aggregation": "sum"}),
+    ],
+)
+def test_float32(chunk_size: int | None, with_bias: bool, options: dict, plans) -> None:  # noqa: F811
+    p = make_problem(SHAPE, D=D, V=V, sharpness=2.0)
+    compare(p, FP32, with_bias, chunk_size=chunk_size, **options)
+    assert {slices for _, _, slices in plans} == {1 if chunk_size is WHOLE else 3}
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "options"),
+    [
+        (WHOLE, {}),
+        (SLICED, {"label_smoothing": 0.2}),
+        (SLICED, {"logit_softcap": 1.5}),
+        (SLICED, {"aggregation": "none"}),
+        (SLICED, ALL),
+    ],
+)
+def test_float16(chunk_size: int | None, options: dict) -> None:
+    p = make_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=torch.float16)
+    compare(p, FP16, True, chunk_size=chunk_size, **options)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 24), (torch.float16, 16)])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_rows_without_a_place_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+    plans,  # noqa: F811
+    dtype: torch.dtype,
+    width: int,
+    descriptors: bool,
+) -> None:
+    """More rows than D (2 D for float16): some wait in the memory of dW, the others are computed again.
+
+    The 48 or 64 supervised rows end on a step of the product over rows, the kept ones (24, 32) may not: the last step
+    reads past the packed rows.
+    """
+    monkeypatch.setattr(head, "can_use_tma", lambda _: descriptors)
+    p = make_problem((2, 40), D=width, V=V, sharpness=2.0, dtype=dtype, ignored=0.0)
+    p.labels.view(-1)[::5] = -100
+    p.labels.view(-1)[[1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 14, 16, 17, 18, 19][: 0 if width == 16 else 16]] = -100
+    assert int((p.labels >= 0).sum()) == (64 if width == 16 else 48)
+    compare(p, FP32 if dtype == torch.float32 else FP16, True, chunk_size=8, label_smoothing=0.1)
+    assert plans == [(80, 2 * width if dtype == torch.float16 else width, 3)]
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"aggregation": "none", **ALL}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict) -> None:
+    monkeypatch.setattr(head, "can_use_tma", lambda _: True)
+    p = make_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=dtype)
+    compare(p, FP32 if dtype == torch.float32 else FP16, True, chunk_size=SLICED, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}, ALL], ids=str)
+def test_frozen_head_goes_by_windows_of_rows(options: dict) -> None:
+    p = make_problem(SHAPE, D=D, V=V, sharpness=2.0)
+    p.weight.requires_grad_(False)
+    compare(p, FP32, True, chunk_size=17, **options)  # windows of 17, 17 and 16 positions
+    compare(p, FP32, chunk_size=17, **options)
+
+
+def test_frozen_trunk() -> None:
+    p = make_problem(SHAPE, D=D, V=V, sharpness=2.0)
+    p.hidden.requires_grad_(False)
+    compare(p, FP32, True, chunk_size=SLICED)
+
+
+def test_only_the_bias_or_nothing_needs_a_gradient() -> None:
+    p = make_problem(SHAPE, D=D, V=V)
+    p.hidden.requires_grad_(False)
+    p.weight.requires_grad_(False)
+    compare(p, FP32, True, chunk_size=SLICED)
+    with torch.no_grad():
+        out = linear_task_cross_entropy(*p.tensors, backend="interpreter")
+    assert not out.loss.requires_grad
+    assert error(out.loss, reference_linear_task_cross_entropy(*p.tensors).loss) <= FP32
+
+
+def test_statistics_go_by_windows_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile statistics of a loss alone are bounded too: 5 tiles of 32, 8 bytes each, 11 rows at a time."""
+    monkeypatch.setattr(head, "WORKSPACE_BYTES", 4 * 11 * 5 * 8)
+    p = make_problem(SHAPE, D=D, V=V, sharpness=2.0)
+    compare(p, FP32, recompute=True)
+
+
+def test_differentiable_tasks_take_any_mixture() -> None:
+    p = make_problem(SHAPE, D=D, V=V)
+    mix = torch.tensor([0.3, -1.0, 2.0, 0.7])
+    out = linear_task_cross_entropy(*p.tensors, differentiable_tasks=True, chunk_size=SLICED, backend="interpreter")
+    expected = reference_linear_task_cross_entropy(*p.tensors)
+    total, wanted = (o.loss + (mix * o.task_loss).sum() for o in (out, expected))
+    inputs = (p.hidden, p.weight)
+    for a, b in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(wanted, inputs), strict=True):
+        assert error(a, b) <= FP32
+
+
+@pytest.mark.parametrize("options", [{}, {"aggregation": "none", **ALL}], ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 31, 150])  # one column, one ragged block of 32, several
+def test_existing_logits(options: dict, vocab_size: int) -> None:
+    p = make_problem((2, 7), D=9, V=vocab_size, sharpness=2.0)
+    logits = (p.hidden @ p.weight.t()).detach().requires_grad_()
+    arguments = (logits, p.labels, p.task_ids, p.task_weights)
+    expected = reference_task_cross_entropy(*arguments, **options)
+    out = task_cross_entropy(*arguments, backend="interpreter", **options)
+    for name in ("loss", "task_loss", "lse"):
+        assert error(getattr(out, name), getattr(expected, name)) <= FP32
+    assert out.task_correct.tolist() == expected.task_correct.tolist()
+    (actual,), (wanted,) = gradients(out, logits), gradients(expected, logits)
+    # One word only: the gradient is z-loss alone, or zero.
+    assert error(actual, wanted) <= FP32 or float((actual - wanted).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 4.0, 16.0])  # from nearly uniform to nearly certain
+@pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=["kept", "recomputed"])
+def test_float16_is_no_worse_than_materialising(sharpness: float, options: dict) -> None:
+    """The bound of the design: error at most that of float16 logits, even with a float64 softmax behind them."""
+    p = make_problem(SHAPE, D=D, V=V, dtype=torch.float16, sharpness=sharpness)
+    inputs = (p.hidden, p.weight)
+    materialised = reference_task_cross_entropy(p.hidden @ p.weight.t(), *p.tensors[2:])
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = gradients(reference_linear_task_cross_entropy(*wide, *p.tensors[2:]), *wide)
+    out = linear_task_cross_entropy(*p.tensors, backend="interpreter", chunk_size=SLICED, **options)
+    for actual, baseline, wanted in zip(gradients(out, *inputs), gradients(materialised, *inputs), exact, strict=True):
+        assert actual.dtype == torch.float16
+        assert error(actual, wanted) <= error(baseline, wanted)

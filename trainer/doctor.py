@@ -31,6 +31,5 @@ def diagnose() -> str:
         lines.append("GPU: none that torch can use; trainings run on the CPU with gloo")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lines.append(f"loss on {device}: backend 'auto' is {resolve_backend('auto', device)!r} (COTBAL_BACKEND changes it)")
-    for backend in ("triton", "cuda"):
-        lines.append(f"loss backend {backend!r}: {unavailable_reason(backend) or 'ready'}")
+    lines += [f"loss backend {name!r}: {unavailable_reason(name) or 'ready'}" for name in ("triton", "cuda")]
     return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""Cases of the linear loss and of the loss of given logits: check everybody, then time everybody in turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import equality, floors, memory
+from bench.cases import DTYPES, LinearCase, LogitsCase, Preset
+from bench.peers import MATERIALISED, OURS, all_peers
+from bench.peers.base import Peer, UnsupportedError
+from bench.problems import Problem, make
+from bench.results import FAILED, OK, UNAVAILABLE, UNSUPPORTED, Entry, Row
+from bench.timing import Spread, Timings, Variant, clock_for, describe, interleaved, paired_ratio
+
+
+def by_name(name: str) -> Peer:
+    """The peer of this name."""
+    for peer in all_peers():
+        if peer.name == name:
+            return peer
+    raise ValueError(f"there is no peer {name!r}; there are {', '.join(peer.name for peer in all_peers())}")
+
+
+def loss_of(peer: Peer, problem: Problem) -> Tensor:
+    if problem.weight_VD is None:
+        return peer.loss_of_logits(problem.scores, problem.labels_M, problem.weighting)
+    return peer.loss(problem.scores, problem.weight_VD, problem.labels_M, problem.weighting)
+
+
+def run_step(peer: Peer, problem: Problem, case: LinearCase | LogitsCase) -> None:
+    """What the mode of the case asks for, from inputs without gradients."""
+    variant = variant_of(peer, problem, case)
+    variant.run(variant.prepare())
+
+
+def variant_of(peer: Peer, problem: Problem, case: LinearCase | LogitsCase) -> Variant:
+    """What is timed: gradients are new tensors each time, as after ``zero_grad(set_to_none=True)``."""
+    mode = case.mode if isinstance(case, LinearCase) else "train"
+
+    def loss_only(_: None) -> Tensor:
+        with torch.no_grad():
+            return loss_of(peer, problem)
+
+    def forward(_: None) -> Tensor:
+        return loss_of(peer, problem)
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+
+    def both(_: None) -> None:
+        loss_of(peer, problem).backward()
+
+    def before_backward() -> Tensor:
+        problem.clear()
+        return loss_of(peer, problem)
+
+    if mode == "backward":
+        return Variant(backward, before_backward)
+    return Variant({"loss": loss_only, "forward": forward}.get(mode, both), problem.clear)
+
+
+def measure(case: LinearCase | LogitsCase, preset: Preset, device: torch.device, peers: Sequence[Peer]) -> Row:
+    """Equality, memory and time of every peer on one case; nobody is dropped."""
+    problem = make(case, device)
+    entries = check(case, problem, peers)
+    ready = [peer for peer in peers if entries[peer.name].status == OK]
+    if isinstance(case, LinearCase) and case.memory and case.mode not in ("forward", "backward"):
+        for peer in ready:
+            _measure_memory(peer, problem, case, entries[peer.name])
+    variants = {peer.name: variant_of(peer, problem, case) for peer in ready}
+    if isinstance(case, LinearCase) and (products := floors.product_floor(case, device)) is not None:
+        variants[floors.PRODUCTS] = products
+    variants[floors.COPY], copied = floors.copy_floor(floors.copy_size(case), DTYPES[case.dtype], device)
+    timings = interleaved(variants, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_case)
+    for peer in ready:
+        record(entries[peer.name], timings)
+    products_seconds = timings.samples.get(floors.PRODUCTS)
+    copies = timings.samples.get(floors.COPY)
+    return Row(
+        suite=case.suite,
+        label=case.label,
+        case=asdict(case) | {"V": case.V, "N": case.N} | ({"D": case.D} if isinstance(case, LinearCase) else {}),
+        entries=list(entries.values()),
+        flops=case.flops if isinstance(case, LinearCase) else None,
+        traffic=case.traffic,
+        products=as_list(Spread.of(products_seconds)) if products_seconds else None,
+        bandwidth=copied / Spread.of(copies).median if copies else None,
+    )
+
+
+def check(case: LinearCase | LogitsCase, problem: Problem, peers: Sequence[Peer]) -> dict[str, Entry]:
+    """Compare every peer with float64. Entries that are "ok" have their deviations and a time of zero rounds."""
+    expected = equality.exact(problem)
+    names = ["loss", *expected.gradients]
+    materialised = _deviations_of_materialised(problem, expected, peers)
+    allowed = equality.limits(materialised, DTYPES[case.dtype], names)
+    entries: dict[str, Entry] = {}
+    for peer in peers:
+        entries[peer.name] = _checked(peer, case, problem, expected, allowed)
+        release(problem)
+    return entries
+
+
+def _deviations_of_materialised(
+    problem: Problem, expected: equality.Values, peers: Sequence[Peer]
+) -> dict[str, float] | None:
+    """None without that path: what rounding explains remains as the limit."""
+    eager = next((peer for peer in peers if peer.name == MATERIALISED), None)
+    if eager is None:
+        return None
+    try:
+        return equality.deviations(equality.evaluate(problem, lambda: loss_of(eager, problem)), expected)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    finally:
+        release(problem)
+
+
+def _checked(
+    peer: Peer,
+    case: LinearCase | LogitsCase,
+    problem: Problem,
+    expected: equality.Values,
+    allowed: dict[str, float],
+) -> Entry:
+    device = problem.scores.device
+    if reason := peer.unavailable(device):
+        return Entry(peer.name, UNAVAILABLE, reason)
+    if reason := _too_large(peer, case, device):
+        return Entry(peer.name, FAILED, reason, peer.version())
+    deviations: dict[str, float] | None = None
+    try:
+        deviations = equality.deviations(equality.evaluate(problem, lambda: loss_of(peer, problem)), expected)
+        equality.require_equal(deviations, allowed)
+    except UnsupportedError as error:
+        return Entry(peer.name, UNSUPPORTED, str(error), peer.version())
+    except equality.NotEqualError as error:
+        return Entry(peer.name, FAILED, str(error), peer.version(), deviations=deviations, allowed=allowed)
+    except Exception as error:
+        return Entry(peer.name, FAILED, describe(error), peer.version())
+    return Entry(peer.name, OK, version=peer.version(), seconds=[0.0, 0.0, 0.0], deviations=deviations, allowed=allowed)
+
+
+def _too_large(peer: Peer, case: LinearCase | LogitsCase, device: torch.device) -> str | None:
+    if device.type != "cuda" or not peer.materialises or not isinstance(case, LinearCase):
+        return None
+    rows = case.N if peer.skips_ignored else case.M
+    needed, (free, _) = 16.0 * rows * case.V, torch.cuda.mem_get_info(device)
+    if needed <= free:
+        return None
+    return f"does not fit: the logits need about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+
+
+def _measure_memory(peer: Peer, problem: Problem, case: LinearCase, entry: Entry) -> None:
+    release(problem)
+    try:
+        if problem.scores.is_cuda:
+            outputs = sum(leaf.nbytes for leaf in problem.leaves.values())
+            entry.memory = memory.cuda_peak(lambda: run_step(peer, problem, case), outputs)
+        else:
+            entry.memory = memory.process_peak(peer.name, case)
+    except Exception as error:
+        entry.memory_error = describe(error)
+    release(problem)
+
+
+def record(entry: Entry, timings: Timings, tokens: int | None = None) -> None:
+    """Put times and ratios of a timed variant into its entry; an error in the rounds makes it a failure."""
+    if entry.name not in timings.samples:
+        entry.status, entry.seconds = FAILED, None
+        entry.error = timings.errors.get(entry.name, "was not timed")
+        return
+    samples = timings.samples[entry.name]
+    spread = Spread.of(samples)
+    entry.seconds, entry.samples = as_list(spread), [float(f"{sample:.5g}") for sample in samples]
+    if OURS in timings.samples:
+        entry.ratio = as_list(paired_ratio(samples, timings.samples[OURS]))
+    if tokens:
+        entry.tokens_per_second = tokens / spread.median
+
+
+def as_list(spread: Spread) -> list[float]:
+    return [float(f"{value:.5g}") for value in (spread.low, spread.median, spread.high)]
+
+
+def release(problem: Problem) -> None:
+    """Free gradients and what the allocator keeps, so that peers do not run in each other's memory."""
+    problem.clear()
+    gc.collect()
+    if problem.scores.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def report_progress(row: Row, say: Callable[[str], Any]) -> None:
+    """One line per entry."""
+    say(row.label + (f": not run, {row.skipped}" if row.skipped else ""))
+    for entry in row.entries:
+        if entry.seconds is None:
+            say(f"    {entry.name:38} {entry.status}: {entry.error}")
+            continue
+        ratio = f"{entry.ratio[1]:6.2f} x ours" if entry.ratio else ""
+        floor = f"{entry.seconds[1] / row.floor:6.2f} x floor" if row.floor else ""
+        used = f"{entry.memory / 2**20:8.0f} MiB" if entry.memory is not None else ""
+        rate = f"{entry.tokens_per_second:9.0f} tokens/s" if entry.tokens_per_second else ""
+        say(f"    {entry.name:38} {1e3 * entry.seconds[1]:10.3f} ms  {ratio:14} {floor:15} {used} {rate}")

@@ -1,0 +1,47 @@
+"""This repository's own loss."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from bench.peers.base import Peer, Weighting
+from cotbal_kernels import linear_task_cross_entropy, task_cross_entropy
+from cotbal_kernels.backends import resolve_backend
+
+
+class Cotbal(Peer):
+    """``linear_task_cross_entropy``; per-task sums, counts and accuracy are computed too, since it always does."""
+
+    about = "this repository; ignored rows are left out, per-task sums and accuracy come with it"
+    skips_ignored = True
+
+    def __init__(self, name: str, backend: str = "auto") -> None:
+        self.name, self.backend = name, backend
+
+    def unavailable(self, device: torch.device) -> str | None:
+        try:
+            resolve_backend(self.backend, device.type)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def version(self) -> str:
+        try:
+            return version("cotbal")
+        except PackageNotFoundError:  # run from a checkout
+            return "checkout"
+
+    def loss(self, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weighting: Weighting | None) -> Tensor:
+        ids, weights = weighting or _uniform(labels_M)
+        return linear_task_cross_entropy(hidden_MD, weight_VD, labels_M, ids, weights, backend=self.backend).loss
+
+    def loss_of_logits(self, logits_MV: Tensor, labels_M: Tensor, weighting: Weighting | None) -> Tensor:
+        ids, weights = weighting or _uniform(labels_M)
+        return task_cross_entropy(logits_MV, labels_M, ids, weights, backend=self.backend).loss
+
+
+def _uniform(labels_M: Tensor) -> Weighting:
+    return Weighting(torch.zeros_like(labels_M), torch.ones(1, device=labels_M.device))

@@ -1,0 +1,73 @@
+"""Runs the cases of a preset one after the other and keeps what is there after each."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import balancer, environment, linear, model
+from bench.cases import BalancerCase, Case, LinearCase, LogitsCase, ModelCase, Preset
+from bench.peers import all_peers
+from bench.peers.base import Peer
+from bench.results import Row, Run
+from bench.timing import describe
+
+
+def measure(case: Case, preset: Preset, device: torch.device, peers: list[Peer]) -> Row:
+    """One row of any suite."""
+    if isinstance(case, BalancerCase):
+        return balancer.measure(case, preset, device)
+    if isinstance(case, ModelCase):
+        return model.measure(case, preset, device, peers)
+    if isinstance(case, LogitsCase):
+        # Peers that only fuse the head have nothing to do with logits that exist.
+        peers = [peer for peer in peers if type(peer).loss_of_logits is not Peer.loss_of_logits]
+    return linear.measure(case, preset, device, peers)
+
+
+def run_preset(
+    preset: Preset,
+    device: torch.device,
+    command: str,
+    path: Path | None = None,
+    say: Callable[[str], Any] = print,
+    only: str = "",
+) -> Run:
+    """Every case of the preset whose label contains ``only``; written to ``path`` after each, so nothing gets lost."""
+    started = time.monotonic()
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    run = Run(preset.name, command, now, environment.describe(device))
+    peers = all_peers()
+    for case in preset.cases:
+        if only not in case.label:
+            continue
+        minutes = (time.monotonic() - started) / 60
+        if minutes > preset.minutes:
+            row = _skipped(case, f"out of time: the preset starts no case after {preset.minutes:g} minutes")
+        else:
+            try:
+                row = measure(case, preset, device, peers)
+            except Exception as error:  # out of memory, a missing package: the other cases still count
+                row = _skipped(case, describe(error))
+        run.rows.append(row)
+        linear.report_progress(row, say)
+        if path is not None:
+            run.environment["minutes"] = round((time.monotonic() - started) / 60, 2)
+            run.environment["clocks after"] = environment.clocks(device)
+            run.write(path)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return run
+
+
+def _skipped(case: Case, reason: str) -> Row:
+    extra = {"V": case.V, "D": case.D, "N": case.N} if isinstance(case, LinearCase) else {}
+    return Row(case.suite, case.label, asdict(case) | extra, [], skipped=reason)

@@ -1,0 +1,135 @@
+"""Times of variants that take turns, so that a drifting clock meets all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass
+class Variant:
+    """``run`` is timed; ``prepare``, before each run, is not, and what it returns goes to ``run``."""
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+
+
+class Clock(Protocol):
+    """Seconds that a call takes."""
+
+    def time(self, run: Callable[[], Any]) -> float: ...
+
+
+class HostClock:
+    """Wall time of the process."""
+
+    def time(self, run: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+
+class CudaClock:
+    """CUDA events around the call. The device is idle before, so launch overhead counts where it is not hidden."""
+
+    def __init__(self) -> None:
+        self.start, self.stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time(self, run: Callable[[], Any]) -> float:
+        torch.cuda.synchronize()
+        self.start.record()
+        run()
+        self.stop.record()
+        self.stop.synchronize()
+        return self.start.elapsed_time(self.stop) / 1e3
+
+
+def clock_for(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else HostClock()
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of every round of each variant; rounds at the same place were taken one after the other."""
+
+    samples: dict[str, list[float]]
+    errors: dict[str, str]
+
+
+def interleaved(
+    variants: Mapping[str, Variant],
+    clock: Clock,
+    rounds: int,
+    warmup: int,
+    seconds: float,
+    least: int = 3,
+) -> Timings:
+    """Take turns: each round runs every variant once, beginning one further along than the round before.
+
+    A variant that raises is taken out and its error kept. Rounds end early after ``seconds``, but not before ``least``.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    errors: dict[str, str] = {}
+    active = list(variants)
+    started = time.perf_counter()
+    for number in range(-warmup, rounds):
+        if number == 0:
+            started = time.perf_counter()
+        if number >= least and time.perf_counter() - started > seconds:
+            break
+        for name in rotated(active, number):
+            variant = variants[name]
+            try:
+                prepared = variant.prepare()
+                duration = clock.time(lambda variant=variant, prepared=prepared: variant.run(prepared))  # type: ignore[misc]
+            except Exception as error:
+                errors[name] = describe(error)
+                continue
+            if number >= 0:
+                samples[name].append(duration)
+            del prepared
+        active = [name for name in active if name not in errors]
+    return Timings({name: samples[name] for name in active if samples[name]}, errors)
+
+
+def rotated(names: Sequence[str], by: int) -> list[str]:
+    """``names`` from position ``by`` on, then the rest."""
+    if not names:
+        return []
+    by %= len(names)
+    return [*names[by:], *names[:by]]
+
+
+def describe(error: BaseException) -> str:
+    """Kind and first line of an error, for a table."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Quartiles by linear interpolation between the sorted values, as numpy's default."""
+        if not values:
+            raise ValueError("there is nothing to take the median of")
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def paired_ratio(values: Sequence[float], reference: Sequence[float]) -> Spread:
+    """Ratios within each round, which both variants met under the same conditions."""
+    return Spread.of([value / other for value, other in zip(values, reference, strict=True)])

@@ -32,8 +32,8 @@ from .validation import check_capacity, check_target_values, checks_requested
 # Bound on the float32 logits of one chunk, and on one widened block of the weight.
 WORKSPACE_BYTES = 128 * 2**20
 # Rows whose softmax is taken at once on a CPU, in bytes of float32 logits: they and their probabilities stay in
-# the second-level cache.
-CACHE_BYTES = 2**19
+# the cache, and an operation is still long beside the start of its threads.
+CACHE_BYTES = 2**21
 
 
 class _Rows(NamedTuple):
@@ -246,7 +246,7 @@ def logits_rows_forward(
     """The logits are read once and not changed."""
     wide = compute_dtype(logits_MV.dtype)
     results = _Results(targets_M, wide)
-    for rows_C in _row_chunks(*_all_rows(targets_M), logits_MV.shape[1], chunk_size):
+    for rows_C in _row_chunks(*_all_rows(targets_M), logits_MV.shape[1], chunk_size, CACHE_BYTES):
         _softmax_in_blocks(_gather(logits_MV, rows_C, wide), rows_C, targets_M, None, spec, results)
     return results.of_positions()
 
@@ -257,7 +257,7 @@ def logits_rows_backward(
     """The logits are read again."""
     wide = compute_dtype(logits_MV.dtype)
     grad_logits_MV = logits_MV.new_zeros((_with_spare(targets_M), logits_MV.shape[1]))
-    for rows_C in _row_chunks(*_all_rows(targets_M), logits_MV.shape[1], chunk_size):
+    for rows_C in _row_chunks(*_all_rows(targets_M), logits_MV.shape[1], chunk_size, CACHE_BYTES):
         logits_CV = _gather(logits_MV, rows_C, wide)
         _softmax_in_blocks(logits_CV, rows_C, targets_M, _at(grad_M.to(wide), rows_C), spec)
         grad_logits_MV[rows_C] = logits_CV.to(logits_MV.dtype)
@@ -286,11 +286,15 @@ def _all_rows(targets_M: Tensor) -> tuple[Tensor, Tensor]:
     return _compact(targets_M >= 0, targets_M.shape[0])
 
 
-def _row_chunks(rows_N: Tensor, num_rows: Tensor, vocab_size: int, chunk_size: int) -> Iterator[Tensor]:
+def _row_chunks(
+    rows_N: Tensor, num_rows: Tensor, vocab_size: int, chunk_size: int, limit: int | None = None
+) -> Iterator[Tensor]:
     """Yield at most C row indices at a time: those that exist on a CPU, up to the capacity elsewhere."""
     if rows_N.device.type == "cpu":
         rows_N = rows_N[: int(num_rows)]
-    size = chunk_size or max(1, WORKSPACE_BYTES // (4 * vocab_size))
+    else:
+        limit = None  # launches cost more than passes over memory
+    size = chunk_size or max(1, (limit or WORKSPACE_BYTES) // (4 * vocab_size))
     for start in range(0, rows_N.shape[0], size):
         yield rows_N[start : start + size]
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from trainer.data.commands import add_commands
 from trainer.errors import UserError
 
 app = typer.Typer(
@@ -124,12 +125,29 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory, finish
 
 
 @app.command()
-def check(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check records, images and tokens of every task in CONFIG without training anything."""
+def check(
+    paths: Annotated[list[Path], typer.Argument(help="one CONFIG.yaml, or files of records (.json, .jsonl)")],
+    overrides: Overrides = None,
+    image_root: Annotated[Path | None, typer.Option(help="folder of the records' images")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="model folder, for lengths in tokens")] = None,
+    max_length: Annotated[int, typer.Option(min=16, help="tokens; longer conversations are cut")] = 2048,
+    batch_size: Annotated[int, typer.Option(min=1, help="for the number of steps")] = 16,
+    epochs: Annotated[float, typer.Option(min=0, help="for the number of steps")] = 1.0,
+) -> None:
+    """Check records, images and tokens without training anything: of every task in CONFIG, or of record files."""
     from trainer.config import load_config
+    from trainer.data.commands import check_records
     from trainer.pipeline.preflight import check_config
 
-    typer.echo(check_config(load_config(config, _parse_overrides(overrides))))
+    if all(path.suffix in (".json", ".jsonl") for path in paths):
+        check_records(paths, image_root, tokenizer, max_length, batch_size, epochs)
+    elif len(paths) == 1:
+        typer.echo(check_config(load_config(paths[0], _parse_overrides(overrides))))
+    else:
+        raise UserError("`check` takes one CONFIG.yaml, or files of records (.json, .jsonl)")
+
+
+add_commands(app)
 
 
 @app.command()

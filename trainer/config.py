@@ -29,7 +29,11 @@ class TaskConfig(Options):
     validation: Path | None = Field(None, description="scored for V_j in Algorithm 1")
     test: Path | None = Field(None, description="scored for Delta I and Delta E")
     image_root: Path = Field(Path("."), description="folder that the records' image paths start from")
-    metric: str | None = Field(None, description="exact_match, accuracy_iou or cider; none for an auxiliary task")
+    metric: str | None = Field(
+        None,
+        description="exact_match, accuracy_iou, cider, vqa_accuracy, gqa_accuracy, chartqa_strict, chartqa_relaxed, "
+        "span_f1 or bleu; none for an auxiliary task",
+    )
     auxiliary: bool = Field(False, description="in every mixture with weight 1, outside balancing")
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(32, description="longest generated answer in tokens")
     description: str = Field("", description="one line for the report")

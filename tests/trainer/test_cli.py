@@ -34,7 +34,8 @@ OPTIONS = {
     "weights": ["scores", "--temperature", "--alpha", "--on-degenerate", "--difficulty"],
     "compare": ["results"],
     "report": ["run_dir"],
-    "check": ["config", "--set"],
+    "check": ["paths", "--set", "--image-root", "--tokenizer", "--max-length", "--batch-size", "--epochs"],
+    "convert": ["name", "source", "output", "--preset", "--limit", "--set", "--workers", "--overwrite"],
     "doctor": [],
 }
 

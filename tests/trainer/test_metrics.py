@@ -183,6 +183,12 @@ class TestRegistry:
             "exact_match": ("exact_match", "EM", True),
             "accuracy_iou": ("accuracy_iou", "IoU@0.5", True),
             "cider": ("cider", "CIDEr", True),
+            "vqa_accuracy": ("vqa_accuracy", "VQA acc.", True),
+            "gqa_accuracy": ("gqa_accuracy", "GQA acc.", True),
+            "chartqa_strict": ("chartqa_strict", "ChartQA strict", True),
+            "chartqa_relaxed": ("chartqa_relaxed", "ChartQA relaxed", True),
+            "span_f1": ("span_f1", "F1", True),
+            "bleu": ("bleu", "BLEU", True),
         }
 
     @pytest.mark.parametrize(("given_name", "nearest"), [("exactmatch", "exact_match"), ("CIDER", "cider")])

@@ -1,0 +1,358 @@
+"""Converters: every raw format as it is published, and every processing rule of CoTBal section 4.1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from raw_data import RAW, SENTENCES, convert_raw, llava, questions, rows, vqav2, write_raw
+
+from trainer.data.converters.conversion import convert
+from trainer.data.converters.refcoco import box_text
+from trainer.data.converters.registry import CONVERTERS
+from trainer.data.records import read_records
+
+ONE_WORD = "Answer the question using a single word or phrase."
+PAPER = "cotbal-paper"
+
+
+def values(row):
+    return [turn["value"] for turn in row["conversations"]]
+
+
+@pytest.mark.parametrize("name", list(CONVERTERS))
+def test_everything_plain_is_kept_and_reads_as_records(name, tmp_path):
+    manifest = convert_raw(tmp_path, name)
+    assert not manifest.rejected
+    assert manifest.complete
+    read = sum(len(read_records(manifest.path.with_name(f"{split}.jsonl"))) for split in manifest.outputs)
+    assert read == sum(entry["items"] for entry in manifest.content["read"]) > 0
+
+
+class TestVqav2:
+    def test_paper(self, tmp_path):
+        manifest = convert_raw(tmp_path, "vqav2", preset=PAPER)
+        train = rows(manifest, "train")
+        assert len(train) == 3  # (2): one conversation for each image
+        for row in train:
+            image = int(row["image"][-16:-4])
+            assert row["image"] == f"train2014/COCO_train2014_{image:012d}.jpg"
+            asked = [re.search(r"What is (\d+)\?", text)[1] for text in values(row)[::2]]
+            assert sorted(asked) == [str(3 * image + i) for i in range(3)]
+            assert values(row)[1::2] == [f"a{number}" for number in asked]
+            assert values(row)[0] == f"<image>\nWhat is {asked[0]}?\n{ONE_WORD}"
+            assert values(row)[2] == f"What is {asked[1]}?"
+            assert "references" not in row
+        validation = rows(manifest, "validation")
+        assert len(validation) == 6
+        for row in validation:
+            number = row["id"]
+            assert values(row) == [f"<image>\nWhat is {number}?\n{ONE_WORD}", f"a{number}"]
+            assert row["references"] == ["other"] + [f"a{number}"] * 9
+        assert manifest.content["table_1"] == {"paper": 83_000, "written": 3, "agrees": False}
+
+    def test_questions_of_an_image_are_shuffled_by_the_seed(self, tmp_path):
+        files = vqav2()
+        orders = {
+            tuple(values(rows(convert_raw(tmp_path, "vqav2", files, merge=True, seed=seed), "train")[0])[::2])
+            for seed in range(6)
+        }
+        assert len(orders) > 2
+
+    def test_validation_is_drawn_at_random_and_reproducibly(self, tmp_path):
+        drawn = [
+            {row["id"] for row in rows(convert_raw(tmp_path, "vqav2", validation=2, seed=seed), "validation")}
+            for seed in (0, 0, 1, 2, 3)
+        ]
+        assert all(len(ids) == 2 for ids in drawn)
+        assert drawn[0] == drawn[1]
+        assert len(set(map(frozenset, drawn))) > 1
+        manifest = convert_raw(tmp_path, "vqav2", validation=2)
+        assert manifest.content["not_drawn"] == {"validation": 4}
+
+    def test_consensus_and_prompt_on_every_turn(self, tmp_path):
+        manifest = convert_raw(
+            tmp_path, "vqav2", merge=True, references="consensus", prompt="Be brief.", prompt_turns="every"
+        )
+        assert all(len(row["references"]) == 1 for row in rows(manifest, "validation"))
+        assert all(text.endswith("\nBe brief.") for row in rows(manifest, "train") for text in values(row)[::2])
+
+    def test_a_question_without_an_answer_or_about_another_image(self, tmp_path):
+        files = vqav2()
+        annotations = files["v2_mscoco_train2014_annotations.json"]["annotations"]
+        annotations[0]["image_id"] = 77
+        del annotations[4]
+        manifest = convert_raw(tmp_path, "vqav2", files)
+        found = rows(manifest, "rejected")
+        assert [(row["position"], row["kind"]) for row in found] == [
+            ("questions[4]", "no partner"), ("questions[8]", "no partner"),
+        ]  # fmt: skip
+        assert manifest.outputs["train"]["records"] == 7
+
+
+def test_gqa(tmp_path):
+    manifest = convert_raw(tmp_path, "gqa", preset=PAPER, validation=4)
+    train = rows(manifest, "train")
+    assert sorted(row["image"] for row in train) == ["10.jpg", "11.jpg", "12.jpg"]
+    assert sum(len(row["conversations"]) for row in train) == 2 * 8
+    assert manifest.content["notes"] == {"not balanced": 1}
+    assert len(rows(manifest, "validation")) == 4
+    assert values(rows(manifest, "test")[0]) == [f"<image>\nIs it 0?\n{ONE_WORD}", "no"]
+
+
+def test_chartqa_merges_human_and_augmented(tmp_path):
+    manifest = convert_raw(tmp_path, "chartqa", preset=PAPER)
+    train = rows(manifest, "train")
+    assert sorted(row["image"] for row in train) == [f"train/png/train{i}.png" for i in range(3)]
+    kinds = [sorted(re.findall("human|augmented", " ".join(values(row)))) for row in train]
+    assert kinds == [["augmented", "human"]] * 3
+    assert len(rows(manifest, "validation")) == 2
+    assert len(rows(manifest, "test")) == 4
+
+
+class TestOcrVqa:
+    def test_splits_and_file_names(self, tmp_path):
+        manifest = convert_raw(tmp_path, "ocrvqa", preset=PAPER)
+        counts = {split: entry["records"] for split, entry in manifest.outputs.items()}
+        assert counts == {"train": 4, "validation": 4, "test": 2}
+        assert {row["image"] for row in rows(manifest, "train")} == {f"{i:010d}.jpg" for i in range(4)}
+
+    def test_conversations_are_sampled_after_merging(self, tmp_path):
+        manifest = convert_raw(tmp_path, "ocrvqa", preset=PAPER, train=3, validation=1)
+        assert manifest.outputs["train"]["records"] == 3
+        assert manifest.outputs["train"]["questions"] == 6
+        assert manifest.outputs["validation"]["questions"] == 1
+
+
+class TestRefCoco:
+    @pytest.mark.parametrize("name", ["refcoco-caption", "refcoco-bbox"])
+    def test_conversations_have_fewer_than_ten_turns(self, name, tmp_path):
+        manifest = convert_raw(tmp_path, name, preset=PAPER)
+        train = rows(manifest, "train")
+        lengths = sorted(len(row["conversations"]) // 2 for row in train)
+        assert sum(lengths) == 2 * 2 * SENTENCES  # two references in each of two data sets
+        assert lengths == [2, 9, 9]
+        assert len({row["id"] for row in train}) == 3
+        assert all(values(row)[0].startswith("<image>\n") for row in train)
+
+    def test_captions(self, tmp_path):
+        manifest = convert_raw(tmp_path, "refcoco-caption", preset=PAPER)
+        # 200 x 100 padded to 200 x 200 with 50 pixels above: (20, 10 + 50) to (120, 60 + 50) over 200.
+        first = values(rows(manifest, "train")[0])
+        assert first[0].endswith("\nProvide a short description for this region.")
+        assert first[0].split("\n")[1] in ("[0.10,0.30,0.60,0.55]", "[0.10,0.30,0.61,0.55]", "[0.11,0.30,0.61,0.55]")
+        (record,) = (row for row in rows(manifest, "testB_refcoco"))
+        assert record["references"] == [f"refcoco testB 4 {i}" for i in range(SENTENCES)]
+        assert set(manifest.outputs) == {
+            "train", "validation", "testA_refcoco", "testB_refcoco", "test_refcocog",
+        }  # fmt: skip
+
+    def test_boxes(self, tmp_path):
+        manifest = convert_raw(tmp_path, "refcoco-bbox")
+        by_id = {row["id"]: values(row) for row in rows(manifest, "train")}
+        assert by_id["refcoco-0-2"] == ["<image>\nrefcoco train 0 2", "[0.10,0.10,0.60,0.60]"]
+        assert len(rows(manifest, "testA_refcoco")) == SENTENCES
+
+    @pytest.mark.parametrize(
+        ("box", "size", "space", "text"),
+        [
+            ([0, 0, 100, 50], (100, 50), "image", "[0.00,0.00,1.00,1.00]"),
+            ([0, 0, 100, 50], (100, 50), "pad", "[0.00,0.25,1.00,0.75]"),
+            ([0, 0, 50, 100], (50, 100), "pad", "[0.25,0.00,0.75,1.00]"),
+            ([10, 20, 30, 40], (100, 100), "pad", "[0.10,0.20,0.40,0.60]"),
+            # 201 - 100 = 101 missing rows: 50 before the image, 51 after it.
+            ([0, 0, 201, 100], (201, 100), "pad", "[0.00,0.25,1.00,0.75]"),
+            ([0, 1, 21, 10], (21, 12), "pad", "[0.00,0.24,1.00,0.71]"),
+        ],
+    )
+    def test_box_text(self, box, size, space, text):
+        assert box_text(box, *size, space) == text
+
+    @pytest.mark.parametrize(
+        "box", [[0, 0, 0, 5], [0, 0, 5, -1], [190, 0, 20, 5], [10**400, 0, 5, 5], [-3, 0, 20, 5], [0, 0, 0.2, 50],
+                [0, 99, 9, 9], None, "x",
+                [1, 2, 3], [1, 2, 3, float("nan")], [True, 0, 5, 5]]
+    )  # fmt: skip
+    def test_wrong_boxes_are_rejected_with_their_place(self, box, tmp_path):
+        files = RAW["refcoco-bbox"]()
+        files["refcoco/instances.json"]["annotations"][1]["bbox"] = box
+        manifest = convert_raw(tmp_path, "refcoco-bbox", files)
+        assert manifest.rejected == {"wrong box": 1}
+        (row,) = rows(manifest, "rejected")
+        assert (row["file"], row["position"]) == ("refcoco/refs(unc).p", "record 1")
+        assert manifest.outputs["train"]["records"] == 3 * SENTENCES
+
+
+class TestConversations:
+    def test_sharegpt4v_is_partitioned(self, tmp_path):
+        manifest = convert_raw(tmp_path, "sharegpt4v", preset=PAPER, validation=2, test=3)
+        ids = {split: {row["id"] for row in rows(manifest, split)} for split in ("validation", "test", "train")}
+        assert [len(ids[split]) for split in ("validation", "test", "train")] == [2, 3, 4]
+        assert len(set.union(*ids.values())) == 9
+        other = convert_raw(tmp_path, "sharegpt4v", preset=PAPER, validation=2, test=3, seed=1)
+        assert {row["id"] for row in rows(other, "validation")} != ids["validation"]
+
+    def test_llava_files_stay_as_they_are(self, tmp_path):
+        manifest = convert_raw(tmp_path, "llava-mix665k")
+        written = rows(manifest, "train")
+        assert [row["id"] for row in written] == [*(f"r{i}" for i in range(9)), "t"]
+        assert values(written[3]) == ["<image>\nSay 3.", "Said number 3."]
+        assert values(written[0])[0] == "<image>\nSay 0."  # its placeholder was missing
+        assert "image" not in written[9]
+
+    def test_repeated_ids_are_renamed_and_repeated_records_rejected(self, tmp_path):
+        raw = llava()
+        raw[4] = {**raw[4], "id": "r1"}
+        raw[5] = raw[2]
+        manifest = convert_raw(tmp_path, "llava-mix665k", {"m.json": raw})
+        assert manifest.rejected == {"duplicate content": 1}
+        assert [row["id"] for row in rows(manifest, "train")] == ["r0", "r1", "r2", "r3", "r1#0.5", "r6", "r7", "r8"]
+
+    def test_sharegpt_filter(self, tmp_path):
+        def dialogue(name, *turns):
+            return {"id": name, "conversations": [{"from": who, "value": text} for who, text in turns]}
+
+        ask, answer = ("human", "What is a question?"), ("gpt", "This is an answer.")
+        raw = [
+            dialogue("good", ask, answer),
+            dialogue("leads", ("gpt", "Hello there."), ask, ("gpt", "One.")),
+            dialogue("trails", ask, ("gpt", "Two."), ask),
+            dialogue("system", ("system", "x"), ask, answer),
+            dialogue("twice", ask, ask, answer, answer),
+            dialogue("empty", ask, ("gpt", "  ")),
+            dialogue("short", ("human", "a"), ("gpt", "b")),
+            dialogue("limit", ask, ("gpt", "Too many requests in 1 hour. Try again later.")),
+            dialogue("none"),
+            dialogue("copy", ask, answer),
+            dialogue("good", ask, ("gpt", "Another.")),
+            {**dialogue("plugin", ask, ("gpt", "Three.")), "plugins": []},
+        ]
+        manifest = convert_raw(tmp_path, "sharegpt", {"sg.json": raw})
+        assert [row["id"] for row in rows(manifest, "train")] == ["good", "leads", "trails"]
+        assert {row["id"] or row["position"]: row["kind"] for row in rows(manifest, "rejected")} == {
+            "record 3": "other role", "record 4": "not alternating", "record 5": "empty text", "record 6": "too short",
+            "record 7": "blocked word", "record 8": "too short", "copy": "duplicate content", "good": "duplicate id",
+            "record 11": "plugins",
+        }  # fmt: skip
+
+    def test_sharegpt_is_cut_at_a_number_of_tokens(self, tmp_path):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        tokenizer = Tokenizer(models.WordLevel({"w": 0, "[U]": 1}, unk_token="[U]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        (tmp_path / "model").mkdir()
+        tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+
+        def dialogue(name, *lengths):
+            turns = [
+                {"from": ("human", "gpt")[i % 2], "value": " ".join(f"{name}{i}w{j}" for j in range(n))}
+                for i, n in enumerate(lengths)
+            ]
+            return {"id": name, "conversations": turns}
+
+        raw = [dialogue("a", 4, 6, 3, 3), dialogue("b", 4, 6, 5, 6), dialogue("c", 8, 40), dialogue("d", 16, 4)]
+        manifest = convert_raw(
+            tmp_path, "sharegpt", {"sg.json": raw}, preset=PAPER, max_tokens=16, tokenizer=str(tmp_path / "model")
+        )
+        lengths = {row["id"]: [len(text.split()) for text in values(row)] for row in rows(manifest, "train")}
+        assert lengths == {"a": [4, 6, 3, 3], "b": [4, 6], "c": [8, 8]}
+        assert manifest.rejected == {"too long": 1}
+        assert manifest.content["notes"] == {"cut at 16 tokens": 2}
+        with pytest.raises(ValueError, match=r"max_tokens but no tokenizer.*tokenizer\.json"):
+            convert_raw(tmp_path, "sharegpt", preset=PAPER)
+
+    def test_mftcoder(self, tmp_path):
+        manifest = convert_raw(tmp_path, "mftcoder")
+        by_id = {row["id"]: values(row) for row in rows(manifest, "train")}
+        assert len(by_id) == 7
+        assert by_id["sort/a-2"] == ["Be brief.\n\nSort 1", "sorted(1)", "Why?", "Because."]
+        dropped = convert_raw(tmp_path, "mftcoder", system="drop", validation=2)
+        assert dropped.outputs["validation"]["records"] == 2
+        assert not any("brief" in text for row in rows(dropped, "train") for text in values(row))
+
+
+def test_m3it_writes_its_images(tmp_path):
+    manifest = convert_raw(tmp_path, "m3it")
+    train = rows(manifest, "train")
+    assert values(train[0]) == ["<image>\nLook.", "A0"]
+    assert values(train[1]) == ["<image>\nLook.\nQ1", "A1"]
+    assert all((tmp_path / "out" / row["image"]).is_file() for row in train)
+    assert rows(manifest, "validation")[0]["image"] == train[2]["image"]
+    assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 4
+
+
+def test_numbers_are_answers_too(tmp_path):
+    files = RAW["chartqa"]()
+    for row, label in zip(files["train/train_human.json"], [3, 0.5, 10**400], strict=True):
+        row["label"] = label
+    files["test/test_human.json"][0]["label"] = float("nan")
+    files["test/test_human.json"][1]["label"] = True
+    manifest = convert_raw(tmp_path, "chartqa", files)
+    assert [values(row)[1] for row in rows(manifest, "train")][:3] == ["3", "0.5", str(10**400)]
+    assert manifest.rejected == {"malformed": 2}
+
+
+def test_xtreme_up(tmp_path):
+    manifest = convert_raw(tmp_path, "xtreme-up-qa")
+    assert values(rows(manifest, "validation")[0]) == ["question: q7? title: T context: c7 नमस्ते", "c7"]
+    assert {split: entry["records"] for split, entry in manifest.outputs.items()} == {
+        "train": 4, "validation": 1, "test": 1,
+    }  # fmt: skip
+
+
+class TestManifest:
+    def test_every_raw_record_is_accounted_for(self, tmp_path):
+        files = RAW["gqa"]()
+        files["train_balanced_questions.json"]["t0"]["question"] = " "
+        manifest = convert_raw(tmp_path, "gqa", files, validation=2)
+        content = json.loads((tmp_path / "out" / "manifest.json").read_text())
+        assert content == manifest.content
+        read = sum(entry["records"] for entry in content["read"])
+        written = sum(entry["questions"] for entry in content["outputs"])
+        assert read == 17 == written + sum(content["rejected"].values()) + 4 + content["notes"]["not balanced"]
+
+    def test_digests(self, tmp_path):
+        manifest = convert_raw(tmp_path, "ocrvqa")
+        for entry in manifest.content["inputs"]:
+            assert entry["sha256"] == hashlib.sha256((tmp_path / "raw" / entry["file"]).read_bytes()).hexdigest()
+        for entry in manifest.content["outputs"]:
+            assert entry["sha256"] == hashlib.sha256((tmp_path / "out" / entry["file"]).read_bytes()).hexdigest()
+
+    def test_the_same_for_any_number_of_workers(self, tmp_path):
+        source = write_raw(tmp_path / "raw", RAW["chartqa"]())
+        one = convert("chartqa", source, tmp_path / "one", preset=PAPER)
+        two = convert("chartqa", source, tmp_path / "two", preset=PAPER, workers=2)
+        assert one.content == two.content
+        assert questions(one) == questions(two)
+
+    def test_limit(self, tmp_path):
+        manifest = convert_raw(tmp_path, "chartqa", preset=PAPER, limit=1)
+        assert manifest.outputs["train"]["records"] == 1
+        assert manifest.content["table_1"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "paper"}, r"unknown preset of 'gqa' 'paper'"),
+        ({"valdiation": 3}, "unknown option of 'gqa' 'valdiation'.*did you mean 'validation'"),
+        ({"validation": 0}, "'validation' must be a whole number"),
+        ({"merge": "yes"}, "'merge' must be true or false"),
+        ({"prompt_turns": "all"}, "'prompt_turns' must be first or every"),
+        ({"image_root": "nowhere"}, "nowhere is not a folder"),
+    ],
+)
+def test_bad_options(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        convert_raw(tmp_path, "gqa", **options)
+
+
+@pytest.mark.parametrize("name", list(CONVERTERS))
+def test_missing_files_are_named(name, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        convert(name, tmp_path, tmp_path / "out")
+    with pytest.raises(ValueError, match="does not exist; 'gqa' needs"):
+        convert("gqa", Path("/nonexistent"), tmp_path / "out")

@@ -1,0 +1,96 @@
+"""``cotbal convert`` and the check of record files, from the command line's side."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from raw_data import RAW, llava, write_raw
+from typer.testing import CliRunner
+
+from trainer.data.checking import check_files
+from trainer.data.commands import add_commands, check_records
+from trainer.data.encoding import ConversationEncoder
+from trainer.errors import UserError
+from trainer.models.loading import load_processor
+from trainer.tasks import load_task
+
+
+@pytest.fixture
+def app():
+    app = typer.Typer()
+    add_commands(app)
+    app.command("check")(check_records)
+    return app
+
+
+def run(app, *arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+class TestConvert:
+    def test_converts_and_summarises(self, app, tmp_path):
+        source = write_raw(tmp_path / "raw", RAW["gqa"]())
+        result = run(
+            app, "convert", "gqa", source, tmp_path / "out", "--preset", "cotbal-paper", "--set", "validation=4",
+            "--workers", 1, "--quiet",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert "train.jsonl" in result.output
+        assert "not balanced" in result.output
+        assert "72,000" in result.output
+        assert len((tmp_path / "out" / "validation.jsonl").read_text().splitlines()) == 4
+
+    def test_a_damaged_file_gives_exit_code_1(self, app, tmp_path):
+        source = write_raw(tmp_path / "raw", {"m.json": json.dumps(llava())[:-40].encode()})
+        result = run(app, "convert", "llava-mix665k", source, tmp_path / "out", "--quiet", "--limit", 20)
+        assert result.exit_code == 1
+        assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 8
+
+    def test_list_and_missing_arguments(self, app):
+        assert "refcoco-bbox" in run(app, "convert", "list").output
+        with pytest.raises(UserError, match=r"`convert gqa` takes SOURCE and OUTPUT; 'gqa' needs .*balanced"):
+            CliRunner().invoke(app, ["convert", "gqa"], catch_exceptions=False)
+
+
+class TestCheck:
+    def test_tokens_are_those_of_training(self, tiny_tasks, pixel_model):
+        config = tiny_tasks[0]
+        task = load_task(config)
+        encoder = ConversationEncoder(load_processor(str(pixel_model)), 128)
+        samples = [encoder.training_sample(record, task.image_path) for record in task.train]
+        result = check_files([config.train], config.image_root, pixel_model, max_length=128, batch_size=3, epochs=2)
+        (file,) = result.files
+        assert list(file.lengths) == [len(sample.input_ids) for sample in samples]
+        assert file.supervised == sum(sample.supervised for sample in samples) > 0
+        assert (file.records, file.images, file.problems, file.cut) == (8, 8, 0, 0)
+        assert result.steps == 6  # 16 records in batches of 3
+        assert "steps: 6" in result.table()
+
+    def test_every_problem_is_named(self, app, tiny_tasks, tmp_path):
+        task = tiny_tasks[0]
+        lines = task.train.read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        rows[1]["image"] = "images/none.png"
+        rows[2]["image"] = "../secret.png"
+        rows[3]["id"] = rows[0]["id"]
+        del rows[4]["conversations"]
+        path = tmp_path / "bad.jsonl"
+        path.write_text("\n".join([*map(json.dumps, rows), '{"id": ']))
+        result = run(app, "check", path, "--image-root", task.image_root)
+        assert result.exit_code == 1
+        for line, text in [(2, "none.png does not exist"), (3, "outside"), (4, "already used"), (5, "conversations"),
+                           (9, "not valid JSON")]:  # fmt: skip
+            assert any(f"line {line}" in row and text in row for row in result.output.splitlines()), text
+        assert check_files([path], task.image_root).files[0].records == 4
+
+    def test_a_record_without_room_for_an_answer(self, tiny_tasks, pixel_model):
+        result = check_files([tiny_tasks[0].train], None, pixel_model, max_length=6)
+        assert result.problems == 8
+        assert "no supervised token within 6 tokens" in result.shown[0]
+
+    def test_good_files_give_exit_code_0(self, app, tiny_tasks):
+        result = run(app, "check", tiny_tasks[0].train, tiny_tasks[2].train)
+        assert result.exit_code == 0
+        assert len(result.output.splitlines()) == 4

@@ -1,0 +1,174 @@
+"""A look at record files before training: schema, ids, images, lengths in tokens, supervised tokens, steps.
+
+Files are streamed: memory holds one record, the hashes of the ids and the lengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.data.converters.images import ImageChecker
+from trainer.data.raw_json import Damage, elements
+from trainer.data.records import Record, RecordError, _parse
+from trainer.errors import UserError
+
+_SHOWN = 20  # problems in the table; the rest is counted
+
+
+@dataclass
+class FileCheck:
+    """What was found in one file. ``lengths`` are tokens of each record before cutting at ``max_length``."""
+
+    path: Path
+    records: int = 0
+    questions: int = 0
+    images: int = 0
+    problems: int = 0
+    supervised: int = 0
+    cut: int = 0
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+
+
+@dataclass
+class CheckResult:
+    """All files, and the first problems by name."""
+
+    files: list[FileCheck]
+    shown: list[str]
+    batch_size: int
+    epochs: float
+    counted: bool
+
+    @property
+    def problems(self) -> int:
+        return sum(file.problems for file in self.files)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a training on all files."""
+        return math.ceil(sum(file.records for file in self.files) * self.epochs / self.batch_size)
+
+    def table(self) -> str:
+        """Lines to print."""
+        names = [str(file.path) for file in self.files]
+        width = max(len(name) for name in [*names, "file"]) + 1
+        head = f"{'file':<{width}}{'records':>10}{'questions':>11}{'images':>9}{'problems':>10}"
+        if self.counted:
+            head += f"{'tokens':>14}{'median':>8}{'longest':>9}{'cut':>7}{'supervised':>12}"
+        lines = [head]
+        for name, file in zip(names, self.files, strict=True):
+            line = f"{name:<{width}}{file.records:>10,}{file.questions:>11,}{file.images:>9,}{file.problems:>10,}"
+            if self.counted:
+                ordered = sorted(file.lengths)
+                middle, longest = (ordered[len(ordered) // 2], ordered[-1]) if ordered else (0, 0)
+                line += f"{sum(ordered):>14,}{middle:>8,}{longest:>9,}{file.cut:>7,}{file.supervised:>12,}"
+            lines.append(line)
+        lines.append(f"steps: {self.steps:,} ({self.epochs:g} epoch(s) of batches of {self.batch_size})")
+        lines += self.shown
+        if self.problems > len(self.shown):
+            lines.append(f"... and {self.problems - len(self.shown):,} more")
+        return "\n".join(lines)
+
+
+def check_files(
+    paths: Sequence[Path],
+    image_root: Path | None = None,
+    tokenizer: Path | None = None,
+    max_length: int = 2048,
+    batch_size: int = 128,
+    epochs: float = 1.0,
+) -> CheckResult:
+    """Checks record files; a task is a file.
+
+    Args:
+        paths: ``.json`` lists or ``.jsonl`` files of records.
+        image_root: look at the header of every image below it; None leaves images alone.
+        tokenizer: a model folder; its chat template and processor count tokens exactly as training does.
+        max_length: longest sample in tokens.
+        batch_size: records per optimizer step, over all devices.
+        epochs: passes over the records.
+
+    Raises:
+        UserError: a file or folder is missing, or the tokenizer cannot be used.
+    """
+    encode = _encoder(tokenizer, max_length) if tokenizer else None
+    checker = ImageChecker(image_root, follow_links=True) if image_root else None
+    verdicts: dict[str, tuple[str, str] | None] = {}
+    result = CheckResult([], [], batch_size, epochs, encode is not None)
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"record file {path} does not exist")
+        file = FileCheck(path)
+        result.files.append(file)
+        seen: set[bytes] = set()
+        for element in elements(path, "lines" if path.suffix == ".jsonl" else "list"):
+            where = f"{path}, {element.where}"
+            try:
+                if isinstance(element.value, Damage):
+                    raise RecordError(f"{where}: {element.value.reason}")
+                record = _parse(element.value, where)
+                digest = hashlib.blake2b(record.id.encode(), digest_size=12).digest()
+                if digest in seen:
+                    raise RecordError(f"{where}: id '{record.id}' is already used in this file")
+                seen.add(digest)
+                if checker is not None:
+                    _check_images(record, where, checker, verdicts)
+                if encode is not None:
+                    tokens, supervised, cut = encode(record)
+                    file.lengths.append(tokens)
+                    file.supervised += supervised
+                    file.cut += cut
+            except UserError as error:
+                file.problems += 1
+                if len(result.shown) < _SHOWN:
+                    text = str(error)
+                    result.shown.append(text if text.startswith(str(path)) else f"{where}: {text}")
+                continue
+            file.records += 1
+            file.questions += len(record.turns)
+            file.images += len(record.images)
+    return result
+
+
+def _check_images(
+    record: Record, where: str, checker: ImageChecker, verdicts: dict[str, tuple[str, str] | None]
+) -> None:
+    for image in record.images:
+        if Path(image).is_absolute() or ".." in Path(image).parts:
+            raise RecordError(f"{where} (id '{record.id}'): image {image} is outside the image root")
+        if image not in verdicts:
+            verdicts[image] = checker.problem(image)
+        found = verdicts[image]
+        if found is not None:
+            raise RecordError(f"{where} (id '{record.id}'): {found[1]}")
+
+
+def _encoder(folder: Path, max_length: int) -> Callable[[Record], tuple[int, int, bool]]:
+    """Counts (tokens, supervised tokens, whether it is cut) of a record, without opening its images."""
+    from trainer.data.encoding import ConversationEncoder
+    from trainer.models.loading import load_processor
+    from trainer.pipeline.preflight import token_counter
+
+    if not folder.is_dir():
+        raise UserError(f"tokenizer folder {folder} does not exist")
+    processor: Any = load_processor(str(folder))
+    has_images = getattr(processor, "image_processor", None) is not None
+    # The whole length is wanted, so nothing is cut here; what training keeps is counted from the labels.
+    whole = token_counter(processor, 2**40) if has_images else ConversationEncoder(processor, 2**40)
+
+    def count(record: Record) -> tuple[int, int, bool]:
+        if record.images and not has_images:
+            raise UserError(f"record '{record.id}' has an image, and {folder} is for text only")
+        encoded = whole.training_sample(record, lambda image: folder / image)
+        supervised = sum(label >= 0 for label in encoded.labels[1:max_length])
+        if not supervised:
+            raise UserError(f"record '{record.id}': no supervised token within {max_length} tokens")
+        return len(encoded.input_ids), supervised, len(encoded.input_ids) > max_length
+
+    return count

@@ -32,10 +32,14 @@ def unavailable_reason(name: str) -> str | None:
 
 
 def check_backend_name(name: str) -> None:
-    """Raise ``ValueError`` unless ``name`` is "auto", "reference" or a backend, whether it runs here or not."""
+    """Raise ``ValueError`` unless ``name`` is "auto", "reference" or a backend that this machine can run."""
     known = ("auto", "reference", *sorted({*BACKENDS, *_GPU_BACKENDS}))
     if name not in known:
         raise ValueError(f"backend={name!r} does not exist; available backends: {', '.join(map(repr, known))}")
+    if name in _GPU_BACKENDS and name not in BACKENDS:
+        reason = unavailable_reason(name)
+        if reason is not None:
+            raise ValueError(f"backend={name!r} cannot run here: {reason}")
 
 
 @torch.compiler.assume_constant_result
@@ -50,10 +54,6 @@ def resolve_backend(name: str, device_type: str) -> str:
     check_backend_name(name)
     if name == "auto":
         return "triton" if device_type == "cuda" and unavailable_reason("triton") is None else "portable"
-    if name in _GPU_BACKENDS and name not in BACKENDS:
-        reason = unavailable_reason(name)
-        if reason is not None:
-            raise ValueError(f"backend={name!r} cannot run here: {reason}")
     if name in _GPU_BACKENDS and device_type != "cuda":
         raise ValueError(f"backend={name!r} needs tensors on a CUDA device, got {device_type}")
     return name

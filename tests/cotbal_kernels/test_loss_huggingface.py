@@ -282,8 +282,11 @@ def test_refusals() -> None:
         apply_fused_loss(model, aggregation="none")
     with pytest.raises(ValueError, match=r"label_smoothing must be in"):
         apply_fused_loss(model, label_smoothing=2.0)
-    with pytest.raises(ValueError, match="'triton' is not part of this build"):
-        apply_fused_loss(model, backend="triton")
+    with pytest.raises(ValueError, match="backend='magic' does not exist"):
+        apply_fused_loss(model, backend="magic")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="backend='triton' cannot run here: it needs a CUDA device"):
+            apply_fused_loss(model, backend="triton")
     assert type(model.lm_head) is nn.Linear  # nothing was half done
     apply_fused_loss(model, num_tasks=2)
     with pytest.raises(ValueError, match="patched already"):

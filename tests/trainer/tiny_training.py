@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +79,13 @@ def validation_batches(per_task: int = 2, rank: int = 0, world: int = 1) -> Vali
     )
 
 
-class StopAt(TrainerCallback):
-    """Raises KeyboardInterrupt at the end of a step, after everything of that step is written."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def make_trainer(
-    name: str, output: Path, options: dict[str, Any] | None = None, *, stop_at: int | None = None, **training: Any
+    name: str,
+    output: Path,
+    options: dict[str, Any] | None = None,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    **training: Any,
 ) -> TaskWeightedTrainer:
     """A trainer of six steps (by default) of two micro-batches of four with the method `name`."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -129,7 +124,7 @@ def make_trainer(
         args=args,
         train_dataset=samples(24, seed=1),
         data_collator=collate,
-        callbacks=[CompleteCheckpoints(), *([StopAt(stop_at)] if stop_at is not None else [])],
+        callbacks=[CompleteCheckpoints(), *callbacks],
     )
 
 

@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/cotbal demo
 
 test: $(VENV)/.developed
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 install: $(VENV)/.developed
 

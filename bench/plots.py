@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from bench.peers import OURS
 from bench.results import Row, Run
-from trainer.report.plots import _STYLE, PLACEHOLDERS, SERIES, _svg
+from trainer.report.plots import PLACEHOLDERS, SERIES, STYLE, svg
 
 Points = tuple[list[float], list[float]]
 Stroke = tuple[str, object, str]  # colour, dash, marker
@@ -68,7 +68,7 @@ def against_size(panels: Mapping[str, Mapping[str, Points]], ylabel: str, label:
     """One panel per sweep, both axes logarithmic."""
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     style = strokes(names)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(max(5.4, 4.2 * len(panels)), 3.6), layout="constrained")
         handles = {}
         for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
@@ -89,7 +89,7 @@ def against_size(panels: Mapping[str, Mapping[str, Points]], ylabel: str, label:
         figure.supxlabel("positions M", fontsize=8.5, color=PLACEHOLDERS["muted"])
         figure.supylabel(ylabel, fontsize=8.5, color=PLACEHOLDERS["muted"])
         figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=3, handlelength=2.4)
-        return _svg(figure, label)
+        return svg(figure, label)
 
 
 def _logarithmic(axes: Axes, sizes: Sequence[float]) -> None:
@@ -108,7 +108,7 @@ def floors(rows: Sequence[Row]) -> str:
     """Multiples of the bare products, one group per case; 1 is the floor."""
     names = list(dict.fromkeys(entry.name for row in rows for entry in row.entries if entry.seconds))
     style = strokes(names)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.8, 0.6 + sum(0.35 + 0.17 * len(names) for _ in rows)), layout="constrained")
         axes = figure.subplots()
         at, ticks, handles = 0.0, [], {}
@@ -139,4 +139,4 @@ def floors(rows: Sequence[Row]) -> str:
         axes.set_xlim(left=0)
         axes.invert_yaxis()
         axes.set_xlabel("multiple of the bare products over the supervised rows")
-        return _svg(figure, "Time as a multiple of the bare matrix products")
+        return svg(figure, "Time as a multiple of the bare matrix products")

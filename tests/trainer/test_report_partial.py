@@ -21,7 +21,7 @@ def run(tmp_path):
 @pytest.fixture
 def no_drawing(monkeypatch):
     """Laying out four figures takes seconds; tests of tables and messages do without."""
-    monkeypatch.setattr(report_plots, "_svg", lambda figure, label: f'<svg aria-label="{label}"></svg>')
+    monkeypatch.setattr(report_plots, "svg", lambda figure, label: f'<svg aria-label="{label}"></svg>')
 
 
 @pytest.mark.usefixtures("no_drawing")

@@ -32,7 +32,7 @@ PLACEHOLDERS = {
 METHOD_COLORS = {"CoTBal": "blue", "EW": "orange", "STL": "gray"}
 SERIES = ("green", "gold", "violet", "orange", "blue")
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # task names are text, "$" included
     "font.size": 8.5,
@@ -61,7 +61,7 @@ def method_color(name: str, position: int = 0) -> str:
     return METHOD_COLORS.get(name, ("green", "violet", "gold")[position % 3])
 
 
-def _svg(figure: Figure, label: str) -> str:
+def svg(figure: Figure, label: str) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": label, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
@@ -85,7 +85,7 @@ def _svg(figure: Figure, label: str) -> str:
 
 def difficulty_bars(tasks: Sequence[str], difficulty: Sequence[float]) -> str:
     """Fig. 3b: intra-task difficulty D_i of Eq. 9, one bar per task."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 0.5 + 0.3 * len(tasks)), layout="constrained")
         axes = figure.subplots()
         rows = range(len(tasks))
@@ -110,7 +110,7 @@ def difficulty_bars(tasks: Sequence[str], difficulty: Sequence[float]) -> str:
         axes.spines["left"].set_visible(False)
         axes.invert_yaxis()
         axes.set_xlabel("D = 1 − V(mini) / V(own + mini)")
-        return _svg(figure, "Bar chart of intra-task difficulty")
+        return svg(figure, "Bar chart of intra-task difficulty")
 
 
 def grouped_bars(
@@ -122,7 +122,7 @@ def grouped_bars(
     label: str,
 ) -> str:
     """One group per task and one bar per series, with a line at the reference value."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(max(5.4, 1.1 * len(groups)), 3.1), layout="constrained")
         axes = figure.subplots()
         width = 0.8 / max(len(series), 1)
@@ -135,7 +135,7 @@ def grouped_bars(
         axes.grid(visible=False, axis="x")
         axes.set_ylabel(ylabel)
         figure.legend(loc="outside upper left", ncols=max(len(series), 1), handlelength=1, handleheight=1)
-        return _svg(figure, label)
+        return svg(figure, label)
 
 
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -145,7 +145,7 @@ def loss_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
     """One panel per task; a faint line per logged step and a smoothed one per method."""
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.1 * columns + 0.6, 1.75 * rows + 0.5), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         handles = {}
@@ -168,7 +168,7 @@ def loss_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
             ncols=max(len(handles), 1),
             handlelength=1.4,
         )
-        return _svg(figure, "Training loss of each task")
+        return svg(figure, "Training loss of each task")
 
 
 def weight_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
@@ -178,7 +178,7 @@ def weight_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
     tasks = list(dict.fromkeys(task for curves in panels.values() for task in curves))
     strokes = [(color, dash) for dash in ("-", (0, (4, 1.5)), (0, (1, 1))) for color in (*SERIES, "gray")]
     style = {task: strokes[k % len(strokes)] for k, task in enumerate(tasks)}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.7 * columns + 0.6, 1.9 * rows + 0.7), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         handles = {}
@@ -196,7 +196,7 @@ def weight_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
         figure.supxlabel("optimizer step", fontsize=8.5, color=PLACEHOLDERS["muted"])
         figure.supylabel("task weight λ", fontsize=8.5, color=PLACEHOLDERS["muted"])
         figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=4, handlelength=1.6)
-        return _svg(figure, "Task weights during training")
+        return svg(figure, "Task weights during training")
 
 
 def thinned(x: Sequence[float], y: Sequence[float], most: int = 300) -> tuple[Sequence[float], Sequence[float]]:
@@ -225,7 +225,7 @@ def radar(tasks: Sequence[str], ratios: Mapping[str, Sequence[float]]) -> str:
     low = max(0.0, math.floor((min(values) - 0.15) * 10) / 10) if min(values) > 0.5 else 0.0
     high = math.ceil(max(values) * 10 + 0.2) / 10
     angles = [2 * math.pi * k / len(tasks) for k in range(len(tasks))]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 4.6), layout="constrained")
         axes = figure.add_subplot(projection="polar")
         axes.set_theta_offset(math.pi / 2)  # type: ignore[attr-defined]
@@ -246,7 +246,7 @@ def radar(tasks: Sequence[str], ratios: Mapping[str, Sequence[float]]) -> str:
         axes.set_rlabel_position(180 / len(tasks))  # type: ignore[attr-defined]  # between two spokes
         axes.spines["polar"].set_visible(False)
         figure.legend(loc="outside upper left", ncols=len(ratios) + 1, handlelength=1.4)
-        return _svg(figure, "Radar chart of scores relative to single-task models")
+        return svg(figure, "Radar chart of scores relative to single-task models")
 
 
 def _wrap(name: str, width: int = 11) -> str:

@@ -28,6 +28,7 @@ from .cuda_gradients import Chunk, LinearGradients, lift_for
 from .cuda_kernels import ChunkRows, RowResults, load
 from .cuda_products import LibraryProducts, Products
 from .interface import LinearOutput, Need, Targets, TokenLoss, saved_grad_dtypes
+from .rows import at_rows
 
 # Bound on what a chunk takes: float32 logits, hidden rows and their gradient.
 WORKSPACE_BYTES = 512 * 2**20
@@ -111,7 +112,7 @@ class CudaBackend:
             )
         kernels = self._kernels()
         results, stats_2M = _new_results(targets_M)
-        lift = lift_for(scale_K, hidden_MD.dtype)
+        lift = lift_for(scale_K, hidden_MD.dtype, spec.scale)
         wanted_K = (scale_K if lift is None else scale_K * lift.up).contiguous() if any(need) else None
         gradients = LinearGradients(
             self._products, hidden_MD, weight_VD, need, saved_grad_dtypes(hidden_MD.dtype), lift
@@ -164,21 +165,21 @@ class CudaBackend:
         need: Need,
         spec: TokenLoss,
         chunk_size: int,
+        grad_hidden_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """1F to compute the logits again, 1F for each of dX and dW, over the capacity."""
         if hidden_MD.dtype == torch.float64:
             return portable.linear_rows_backward(
                 *(grad_M, hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, stats_2M, grad_weight_out),
-                *(need, spec, chunk_size),
+                *(need, spec, chunk_size, grad_hidden_dtype),
             )
         kernels, wide_bias_V = self._kernels(), _float_vector(bias_V)
+        grad_M = grad_M.to(torch.float32)
         # What arrives at a position that is not computed is never looked at, here neither.
-        grad_M = torch.where(targets_M >= 0, grad_M, 0).to(torch.float32)
-        lift = lift_for(grad_M, hidden_MD.dtype)
+        lift = lift_for(at_rows(grad_M, rows_N), hidden_MD.dtype, spec.scale)
         scale_M = (grad_M if lift is None else grad_M * lift.up).contiguous()
-        gradients = LinearGradients(
-            self._products, hidden_MD, weight_VD, need, (hidden_MD.dtype,) * 3, lift, grad_weight_out
-        )
+        dtypes = (grad_hidden_dtype, hidden_MD.dtype, hidden_MD.dtype)
+        gradients = LinearGradients(self._products, hidden_MD, weight_VD, need, dtypes, lift, grad_weight_out)
         stats_2M = stats_2M.contiguous()
         for chunk in self._chunks(hidden_MD, weight_VD, rows_N, chunk_size):
             where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, None, scale_M)

@@ -123,15 +123,15 @@ class LinearGradients:
         return lifted if self.lift is None else lifted.mul_(self.lift.down)
 
 
-def lift_for(scale: Tensor, dtype: torch.dtype) -> Lift | None:
+def lift_for(upstream: Tensor, dtype: torch.dtype, logit_scale: float) -> Lift | None:
     """Bring the largest factor of a gradient to 8 ... 16 where float16 is what it is rounded to.
 
     Below 6e-5 float16 loses digits, and below 6e-8 everything, while a factor of 1e-6 is usual. Above, 65504 leaves
     room for a z-loss, whose factor 1 + 2 z_loss lse exceeds 1.
     """
-    if dtype != torch.float16 or scale.numel() == 0:
+    if dtype != torch.float16 or upstream.numel() == 0:
         return None
-    exponent = torch.frexp(scale.abs().amax()).exponent
+    exponent = torch.frexp(upstream.abs().amax() * logit_scale).exponent
     power = (4 - exponent.to(torch.int32)).clamp(-100, 100)
     # A power of two by its bits: exact on every device, which pow need not be.
     up, down = (((sign * power + 127) << 23).view(torch.float32) for sign in (1, -1))

@@ -23,7 +23,7 @@ from .interface import TokenLoss
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/numeric.cuh
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _MATRIX = [_POINTER, _INT, _SIZE]  # data, dtype, row stride
-_CHUNK = [*_MATRIX, *_MATRIX, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, *[_POINTER] * 3, *[_FLOAT] * 3]
+_CHUNK = [*_MATRIX, *_MATRIX, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, *[_POINTER] * 3, *[_FLOAT] * 5]
 _SIGNATURES = {
     "cotbal_chunk_gradient": [*_CHUNK, *[_POINTER] * 4, _POINTER],
     "cotbal_saved_gradient": [*_CHUNK, *[_POINTER] * 2, _POINTER],
@@ -39,7 +39,7 @@ class ChunkRows(NamedTuple):
     rows_N: Tensor | None  # int64 positions, M where there is none; None: row r is position start + r
     num_rows: Tensor | None  # int64 [1], with rows_N
     start: int  # of the chunk in rows_N
-    targets_M: Tensor  # int64, -1 where a position is not computed
+    targets_M: Tensor  # int64, -1: no target among these logits; without rows_N, a position that is not computed
     tasks_M: Tensor | None  # int64; None: scale is per position
     scale: Tensor | None  # float32 [K] with tasks_M, else [M]; None where no gradient is wanted
 

@@ -1,10 +1,15 @@
-"""The global denominator of Eq. 2: over every data-parallel rank and every micro-batch of an optimizer step.
+"""The global denominator of Eq. 2: over every rank that holds other tokens and every micro-batch of a step.
 
 With a normalizer per micro-batch the loss is another one: where a micro-batch holds one task only, its weight
 cancels exactly. So count first, over the whole accumulation window, then pass the result to every call.
+
+Ranks that hold other tokens are those of data parallelism and those among which the positions of a sequence are split
+(sequence, context parallelism); not those that share the vocabulary of the head. With contiguous parts of sequences
+:func:`shift_targets_across_ranks` makes the labels; with any other split (zig-zag) shift the labels of the whole
+sequence and split them as the positions. Either way the calls then take ``shift=False``.
 """
 
-# Shapes: M flattened positions, K tasks.
+# Shapes: M flattened positions, K tasks, R ranks, ... leading shape of the batch, S positions here.
 
 import sys
 from collections.abc import Sequence
@@ -12,10 +17,11 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import ops, validation
 from .backends import resolve_backend
-from .functional import flatten_targets, task_normalizer
+from .functional import flatten_targets, shift_targets, task_normalizer
 from .interface import Targets
 
 _ANY_LABEL = sys.maxsize
@@ -28,7 +34,7 @@ def global_task_tokens(
     *,
     ignore_index: int = -100,
     shift: bool = False,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     """Supervised tokens of each task over all ranks and micro-batches: T_k of Eq. 2.
 
@@ -37,8 +43,8 @@ def global_task_tokens(
         task_ids: as ``labels``: each ``[...]`` or ``[first dimension]``; integers in [0, num_tasks).
         num_tasks: K.
         ignore_index, shift: as in :func:`linear_task_cross_entropy`; pass the same values.
-        group: process group; None is the default one. Every rank of it must call (one all-reduce of K
-        numbers).
+        group: process group, or a device mesh, whose dimensions are summed over one after the other; None is
+            the default group. All its ranks hold different tokens and must call (one all-reduce of K numbers).
 
     Returns:
         int64 ``[K]``. Without ``torch.distributed`` initialised, the count of this process.
@@ -65,7 +71,8 @@ def global_task_tokens(
     arguments = (labels_M, task_ids_M, ones_K, _ANY_LABEL, ignore_index, False, False, len(labels_M))
     tokens_K = Targets(*ops.prepare_targets(*arguments, resolve_backend("auto", device.type))).tokens_K
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tokens_K, group=group)
+        for one in group.get_all_groups() if isinstance(group, DeviceMesh) else [group]:
+            dist.all_reduce(tokens_K, group=one)
     return tokens_K
 
 
@@ -77,7 +84,7 @@ def global_normalizer(
     ignore_index: int = -100,
     shift: bool = False,
     aggregation: str = "token",
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     """What to pass as ``normalizer`` to every call of one optimizer step, on every rank.
 
@@ -101,3 +108,44 @@ def global_normalizer(
         labels, task_ids, task_weights.shape[0], ignore_index=ignore_index, shift=shift, group=group
     )
     return task_normalizer(task_weights, tokens_K, aggregation)
+
+
+def shift_targets_across_ranks(
+    labels: Tensor, task_ids: Tensor, ignore_index: int = -100, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
+    """Labels and task ids of the next position where the ranks hold consecutive parts of the same sequences.
+
+    The last position here gets the first label and task id of the next rank, that of the last rank ``ignore_index``:
+    what ``shift=True`` does to the whole sequence. Pass the result with ``shift=False``.
+
+    Args:
+        labels: ``[..., S]`` integers: part r of the positions on rank r of the group. S may differ from rank to rank,
+            0 included; the leading shape is the same.
+        task_ids: ``[..., S]``, or ``[first dimension]`` for one task per sequence.
+        ignore_index: label of unsupervised positions.
+        group: process group; None is the default one. Every rank of it must call (one all_gather of two numbers per
+            sequence). Without ``torch.distributed`` initialised this rank is the only one.
+
+    Returns:
+        int64 labels and task ids, ``[..., S]`` both.
+    """
+    validation.check_labels_and_tasks(labels, task_ids)
+    flat_labels, flat_ids = flatten_targets(labels, task_ids, ignore_index, shift=False)
+    parts = torch.stack([flat_labels, flat_ids]).reshape(2, *labels.shape)  # [2, ..., S]
+    shifted_labels, shifted_ids = shift_targets(parts[0], parts[1], ignore_index)
+    if not (dist.is_available() and dist.is_initialized()):
+        return shifted_labels, shifted_ids
+    first = torch.full((3, *labels.shape[:-1]), ignore_index, dtype=torch.int64, device=labels.device)
+    first[2] = 0  # whether there is a position at all
+    if labels.shape[-1]:
+        first[:2], first[2] = parts[..., 0], 1
+    firsts = [torch.empty_like(first) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(firsts, first, group=group)
+    if labels.shape[-1]:
+        following = torch.full_like(first, ignore_index)
+        for later in reversed(firsts[dist.get_rank(group) + 1 :]):
+            following = torch.where(later[2] > 0, later, following)
+        # Behind the last sequence the label is ignored, and so is the task id.
+        shifted_labels[..., -1] = following[0]
+        shifted_ids[..., -1] = torch.where(following[0] == ignore_index, shifted_ids[..., -1], following[1])
+    return shifted_labels, shifted_ids

@@ -9,15 +9,20 @@ normalizer.
 
 # Shapes: M flattened positions, D hidden width, V vocabulary, K tasks, ... leading shape of the batch.
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import ops, validation
 from .backends import resolve_backend
-from .interface import Targets
+from .interface import Targets, TokenLoss
 from .per_task import spread_to_tokens, sum_by_task
 from .reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 from .results import TaskLoss
+from .sharded_head import Head, local_head, place_head
+from .vocabulary_parallel import sharded_rows
 
 
 def linear_task_cross_entropy(
@@ -32,6 +37,7 @@ def linear_task_cross_entropy(
     shift: bool = False,
     normalizer: Tensor | float | None = None,
     aggregation: str = "token",
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -39,6 +45,8 @@ def linear_task_cross_entropy(
     recompute: bool = False,
     grad_weight_out: Tensor | None = None,
     max_tokens: int | None = None,
+    process_group: ProcessGroup | None = None,
+    vocab_size: int | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
     check: bool = False,
@@ -62,6 +70,8 @@ def linear_task_cross_entropy(
             mean of the task means S_k / T_k over the tasks present; its ``normalizer`` is ``[K]``, T_k * sum
             lambda. "sum": sum_k lambda_k S_k. "none": lambda times the loss of every position, ``[...]``,
             divided by ``normalizer`` if one is given.
+        logit_scale: z becomes ``logit_scale * z``, bias included, before the soft cap: Cohere, Granite
+            (1 / logits_scaling), Falcon-H1; a temperature T is ``logit_scale = 1 / T``.
         logit_softcap: z becomes ``softcap * tanh(z / softcap)`` (Gemma 2).
         label_smoothing: share of the target spread evenly over the vocabulary, as in ``F.cross_entropy``.
         z_loss: adds ``z_loss * lse^2`` to each token's loss (PaLM, section 5).
@@ -74,6 +84,18 @@ def linear_task_cross_entropy(
         max_tokens: an upper bound of the computed positions that the caller knows, say from the labels before
             they went to the GPU. Backends that cannot read the count on the device then do no work beyond it.
             With more positions than that the loss is NaN, or an error where values are checked.
+        process_group: ranks that share the vocabulary (tensor parallelism): each holds a contiguous part of the
+            rows of the head, in the order of the ranks; ``weight`` and ``bias`` are that part, [V_r, D] and
+            [V_r], of any size. ``hidden``, ``labels`` (ids of the whole vocabulary), ``task_ids``,
+            ``task_weights`` and what requires grad are the same on all of them, and so is everything that is
+            returned, bit by bit. The gradient of ``hidden`` is the complete one: nothing is left to be reduced
+            over the group; those of ``weight`` and ``bias`` are of the own part. A ``weight`` that is a DTensor
+            with placements [Shard(0)] brings its group (one that FSDP has sharded over the batch is to be gathered
+            first); ``hidden`` may be a DTensor with [Replicate()]. Cost and first call:
+            :mod:`cotbal_kernels.vocabulary_parallel`. Not with "reference", and not inside a graph of
+            ``torch.compile``.
+        vocab_size: rows of the head from this one on are padding (at the end of the last parts, under a
+            ``process_group``): no logits, zero gradients. None: there is no padding.
         backend: "auto", "triton", "cuda", "portable", or "reference" (float64, returns float64, no
             performance); COTBAL_BACKEND takes the place of "auto".
         chunk_size: rows of logits that the workspace can hold; None: as many as fit its default bound.
@@ -90,22 +112,32 @@ def linear_task_cross_entropy(
     Raises:
         ValueError: an argument is wrong. Values out of range raise on a CPU; on a GPU they make the loss NaN.
     """
+    head = local_head(Head(hidden, weight, bias, grad_weight_out, process_group, vocab_size))
+    hidden = head.hidden
     validation.check_scores("hidden", hidden)
     validation.check_task_weights(task_weights, "hidden", hidden)
     validation.check_targets(labels, task_ids, leading=hidden.shape[:-1], like_name="hidden", like=hidden)
+    token_loss: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "logit_softcap": logit_softcap,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+    }
     validation.check_options(
         aggregation=aggregation,
         normalizer=normalizer,
         num_tasks=task_weights.shape[0],
-        logit_softcap=logit_softcap,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
         chunk_size=chunk_size,
+        **token_loss,
     )
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    validation.check_head(hidden, weight, bias)
-    validation.check_gradient_buffer(grad_weight_out, weight)
+    hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
+    validation.check_head(hidden, weight, bias, may_be_empty=head.group is not None)
+    validation.check_gradient_buffer(head.grad_weight_out, weight)
     validation.check_max_tokens(max_tokens)
+    if backend == "reference" and head.group is not None:
+        raise ValueError("process_group must be None with backend='reference', which needs the whole head")
+    head, shard = place_head(head._replace(weight=weight, bias=bias))
+    weight, bias, grad_weight_out = head.weight, head.bias, head.grad_weight_out
     if backend == "reference":
         return reference_linear_task_cross_entropy(
             hidden,
@@ -118,39 +150,24 @@ def linear_task_cross_entropy(
             shift=shift,
             normalizer=normalizer,
             aggregation=aggregation,
-            logit_softcap=logit_softcap,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
+            **token_loss,
         )
     backend = resolve_backend(backend, hidden.device.type)
+    all_rows = weight.shape[0] if shard is None else shard.vocab_size
     targets = _prepare(
-        labels,
-        task_ids,
-        task_weights,
-        weight.shape[0],
-        ignore_index,
-        shift,
-        differentiable_tasks,
-        check,
-        max_tokens,
-        backend,
+        labels, task_ids, task_weights, all_rows, ignore_index, shift, differentiable_tasks, check, max_tokens, backend
     )
     hidden_MD = hidden.reshape(-1, hidden.shape[-1])
-    spec = (logit_softcap or 0.0, label_smoothing, z_loss)
+    spec = _token_loss(all_rows, **token_loss)
     where = (chunk_size or 0, backend)
+    if shard is not None:
+        rows, targets = sharded_rows(hidden_MD, weight, bias, targets, grad_weight_out, shard, spec, *where, check)
+        return _aggregate_rows(rows, targets, task_weights, normalizer, aggregation, labels.shape, differentiable_tasks)
     if aggregation == "none" or differentiable_tasks or recompute or grad_weight_out is not None:
         rows = ops.linear_task_ce_rows(
             hidden_MD, weight, bias, targets.targets_M, targets.rows_N, targets.num_rows, grad_weight_out, spec, *where
         )
-        return _aggregate_rows(
-            rows,
-            targets,
-            task_weights,
-            normalizer,
-            aggregation,
-            labels.shape,
-            differentiable_tasks,
-        )
+        return _aggregate_rows(rows, targets, task_weights, normalizer, aggregation, labels.shape, differentiable_tasks)
     scale_K = _task_scale(task_weights + targets.poison, targets.tokens_K, normalizer, aggregation)
     needs = (_needs_grad(hidden), _needs_grad(weight), bias is not None and _needs_grad(bias))
     loss, task_loss_K, task_correct_K, lse_M, *_ = ops.linear_task_ce(
@@ -179,6 +196,7 @@ def task_cross_entropy(
     shift: bool = False,
     normalizer: Tensor | float | None = None,
     aggregation: str = "token",
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -198,14 +216,18 @@ def task_cross_entropy(
     validation.check_targets(labels, task_ids, leading=logits.shape[:-1], like_name="logits", like=logits)
     if logits.shape[-1] == 0:
         raise ValueError(f"logits must have at least one vocabulary column, got {tuple(logits.shape)}")
+    token_loss: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "logit_softcap": logit_softcap,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+    }
     validation.check_options(
         aggregation=aggregation,
         normalizer=normalizer,
         num_tasks=task_weights.shape[0],
-        logit_softcap=logit_softcap,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
         chunk_size=chunk_size,
+        **token_loss,
     )
     if backend == "reference":
         return reference_task_cross_entropy(
@@ -217,9 +239,7 @@ def task_cross_entropy(
             shift=shift,
             normalizer=normalizer,
             aggregation=aggregation,
-            logit_softcap=logit_softcap,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
+            **token_loss,
         )
     backend = resolve_backend(backend, logits.device.type)
     vocab_size = logits.shape[-1]
@@ -229,7 +249,7 @@ def task_cross_entropy(
     rows = ops.task_ce_rows(
         logits.reshape(-1, vocab_size),
         targets.targets_M,
-        (logit_softcap or 0.0, label_smoothing, z_loss),
+        _token_loss(vocab_size, **token_loss),
         chunk_size or 0,
         backend,
     )
@@ -339,6 +359,12 @@ def _prepare(
             labels_M, task_ids_M, task_weights.detach(), vocab_size, ignore_index, skip_zero, check, capacity, backend
         )
     )
+
+
+def _token_loss(
+    vocab_size: int, logit_scale: float, logit_softcap: float | None, label_smoothing: float, z_loss: float
+) -> TokenLoss:
+    return TokenLoss(logit_softcap or 0.0, label_smoothing, z_loss, logit_scale, label_smoothing / vocab_size)
 
 
 def _needs_grad(tensor: Tensor) -> bool:

@@ -14,11 +14,19 @@ Spec = Sequence[float]  # the fields of TokenLoss
 
 
 class TokenLoss(NamedTuple):
-    """The loss of one token: cross-entropy with options. All zero means plain cross-entropy."""
+    """The loss of one token: cross-entropy with options. The defaults mean plain cross-entropy.
 
-    softcap: float  # z -> softcap * tanh(z / softcap); 0 is none
-    smoothing: float  # share of the target spread evenly over the vocabulary
-    z_loss: float  # coefficient of lse^2
+    With z the logits after scale and soft cap, m the largest and l the sum of exp(z - m):
+    ``log l - (1 - smoothing) (z_target - m) - even * sum(z - m) + z_loss (m + log l)^2``. A row that is computed
+    with target -1 has no target among these logits (they are one shard of a vocabulary): the second term is
+    missing, in its gradient too.
+    """
+
+    softcap: float = 0.0  # z -> softcap * tanh(z / softcap); 0 is none
+    smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
+    z_loss: float = 0.0  # coefficient of lse^2
+    scale: float = 1.0  # z -> scale * z, bias included, before the soft cap
+    even: float = 0.0  # smoothing / size of the whole vocabulary
 
 
 class Targets(NamedTuple):
@@ -127,8 +135,13 @@ class Backend(Protocol):
         need: Need,
         spec: TokenLoss,
         chunk_size: int,
+        grad_hidden_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients for any upstream gradient per row; the weight's is added to ``grad_weight_out`` if given."""
+        """Gradients for any upstream gradient per row; the weight's is added to ``grad_weight_out`` if given.
+
+        ``stats_2M`` may be those of a larger vocabulary than ``weight_VD`` is a shard of: probabilities are
+        ``exp(z - stats[0] - stats[1])``. dX comes in ``grad_hidden_dtype``: float32 where ranks still sum it.
+        """
         ...
 
     def logits_rows_forward(

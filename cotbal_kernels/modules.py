@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from . import validation
 from .functional import linear_task_cross_entropy, task_cross_entropy
@@ -22,6 +23,7 @@ class _TaskWeighted(nn.Module):
         ignore_index: int = -100,
         shift: bool = False,
         aggregation: str = "token",
+        logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
@@ -36,6 +38,7 @@ class _TaskWeighted(nn.Module):
             aggregation=aggregation,
             normalizer=None,
             num_tasks=task_weights.shape[0],
+            logit_scale=logit_scale,
             logit_softcap=logit_softcap,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
@@ -46,6 +49,7 @@ class _TaskWeighted(nn.Module):
             "ignore_index": ignore_index,
             "shift": shift,
             "aggregation": aggregation,
+            "logit_scale": logit_scale,
             "logit_softcap": logit_softcap,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
@@ -88,6 +92,8 @@ class LinearTaskCrossEntropy(_TaskWeighted):
         *,
         bias: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        process_group: ProcessGroup | None = None,
+        vocab_size: int | None = None,
     ) -> TaskLoss:
         """Shapes as in :func:`linear_task_cross_entropy`."""
         return linear_task_cross_entropy(
@@ -98,6 +104,8 @@ class LinearTaskCrossEntropy(_TaskWeighted):
             self.task_weights,
             bias=bias,
             normalizer=normalizer,
+            process_group=process_group,
+            vocab_size=vocab_size,
             **self.options,
         )
 

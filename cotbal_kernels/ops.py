@@ -19,7 +19,8 @@ from .backends import BACKENDS
 from .interface import Need, Spec, TokenLoss, compute_dtype, saved_grad_dtypes
 
 
-def _refuse_double_backward(op: str) -> None:
+def refuse_double_backward(op: str) -> None:
+    """Raise where a backward pass is to be differentiated again."""
     # Autograd runs a backward formula with gradients enabled only under create_graph=True.
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op} has no second derivative: create_graph=True is not supported")
@@ -159,7 +160,7 @@ def _linear_task_ce_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 def _linear_task_ce_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return (None,) * 12
-    _refuse_double_backward("cotbal::linear_task_ce")
+    refuse_double_backward("cotbal::linear_task_ce")
     task_loss_K, *gradients = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] and need for i, need in enumerate(ctx.need)]
     grad_hidden, grad_weight, grad_bias = (
@@ -247,7 +248,7 @@ def _fake_rows(scores: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor, Tenso
     mutates_args=("grad_weight_out",),
     schema="(Tensor grad_M, Tensor hidden_MD, Tensor weight_VD, Tensor? bias_V, Tensor targets_M, Tensor rows_N, "
     "Tensor num_rows, Tensor stats_2M, Tensor(a!)? grad_weight_out, bool[] need, float[] spec, int chunk_size, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    "str backend, ScalarType grad_hidden_dtype) -> (Tensor, Tensor, Tensor)",
 )
 def linear_task_ce_rows_backward(
     grad_M: Tensor,
@@ -263,6 +264,7 @@ def linear_task_ce_rows_backward(
     spec: Spec,
     chunk_size: int,
     backend: str,
+    grad_hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dX, dW, db, empty where not needed; dW is empty too where it went into ``grad_weight_out``."""
     with torch.autocast(hidden_MD.device.type, enabled=False):
@@ -279,6 +281,7 @@ def linear_task_ce_rows_backward(
             need,
             TokenLoss(*spec),
             chunk_size,
+            grad_hidden_dtype,
         )
 
 
@@ -297,9 +300,10 @@ def _(
     spec: Spec,
     chunk_size: int,
     backend: str,
+    grad_hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        hidden_MD.new_empty(hidden_MD.shape if need[0] else (0,)),
+        hidden_MD.new_empty(hidden_MD.shape if need[0] else (0,), dtype=grad_hidden_dtype),
         weight_VD.new_empty(weight_VD.shape if need[1] and grad_weight_out is None else (0,)),
         weight_VD.new_empty(weight_VD.shape[:1] if need[2] else (0,)),
     )
@@ -315,9 +319,12 @@ def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _linear_rows_backward(ctx: Any, grad_M: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_M is None:
         return (None,) * 10
-    _refuse_double_backward("cotbal::linear_task_ce_rows")
+    refuse_double_backward("cotbal::linear_task_ce_rows")
     need = list(ctx.needs_input_grad[:3])
-    gradients = linear_task_ce_rows_backward(grad_M, *ctx.saved_tensors, ctx.grad_weight_out, need, *ctx.options)
+    hidden_MD, *saved = ctx.saved_tensors
+    gradients = linear_task_ce_rows_backward(
+        grad_M, hidden_MD, *saved, ctx.grad_weight_out, need, *ctx.options, hidden_MD.dtype
+    )
     need[1] = need[1] and ctx.grad_weight_out is None
     wanted = (gradient if want else None for gradient, want in zip(gradients, need, strict=True))
     return *wanted, *(None,) * 7
@@ -399,7 +406,7 @@ def _logits_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _logits_rows_backward(ctx: Any, grad_M: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_M is None:
         return (None,) * 5
-    _refuse_double_backward("cotbal::task_ce_rows")
+    refuse_double_backward("cotbal::task_ce_rows")
     return task_ce_rows_backward(grad_M, *ctx.saved_tensors, *ctx.options), *(None,) * 4
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .interface import LinearOutput, Need, Targets, TokenLoss, compute_dtype, saved_grad_dtypes
 from .per_task import sum_by_task
+from .rows import at_rows
 from .validation import check_capacity, check_target_values, checks_requested
 
 # Bound on the float32 logits of one chunk, and on one widened block of the weight.
@@ -184,7 +185,7 @@ def linear_forward(
     for rows_C in _row_chunks(rows_N, num_rows, weight_VD.shape[0], chunk_size):
         hidden_CD = _gather(hidden_MD, rows_C, wide)
         logits_CV = _project(hidden_CD, weight_VD, bias_V)
-        scale_C = _at(scale_M, rows_C) if any(need) else None
+        scale_C = at_rows(scale_M, rows_C) if any(need) else None
         _softmax_in_blocks(logits_CV, rows_C, targets_M, scale_C, spec, results)
         if any(need):
             gradients.add(rows_C, hidden_CD, logits_CV)
@@ -227,15 +228,16 @@ def linear_rows_backward(
     need: Need,
     spec: TokenLoss,
     chunk_size: int,
+    grad_hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1F to compute the logits again, 1F for each of dX and dW."""
     wide = compute_dtype(hidden_MD.dtype)
-    dtypes = (hidden_MD.dtype,) * 3
+    dtypes = (grad_hidden_dtype, weight_VD.dtype, weight_VD.dtype)
     gradients = _LinearGradients(hidden_MD, weight_VD, targets_M, need, dtypes, grad_weight_out)
     for rows_C in _row_chunks(rows_N, num_rows, weight_VD.shape[0], chunk_size):
         hidden_CD = _gather(hidden_MD, rows_C, wide)
         logits_CV = _project(hidden_CD, weight_VD, bias_V)
-        _softmax_in_blocks(logits_CV, rows_C, targets_M, _at(grad_M.to(wide), rows_C), spec)
+        _gradient_in_blocks(logits_CV, rows_C, targets_M, grad_M, stats_2M, spec)
         gradients.add(rows_C, hidden_CD, logits_CV)
     return gradients.rounded()
 
@@ -259,7 +261,7 @@ def logits_rows_backward(
     grad_logits_MV = logits_MV.new_zeros((_with_spare(targets_M), logits_MV.shape[1]))
     for rows_C in _row_chunks(*_all_rows(targets_M), logits_MV.shape[1], chunk_size, CACHE_BYTES):
         logits_CV = _gather(logits_MV, rows_C, wide)
-        _softmax_in_blocks(logits_CV, rows_C, targets_M, _at(grad_M.to(wide), rows_C), spec)
+        _gradient_in_blocks(logits_CV, rows_C, targets_M, grad_M, stats_2M, spec)
         grad_logits_MV[rows_C] = logits_CV.to(logits_MV.dtype)
     return grad_logits_MV[: targets_M.shape[0]]
 
@@ -302,15 +304,9 @@ def _row_chunks(
 def _gather(source_MX: Tensor, rows_C: Tensor, wide: torch.dtype) -> Tensor:
     """Rows of a chunk in float32, a copy; zeros behind the last one, where a NaN would survive a factor of 0."""
     if source_MX.device.type == "cpu":
-        return source_MX[rows_C].to(wide)
+        return source_MX.index_select(0, rows_C).to(wide)  # whole rows: faster than an index
     last = source_MX.shape[0] - 1
     return source_MX[rows_C.clamp(max=last)].to(wide).masked_fill_((rows_C > last)[:, None], 0)
-
-
-def _at(values_M: Tensor, rows_C: Tensor) -> Tensor:
-    """Values of the rows, 0 behind the last one."""
-    last = values_M.shape[0] - 1
-    return values_M[rows_C.clamp(max=last)].masked_fill(rows_C > last, 0)
 
 
 def _blocks(size: int, row_numel: int, limit: int = WORKSPACE_BYTES) -> Iterator[tuple[int, int]]:
@@ -343,57 +339,104 @@ def _softmax_in_blocks(
     targets_M: Tensor,
     scale_C: Tensor | None,
     spec: TokenLoss,
-    results: _Results | None = None,
+    results: _Results,
 ) -> None:
-    """Put losses and statistics of the rows into ``results``; with a scale turn the logits into its gradient.
-
-    On a CPU a few rows at a time, so that their several passes find them in the cache.
-    """
-    limit = CACHE_BYTES if logits_CV.device.type == "cpu" else WORKSPACE_BYTES
-    last = targets_M.shape[0] - 1
-    for start, stop in _blocks(logits_CV.shape[0], logits_CV.shape[1], limit):
+    """Put losses and statistics of the rows into ``results``; with a scale turn the logits into its gradient."""
+    for start, stop in _cache_blocks(logits_CV):
         rows_B, logits_BV = rows_C[start:stop], logits_CV[start:stop]
-        targets_B = targets_M[rows_B.clamp(max=last)].clamp(min=0)
-        if spec.softcap:
-            logits_BV.div_(spec.softcap).tanh_().mul_(spec.softcap)
+        targets_B = _targets_at(targets_M, rows_B)
+        _scale_and_cap(logits_BV, spec)
         probs_BV = torch.softmax(logits_BV, dim=1)
         rows = _row_losses(logits_BV, probs_BV, targets_B, spec)
-        if results is not None:
-            results.put(rows_B, rows)
+        results.put(rows_B, rows)
         if scale_C is not None:
-            _logits_to_gradient(logits_BV, probs_BV, targets_B, scale_C[start:stop], rows, spec)
+            lse_B = rows.max_B + rows.log_sum_B
+            _logits_to_gradient(logits_BV, probs_BV, targets_B, scale_C[start:stop], lse_B, spec)
+
+
+def _gradient_in_blocks(
+    logits_CV: Tensor, rows_C: Tensor, targets_M: Tensor, grad_M: Tensor, stats_2M: Tensor, spec: TokenLoss
+) -> None:
+    """Turn the logits into their gradient, with the statistics of a softmax that may be over more than these."""
+    for start, stop in _cache_blocks(logits_CV):
+        rows_B, logits_BV = rows_C[start:stop], logits_CV[start:stop]
+        max_B, log_sum_B = at_rows(stats_2M[0], rows_B), at_rows(stats_2M[1], rows_B)
+        _scale_and_cap(logits_BV, spec)
+        # The largest first: both differences are small, whatever offset the logits have.
+        probs_BV = (logits_BV - max_B[:, None]).sub_(log_sum_B[:, None]).exp_()
+        if rows_B.device.type != "cpu":  # behind the last row the statistics are none and the logits are the bias
+            probs_BV.masked_fill_((rows_B >= targets_M.shape[0])[:, None], 0)
+        scale_B = at_rows(grad_M, rows_B).to(logits_BV.dtype)
+        _logits_to_gradient(logits_BV, probs_BV, _targets_at(targets_M, rows_B), scale_B, max_B + log_sum_B, spec)
+
+
+def _cache_blocks(logits_CV: Tensor) -> Iterator[tuple[int, int]]:
+    """A few rows at a time on a CPU, so that their several passes find them in the cache."""
+    rows, vocab_size = logits_CV.shape
+    return _blocks(rows, vocab_size, CACHE_BYTES if logits_CV.device.type == "cpu" else WORKSPACE_BYTES)
+
+
+def _targets_at(targets_M: Tensor, rows_B: Tensor) -> Tensor:
+    return targets_M[rows_B.clamp(max=targets_M.shape[0] - 1)]
+
+
+def _scale_and_cap(logits_BV: Tensor, spec: TokenLoss) -> None:
+    if spec.softcap:
+        logits_BV.div_(spec.softcap / spec.scale).tanh_().mul_(spec.softcap)
+    elif spec.scale != 1:
+        logits_BV.mul_(spec.scale)
 
 
 def _row_losses(logits_BV: Tensor, probs_BV: Tensor, targets_B: Tensor, spec: TokenLoss) -> _Rows:
     """The loss is ``log l - (z - m)``, both small, never ``(m + log l) - z``: a large offset m eats the digits."""
-    max_B, argmax_B = logits_BV.max(dim=1)
-    # The largest probability is exp(0) / l.
-    log_sum_B = -probs_BV.gather(1, argmax_B[:, None]).squeeze(1).log()
-    loss_B = log_sum_B - (logits_BV.gather(1, targets_B[:, None]).squeeze(1) - max_B)
-    if spec.smoothing:
-        mean_B = (logits_BV - max_B[:, None]).mean(1)
-        loss_B = (1 - spec.smoothing) * loss_B + spec.smoothing * (log_sum_B - mean_B)
+    target_B = logits_BV.gather(1, targets_B.clamp(min=0)[:, None]).squeeze(1)
+    max_B, hit_B = _largest_and_hits(logits_BV, targets_B, target_B)
+    log_sum_B = -probs_BV.amax(1).log()  # the largest probability is exp(0) / l
+    at_target_B = target_B - max_B
+    loss_B = log_sum_B - (1 - spec.smoothing) * at_target_B.masked_fill(targets_B < 0, 0)
+    if spec.even:
+        loss_B = loss_B - spec.even * (logits_BV - max_B[:, None]).sum(1)
     if spec.z_loss:
         loss_B = loss_B + spec.z_loss * (max_B + log_sum_B) ** 2
-    return _Rows(loss_B, max_B, log_sum_B, argmax_B == targets_B)
+    return _Rows(loss_B, max_B, log_sum_B, hit_B)
+
+
+def _largest_and_hits(logits_BV: Tensor, targets_B: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of every row, and whether the first of that size is the target's.
+
+    On a CPU an argmax takes as long as the softmax, a maximum a tenth of it: so that of all the others, and the
+    argmax only where the target equals it.
+    """
+    if logits_BV.device.type != "cpu":
+        max_B, argmax_B = logits_BV.max(dim=1)
+        return max_B, argmax_B == targets_B
+    index_B1 = targets_B.clamp(min=0)[:, None]
+    logits_BV.scatter_(1, index_B1, -math.inf)
+    others_B = logits_BV.amax(1)
+    logits_BV.scatter_(1, index_B1, target_B[:, None])
+    hit_B = target_B > others_B
+    tied = (target_B == others_B).nonzero().squeeze(1)
+    hit_B[tied] = logits_BV[tied].argmax(1) == index_B1[tied, 0]
+    return torch.maximum(target_B, others_B), hit_B & (targets_B >= 0)
 
 
 def _logits_to_gradient(
-    logits_BV: Tensor, probs_BV: Tensor, targets_B: Tensor, scale_B: Tensor, rows: _Rows, spec: TokenLoss
+    logits_BV: Tensor, probs_BV: Tensor, targets_B: Tensor, scale_B: Tensor, lse_B: Tensor, spec: TokenLoss
 ) -> None:
-    """Overwrite the logits with ``scale * d loss / d logits``, all in float32.
+    """Overwrite the logits, scaled and capped, with ``scale * d loss / d (raw logits)``, all in float32.
 
     ``p - 1`` at the target is formed before any rounding to 16 bits and before the scale.
     """
-    factor_B = 1 + 2 * spec.z_loss * (rows.max_B + rows.log_sum_B)
-    even = spec.smoothing / logits_BV.shape[1]
-    probs_B1 = probs_BV.gather(1, targets_B[:, None])
-    target_B1 = (probs_B1 * factor_B[:, None] - (1 - spec.smoothing) - even) * scale_B[:, None]
+    scale_B = scale_B * spec.scale  # the slope of the scaling, the same everywhere
+    factor_B = 1 + 2 * spec.z_loss * lse_B
+    index_B1 = targets_B.clamp(min=0)[:, None]
+    share_B1 = (targets_B >= 0).to(probs_BV.dtype)[:, None] * (1 - spec.smoothing)
+    target_B1 = (probs_BV.gather(1, index_B1) * factor_B[:, None] - share_B1 - spec.even) * scale_B[:, None]
     if spec.softcap:
         slope_BV = 1 - (logits_BV / spec.softcap) ** 2
     torch.mul(probs_BV, (factor_B * scale_B)[:, None], out=logits_BV)
-    if even:
-        logits_BV.sub_((even * scale_B)[:, None])
-    logits_BV.scatter_(1, targets_B[:, None], target_B1)
+    if spec.even:
+        logits_BV.sub_((spec.even * scale_B)[:, None])
+    logits_BV.scatter_(1, index_B1, target_B1)
     if spec.softcap:
         logits_BV.mul_(slope_BV)

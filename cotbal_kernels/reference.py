@@ -26,6 +26,7 @@ def reference_linear_task_cross_entropy(
     shift: bool = False,
     normalizer: Tensor | float | None = None,
     aggregation: str = "token",
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -43,6 +44,7 @@ def reference_linear_task_cross_entropy(
         shift=shift,
         normalizer=normalizer,
         aggregation=aggregation,
+        logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -59,6 +61,7 @@ def reference_task_cross_entropy(
     shift: bool = False,
     normalizer: Tensor | float | None = None,
     aggregation: str = "token",
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -74,7 +77,7 @@ def reference_task_cross_entropy(
         labels = torch.cat([labels[..., 1:], nothing], dim=-1)
         task_ids = torch.cat([task_ids[..., 1:], torch.zeros_like(nothing).to(task_ids.dtype)], dim=-1)
     vocab_size, num_tasks = logits.shape[-1], task_weights.shape[0]
-    logits_MV = logits.reshape(-1, vocab_size).double()
+    logits_MV = logit_scale * logits.reshape(-1, vocab_size).double()
     if logit_softcap is not None:
         logits_MV = logit_softcap * torch.tanh(logits_MV / logit_softcap)
     supervised_M = (labels != ignore_index).reshape(-1)
@@ -85,7 +88,8 @@ def reference_task_cross_entropy(
 
     # The loss of every supervised token.
     ce_N = -log_p_NV[torch.arange(len(targets_N)), targets_N]
-    ce_N = (1 - label_smoothing) * ce_N + label_smoothing * -log_p_NV.mean(dim=1)
+    if label_smoothing:  # else a logit of -inf would make NaN of 0 * inf
+        ce_N = (1 - label_smoothing) * ce_N + label_smoothing * -log_p_NV.mean(dim=1)
     ce_N = ce_N + z_loss * lse_M[supervised_M] ** 2
 
     # S_k and T_k, task by task.

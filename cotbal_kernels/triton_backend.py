@@ -157,7 +157,7 @@ def linear_forward(
         if not any(need):
             head.forward((0, head.capacity), rows)
         else:
-            scale = Scale.of(scale_K[tasks_M])
+            scale = Scale.of(scale_K[tasks_M], spec.scale)
             if gradients.weight_VD is None:
                 _windows_of_rows(head, gradients, rows, scale)
             else:
@@ -240,6 +240,7 @@ def linear_rows_backward(
     need: Need,
     spec: TokenLoss,
     chunk_size: int,
+    grad_hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1F to compute the logits again, 1F for each of dX and dW."""
     if hidden_MD.dtype == torch.float64:
@@ -256,6 +257,7 @@ def linear_rows_backward(
             need,
             spec,
             chunk_size,
+            grad_hidden_dtype,
         )
     head = Head(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size)
     dtype = hidden_MD.dtype
@@ -266,13 +268,12 @@ def linear_rows_backward(
     counts = (0, head.capacity)
     accumulate = grad_weight_out is not None
     with on_device(hidden_MD):
-        # What arrives at a position that is not computed is never looked at.
-        scale = Scale.of(torch.where(targets_M >= 0, grad_M, 0))
+        scale = Scale.of(grad_M, spec.scale, rows_N)
         gradients.add(head, 0, slices, counts, views, again, None, stats_2M, scale, accumulate)
     grad_VD = None if accumulate else gradients.weight_VD
-    rounded = (gradients.hidden_MD, grad_VD, gradients.bias_V)
+    exact = ((gradients.hidden_MD, grad_hidden_dtype), (grad_VD, dtype), (gradients.bias_V, dtype))
     grad_hidden, grad_weight, grad_bias = (
-        hidden_MD.new_empty(0) if grad is None else grad.to(dtype) for grad in rounded
+        hidden_MD.new_empty(0, dtype=final) if grad is None else grad.to(final) for grad, final in exact
     )
     return grad_hidden, grad_weight, grad_bias
 
@@ -296,6 +297,7 @@ def logits_rows_forward(
                 logits_MV.shape[1],
                 logits_MV.stride(0),
                 *spec,
+                HAS_SCALE=spec.scale != 1,
                 HAS_SOFTCAP=spec.softcap > 0,
                 HAS_SMOOTHING=spec.smoothing > 0,
                 BLOCK=_logits_block(logits_MV),
@@ -325,6 +327,7 @@ def logits_rows_backward(
                 logits_MV.stride(0),
                 out_MV.stride(0),
                 *spec,
+                HAS_SCALE=spec.scale != 1,
                 HAS_SOFTCAP=spec.softcap > 0,
                 BLOCK=block,
                 num_warps=8,

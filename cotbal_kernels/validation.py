@@ -44,12 +44,12 @@ def check_scores(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must have at least two dimensions [..., features], got {tuple(value.shape)}")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, may_be_empty: bool = False) -> None:
     """Check the head against the hidden states: ``weight [V, D]``, ``bias [V]``, one dtype, one device."""
     require_tensor("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must be [V, {hidden.shape[-1]}] to match hidden, got {tuple(weight.shape)}")
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not may_be_empty:
         raise ValueError(f"weight must have at least one vocabulary row, got {tuple(weight.shape)}")
     if weight.dtype != hidden.dtype:
         raise ValueError(f"weight must have the dtype of hidden ({hidden.dtype}), got {weight.dtype}")
@@ -129,11 +129,14 @@ def check_options(
     label_smoothing: float,
     z_loss: float,
     chunk_size: int | None,
+    logit_scale: float = 1.0,
 ) -> None:
     """Check the options shared by both public functions."""
     check_aggregation(aggregation, AGGREGATIONS)
     if normalizer is not None:
         _check_normalizer(normalizer, aggregation, num_tasks)
+    if not (logit_scale > 0 and math.isfinite(logit_scale)):
+        raise ValueError(f"logit_scale must be a finite number > 0, got {logit_scale}")
     if logit_softcap is not None and not (logit_softcap > 0 and math.isfinite(logit_softcap)):
         raise ValueError(f"logit_softcap must be None or a finite number > 0, got {logit_softcap}")
     if not 0 <= label_smoothing < 1:

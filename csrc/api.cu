@@ -85,18 +85,18 @@ extern "C" {
 int cotbal_chunk_gradient(const void* logits, int logits_dtype, int64_t logits_stride, void* out, int out_dtype,
                           int64_t out_stride, const float* bias, int64_t chunk_rows, int64_t vocab, const int64_t* rows,
                           const int64_t* num_rows, int64_t start, const int64_t* targets, const int64_t* tasks,
-                          const float* scale, float softcap, float smoothing, float z_loss, float* loss, float* max,
-                          float* log_sum, int64_t* hit, cudaStream_t stream) {
+                          const float* scale, float softcap, float smoothing, float z_loss, float logit_scale, float even,
+                          float* loss, float* max, float* log_sum, int64_t* hit, cudaStream_t stream) {
     if (vocab < 1 || vocab > INT_MAX / 2) return cudaErrorInvalidValue;
     return with_types(logits_dtype, out_dtype, [&](auto* in_type, auto* out_type) {
         using In = std::remove_pointer_t<decltype(in_type)>;
         using Out = std::remove_pointer_t<decltype(out_type)>;
-        const bool general = bias != nullptr || softcap > 0;
+        const bool general = bias != nullptr || softcap > 0 || logit_scale != 1;
         return launch(general ? chunk_gradient_kernel<In, Out, true> : chunk_gradient_kernel<In, Out, false>,
                       chunk_rows, threads_per_row(vocab), stream, logits_of<In>(logits, logits_stride, bias, vocab),
                       gradients_of<Out>(out, out_stride), Positions{rows, num_rows, targets, start},
                       RowScale{scale, tasks}, RowResults{loss, max, log_sum, hit},
-                      TokenLoss{softcap, smoothing, z_loss});
+                      TokenLoss{softcap, smoothing, z_loss, logit_scale, even});
     });
 }
 
@@ -104,17 +104,17 @@ int cotbal_chunk_gradient(const void* logits, int logits_dtype, int64_t logits_s
 int cotbal_saved_gradient(const void* logits, int logits_dtype, int64_t logits_stride, void* out, int out_dtype,
                           int64_t out_stride, const float* bias, int64_t chunk_rows, int64_t vocab, const int64_t* rows,
                           const int64_t* num_rows, int64_t start, const int64_t* targets, const int64_t* tasks,
-                          const float* scale, float softcap, float smoothing, float z_loss, const float* max,
-                          const float* log_sum, cudaStream_t stream) {
+                          const float* scale, float softcap, float smoothing, float z_loss, float logit_scale, float even,
+                          const float* max, const float* log_sum, cudaStream_t stream) {
     if (vocab < 1 || vocab > INT_MAX / 2 || (out == nullptr && chunk_rows > 0)) return cudaErrorInvalidValue;
     return with_types(logits_dtype, out_dtype, [&](auto* in_type, auto* out_type) {
         using In = std::remove_pointer_t<decltype(in_type)>;
         using Out = std::remove_pointer_t<decltype(out_type)>;
-        const bool general = bias != nullptr || softcap > 0;
+        const bool general = bias != nullptr || softcap > 0 || logit_scale != 1;
         return launch(general ? saved_gradient_kernel<In, Out, true> : saved_gradient_kernel<In, Out, false>,
                       chunk_rows, threads_per_row(vocab), stream, logits_of<In>(logits, logits_stride, bias, vocab),
                       gradients_of<Out>(out, out_stride), Positions{rows, num_rows, targets, start},
-                      RowScale{scale, tasks}, max, log_sum, TokenLoss{softcap, smoothing, z_loss});
+                      RowScale{scale, tasks}, max, log_sum, TokenLoss{softcap, smoothing, z_loss, logit_scale, even});
     });
 }
 

@@ -1,7 +1,7 @@
 // Kernels A and C: a chunk of logits to losses and to the gradient of the logits.
 //
-//     loss = (1 - eps) (log l - (z_t - m)) + eps (log l - mean(z - m)) + z_loss (m + log l)^2
-//     dz   = scale ((1 + 2 z_loss (m + log l)) p - (1 - eps) [j = t] - eps / V) * slope of the softcap
+//     loss = log l - (1 - eps) (z_t - m) - even sum(z - m) + z_loss (m + log l)^2
+//     dz   = scale ((1 + 2 z_loss (m + log l)) p - (1 - eps) [j = t] - even) * slope of scale and softcap
 //
 // with m the largest logit of the row, l the sum of exp(z - m), p = exp(z - m) / l. All in float32, from logits of any
 // format; the loss never goes through m + log l, which at an offset of 1e4 has no digits left for it.
@@ -132,15 +132,13 @@ __global__ void __launch_bounds__(1024, 1)
     }
     const In* const source = logits.row(row);
     const int target = static_cast<int>(positions.targets[position]);
-    const float z_target = logit_of<kGeneral>(source[target], target, logits.bias, spec);
+    const float z_target = target < 0 ? 0 : logit_of<kGeneral>(source[target], target, logits.bias, spec);
     const RowStatistics found = row_statistics<In, kGeneral>(source, logits.vocab, logits.bias, spec);
     const float log_sum = logf(found.sum);
     if (threadIdx.x == 0) {
-        float loss = log_sum - (z_target - found.max);
-        if (spec.smoothing > 0) {
-            const float mean = found.distance / static_cast<float>(logits.vocab);
-            loss = (1 - spec.smoothing) * loss + spec.smoothing * (log_sum - mean);
-        }
+        float loss = log_sum;
+        if (target >= 0) loss -= (1 - spec.smoothing) * (z_target - found.max);
+        if (spec.smoothing > 0) loss -= spec.even * found.distance;
         const float lse = found.max + log_sum;
         results.loss[position] = loss + spec.z_loss * lse * lse;
         results.max[position] = found.max;
@@ -148,7 +146,7 @@ __global__ void __launch_bounds__(1024, 1)
         results.hit[position] = found.argmax == target ? 1 : 0;
     }
     if (gradients.data == nullptr) return;
-    const RowGradient gradient(found.max, log_sum, 1 / found.sum, scale.at(position), target, logits.vocab, spec);
+    const RowGradient gradient(found.max, log_sum, 1 / found.sum, scale.at(position), target, spec);
     write_gradient<In, Out, kGeneral>(source, gradients.row(row), logits.vocab, logits.bias, gradient, spec);
 }
 
@@ -164,7 +162,7 @@ __global__ void __launch_bounds__(1024, 1)
         return;
     }
     const RowGradient gradient(max[position], log_sum[position], expf(-log_sum[position]), scale.at(position),
-                               static_cast<int>(positions.targets[position]), logits.vocab, spec);
+                               static_cast<int>(positions.targets[position]), spec);
     write_gradient<In, Out, kGeneral>(logits.row(row), gradients.row(row), logits.vocab, logits.bias, gradient, spec);
 }
 

@@ -5,11 +5,13 @@
 
 namespace cotbal {
 
-// The loss of a token; all zero is plain cross-entropy. As TokenLoss in cotbal_kernels/interface.py.
+// The loss of a token, as TokenLoss in cotbal_kernels/interface.py.
 struct TokenLoss {
     float softcap;    // z becomes softcap * tanh(z / softcap); 0 is none
     float smoothing;  // share of the target spread evenly over the vocabulary
     float z_loss;     // coefficient of lse^2
+    float scale;      // z becomes scale * z, bias included, before the softcap
+    float even;       // smoothing / size of the whole vocabulary, of which these columns may be a part
 };
 
 // C rows of V logits. The row stride counts elements, and row offsets are 64 bits wide: C * V passes 2^31.
@@ -35,7 +37,7 @@ struct Gradients {
 struct Positions {
     const int64_t* rows;      // [N] positions, M where there is none; null: row r is position start + r
     const int64_t* num_rows;  // [1]: how many of `rows` are positions
-    const int64_t* targets;   // [M], -1 where a position is not computed
+    const int64_t* targets;   // [M], -1: no target in these columns; without `rows`, a position that is not computed
     int64_t start;            // of the chunk in `rows`
 
     // -1 for a row that is none: it costs a row of zeros.
@@ -97,12 +99,13 @@ struct RowTiles {
     }
 };
 
-// kGeneral: there is a bias or a softcap. Without it the logit is what was read.
+// kGeneral: there is a bias, a scale or a softcap. Without it the logit is what was read.
 template <bool kGeneral, typename In>
 __device__ float logit_of(In raw, int column, const float* bias, const TokenLoss& spec) {
     float z = widen(raw);
     if constexpr (kGeneral) {
         if (bias != nullptr) z += bias[column];
+        z *= spec.scale;
         if (spec.softcap > 0) z = spec.softcap * tanhf(z / spec.softcap);
     }
     return z;
@@ -112,19 +115,19 @@ __device__ float logit_of(In raw, int column, const float* bias, const TokenLoss
 struct RowGradient {
     float max;          // of the logits
     float inverse_sum;  // 1 / sum of exp(z - max)
-    float scale;        // d total loss / d loss of the row
+    float scale;        // d total loss / d loss of the row, times the scale of the logits
     float factor;       // 1 + 2 z_loss lse
-    float even;         // smoothing / V
+    float even;
     float right;        // 1 - smoothing
-    int target;
+    int target;         // -1: none in this row
 
-    __device__ RowGradient(float max_, float log_sum, float inverse_sum_, float scale_, int target_, int vocab,
+    __device__ RowGradient(float max_, float log_sum, float inverse_sum_, float scale_, int target_,
                            const TokenLoss& spec)
         : max(max_),
           inverse_sum(inverse_sum_),
-          scale(scale_),
+          scale(scale_ * spec.scale),
           factor(1 + 2 * spec.z_loss * (max_ + log_sum)),
-          even(spec.smoothing / static_cast<float>(vocab)),
+          even(spec.even),
           right(1 - spec.smoothing),
           target(target_) {}
 

@@ -39,7 +39,7 @@ _POINTERS = {
     torch.int32: "i32",
     torch.bool: "i1",
 }
-SHOWN = ("WRITE", "HAS_BIAS", "HAS_SOFTCAP", "HAS_SMOOTHING", "ACCUMULATE", "USE_TMA")
+SHOWN = ("WRITE", "HAS_BIAS", "HAS_SCALE", "HAS_SOFTCAP", "HAS_SMOOTHING", "ACCUMULATE", "USE_TMA")
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,8 @@ FEATURES: list[dict[str, Any]] = [
     {"label_smoothing": 0.1},
     {"bias": True, "logit_softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4},
     {"recompute": True, "bias": True, "logit_softcap": 30.0},
+    {"logit_scale": 0.0625},
+    {"recompute": True, "logit_scale": 0.0625},
 ]
 # Shared memory that one block can have, by compute capability (CUDA C++ Programming Guide, table of capabilities).
 _SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -263,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), choices=sorted(_SHARED))
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--features", action="store_true", help="bias, soft cap, smoothing and z-loss too")
+    parser.add_argument("--features", action="store_true", help="bias, scale, soft cap, smoothing and z-loss too")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     table = resource_table(args.capability, getattr(torch, args.dtype), args.features, args.workers)

@@ -1,6 +1,6 @@
 """The exponentials of one vocabulary slice become the gradient of its logits, in place.
 
-    dz = scale (p (1 + 2 z_loss lse) - (1 - smoothing) [target] - smoothing / V) slope,   p = exp(z - m) exp(m - lse)
+    dz = scale (p (1 + 2 z_loss lse) - (1 - smoothing) [target] - even) slope,   p = exp(z - m) exp(m - lse)
 
 2 bytes read and 2 written a logit in 16 bits, plus 4 bytes per row and tile; bound by memory.
 """
@@ -23,18 +23,18 @@ def dlogits_kernel(
     targets_ptr,  # [M] int64
     max_ptr,  # [M] float32
     log_sum_ptr,  # [M] float32
-    scale_ptr,  # [M] float32
+    scale_ptr,  # [M] float32: upstream gradient times the scale of the logits
     unit_ptr,  # [2] float32: unit of the scales, and one over it
     row_start,
     row_count,
     vocab_start,
     vocab_stop,
     first_tile,
-    vocab_size,
     stride,
     softcap,
     smoothing,
     z_loss,
+    even,
     HAS_SOFTCAP: tl.constexpr,
     PAD_ROWS: tl.constexpr,  # rows are zeroed up to a multiple of this, for the products over rows
     BLOCK_V: tl.constexpr,
@@ -62,7 +62,6 @@ def dlogits_kernel(
     log_sum = tl.load(log_sum_ptr + position)
     scale = tl.load(scale_ptr + position) * tl.load(unit_ptr + 1)
     growth = 1 + 2 * z_loss * (row_max + log_sum)
-    even = smoothing / vocab_size
     # The target's p - 1 comes from its float32 logit: a 16-bit p of .999 would lose it.
     target_logit = tl.load(target_logit_ptr + local)
     at_target = (tl.exp((target_logit - row_max) - log_sum) * growth - (1 - smoothing) - even) * scale

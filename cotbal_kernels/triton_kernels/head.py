@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..interface import TokenLoss
+from ..rows import at_rows
 from .compact import pack_kernel
 from .configs import Tiles, can_use_tma, programs_for, tiles_for
 from .dlogits import dlogits_kernel
@@ -59,7 +60,7 @@ class TileStatistics(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """Upstream gradient of every row's loss, and the power of two that the kernels take out of it.
+    """What the gradient of every row's logits is multiplied by, and the power of two that the kernels take out of it.
 
     Gradients of logits are rounded to the dtype of hidden relative to it: a float16 would lose a weight
     divided by 1e6 tokens.
@@ -69,9 +70,16 @@ class Scale(NamedTuple):
     unit_2: Tensor
 
     @classmethod
-    def of(cls, scale_M: Tensor) -> "Scale":
-        scale_M = scale_M.to(torch.float32).contiguous()
-        largest = scale_M.abs().amax() if scale_M.numel() else scale_M.new_ones(())
+    def of(cls, upstream_M: Tensor, logit_scale: float = 1.0, rows_N: Tensor | None = None) -> "Scale":
+        """Upstream gradient of every row's loss, times the scale of the logits.
+
+        With ``rows_N`` it does not matter what ``upstream_M`` holds at other positions.
+        """
+        scale_M = upstream_M.to(torch.float32).contiguous()
+        if logit_scale != 1:
+            scale_M = scale_M * logit_scale
+        scale_N = scale_M if rows_N is None else at_rows(scale_M, rows_N)
+        largest = scale_N.abs().amax() if scale_N.numel() else scale_M.new_ones(())
         unit = torch.exp2(torch.ceil(torch.log2(largest.clamp(min=2.0**-100))))
         return cls(scale_M, torch.stack([unit, 1 / unit]))
 
@@ -185,6 +193,7 @@ class Head:
             *self.spec,
             WRITE=write,
             HAS_BIAS=self.bias_V is not None,
+            HAS_SCALE=self.spec.scale != 1,
             HAS_SOFTCAP=self.spec.softcap > 0,
             HAS_SMOOTHING=self.smoothing,
             USE_TMA=self.use_tma,
@@ -213,9 +222,9 @@ class Head:
             *window,
             slices.num_tiles(self.block),
             slices.bounds[1],
-            self.vocab_size,
             self.spec.smoothing,
             self.spec.z_loss,
+            self.spec.even,
             HAS_SMOOTHING=self.smoothing,
             BLOCK_V=self.block,
             BLOCK_T=32,
@@ -267,9 +276,11 @@ class Head:
             *window,
             *bounds,
             first_tile,
-            self.vocab_size,
             view.stride(0),
-            *self.spec,
+            self.spec.softcap,
+            self.spec.smoothing,
+            self.spec.z_loss,
+            self.spec.even,
             HAS_SOFTCAP=self.spec.softcap > 0,
             PAD_ROWS=self.tiles.grad_weight.depth,
             BLOCK_V=self.block,

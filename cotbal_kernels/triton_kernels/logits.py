@@ -25,6 +25,9 @@ def logits_forward_kernel(
     softcap,
     smoothing,
     z_loss,
+    logit_scale,
+    even,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -38,6 +41,8 @@ def logits_forward_kernel(
     where_B = tl.zeros((BLOCK,), tl.int32)
     sum_B = tl.zeros((BLOCK,), tl.float32)
     target_logit = tl.load(row_ptr + target).to(tl.float32)
+    if HAS_SCALE:
+        target_logit *= logit_scale
     if HAS_SOFTCAP:
         target_logit = softcapped(target_logit, softcap)
     shift_B = tl.zeros((BLOCK,), tl.float32)
@@ -45,6 +50,8 @@ def logits_forward_kernel(
         column_B = start + tl.arange(0, BLOCK)
         inside_B = column_B < vocab_size
         z = tl.load(row_ptr + column_B, mask=inside_B, other=float("-inf")).to(tl.float32)
+        if HAS_SCALE:
+            z *= logit_scale
         if HAS_SOFTCAP:
             z = tl.where(inside_B, softcapped(z, softcap), float("-inf"))
         new_B = tl.maximum(best_B, z)
@@ -62,8 +69,9 @@ def logits_forward_kernel(
     log_sum = tl.log(row_sum)
     loss = log_sum - (target_logit - row_max)
     if HAS_SMOOTHING:
-        mean_shift = tl.sum(shift_B, 0) / vocab_size
-        loss = (1 - smoothing) * loss + smoothing * (loss - mean_shift)
+        # even sum(z - m), with z - m from the two distances to the target's logit
+        spread = even * vocab_size
+        loss = log_sum - (1 - smoothing + spread) * (target_logit - row_max) - even * tl.sum(shift_B, 0)
     lse = row_max + log_sum
     loss += z_loss * lse * lse
     tl.store(loss_ptr + position, loss)
@@ -86,6 +94,9 @@ def logits_backward_kernel(
     softcap,
     smoothing,
     z_loss,
+    logit_scale,
+    even,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -99,15 +110,20 @@ def logits_backward_kernel(
         tl.store(out_at, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=inside_B)
         return
     z = tl.load(logits_ptr + position * stride + column_B, mask=inside_B, other=float("-inf")).to(tl.float32)
+    if HAS_SCALE:
+        z *= logit_scale
     if HAS_SOFTCAP:
         z = softcapped(z, softcap)
     row_max = tl.load(max_ptr + position)
     log_sum = tl.load(log_sum_ptr + position)
     out = tl.exp((z - row_max) - log_sum) * (1 + 2 * z_loss * (row_max + log_sum))
-    out -= tl.where(column_B == target, 1 - smoothing, 0.0) + smoothing / vocab_size
+    out -= tl.where(column_B == target, 1 - smoothing, 0.0) + even
     if HAS_SOFTCAP:
         out *= 1 - (z / softcap) * (z / softcap)
-    tl.store(out_at, (out * tl.load(scale_ptr + position)).to(out_ptr.dtype.element_ty), mask=inside_B)
+    scale = tl.load(scale_ptr + position)
+    if HAS_SCALE:
+        scale *= logit_scale
+    tl.store(out_at, (out * scale).to(out_ptr.dtype.element_ty), mask=inside_B)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """``hidden @ weight.T`` tile by tile, each tile reduced on the spot: the logits are never written.
 
-    z = hidden weight^T + bias, soft-capped;   per row and tile: m = max z,  l = sum exp(z - m)
+    z = hidden weight^T + bias, scaled and soft-capped;   per row and tile: m = max z,  l = sum exp(z - m)
 
 What else a tile leaves behind depends on WRITE:
 
@@ -60,8 +60,11 @@ def _finish(
     softcap,
     smoothing,
     z_loss,
+    logit_scale,
+    even,
     WRITE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,6 +74,8 @@ def _finish(
     inside_V = vocab_V < vocab_stop
     if HAS_BIAS:
         z += tl.load(bias_ptr + vocab_V, mask=inside_V, other=0.0).to(tl.float32)[None, :]
+    if HAS_SCALE:
+        z *= logit_scale
     if HAS_SOFTCAP:
         z = softcapped(z, softcap)
     z = tl.where(inside_V[None, :], z, float("-inf"))
@@ -86,7 +91,7 @@ def _finish(
         # The target's p - 1 is formed in float32, before any rounding.
         out -= tl.where(vocab_V[None, :] == target_M[:, None], 1 - smoothing, 0.0)
         if HAS_SMOOTHING:
-            out -= smoothing / vocab_size
+            out -= even
         if HAS_SOFTCAP:
             out *= 1 - (z / softcap) * (z / softcap)
         # Rows and columns behind the last one become zeros, which the products read.
@@ -125,7 +130,7 @@ def project_kernel(
     bias_ptr,  # [V]
     rows_ptr,  # [N] int64 positions of the packed rows
     num_rows_ptr,  # [1] int64
-    targets_ptr,  # [M] int64
+    targets_ptr,  # [M] int64, -1 where a row has no target among these logits
     part_max_ptr,  # [T, row_count] float32 out (WRITE_NONE, WRITE_EXP)
     part_sum_ptr,  # [T, row_count] float32 out
     part_shift_ptr,  # [T, row_count] float32 out: sum of z - m, for smoothing
@@ -133,7 +138,7 @@ def project_kernel(
     target_first_ptr,  # [row_count] int32 out: whether the target is the first argmax of its tile
     max_ptr,  # [M] float32 (WRITE_GRADIENT)
     log_sum_ptr,  # [M] float32
-    scale_ptr,  # [M] float32
+    scale_ptr,  # [M] float32: upstream gradient times logit_scale
     unit_ptr,  # [2] float32: unit of the scales, and one over it
     out_ptr,  # [row_count, out_stride] (WRITE_EXP, WRITE_GRADIENT)
     row_start,
@@ -148,8 +153,11 @@ def project_kernel(
     softcap,
     smoothing,
     z_loss,
+    logit_scale,
+    even,
     WRITE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -190,21 +198,21 @@ def project_kernel(
                 z, first_V, column, local_M, live_M, position_M, first_tile + col_block, bias_ptr, targets_ptr,
                 part_max_ptr, part_sum_ptr, part_shift_ptr, target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr,
                 scale_ptr, unit_ptr, out_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing,
-                z_loss, WRITE, HAS_BIAS, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V,
+                z_loss, logit_scale, even, WRITE, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V,
             )  # fmt: skip
         else:
             _finish(
                 left_half(z, BLOCK_M, BLOCK_V), first_V, column, local_M, live_M, position_M,
                 first_tile + 2 * col_block, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr, part_shift_ptr,
                 target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr, out_ptr, row_count,
-                vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, WRITE, HAS_BIAS, HAS_SOFTCAP,
-                HAS_SMOOTHING, BLOCK_V // 2,
+                vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, logit_scale, even, WRITE, HAS_BIAS,
+                HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V // 2,
             )  # fmt: skip
             if first_V + BLOCK_V // 2 < vocab_stop or WRITE == WRITE_GRADIENT:
                 _finish(
                     right_half(z, BLOCK_M, BLOCK_V), first_V + BLOCK_V // 2, column + BLOCK_V // 2, local_M, live_M,
                     position_M, first_tile + 2 * col_block + 1, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr,
                     part_shift_ptr, target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr,
-                    out_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, WRITE,
-                    HAS_BIAS, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V // 2,
+                    out_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, logit_scale,
+                    even, WRITE, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V // 2,
                 )  # fmt: skip

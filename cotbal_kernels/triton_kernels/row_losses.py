@@ -18,11 +18,11 @@ def row_losses_kernel(
     part_max_ptr,  # [T, row_count] float32
     part_sum_ptr,
     part_shift_ptr,
-    target_logit_ptr,  # [row_count] float32
-    target_first_ptr,  # [row_count] int32
+    target_logit_ptr,  # [row_count] float32, unwritten where there is no target
+    target_first_ptr,  # [row_count] int32, likewise
     rows_ptr,  # [N] int64
     num_rows_ptr,  # [1] int64
-    targets_ptr,  # [M] int64
+    targets_ptr,  # [M] int64, -1 where a row has no target among these logits
     loss_ptr,  # [M] float32 out
     hit_ptr,  # [M] int64 out
     max_ptr,  # [M] float32 out
@@ -31,9 +31,9 @@ def row_losses_kernel(
     row_count,
     num_tiles,  # T
     narrow,  # vocabulary rows of the first slice: only its last tile may be narrower than BLOCK_V
-    vocab_size,
     smoothing,
     z_loss,
+    even,
     HAS_SMOOTHING: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -45,7 +45,8 @@ def row_losses_kernel(
     local_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live_M = local_M < n
     position_M = tl.load(rows_ptr + row_start + local_M, mask=live_M, other=0)
-    target_M = tl.load(targets_ptr + position_M, mask=live_M, other=0).to(tl.int32)
+    target_M = tl.load(targets_ptr + position_M, mask=live_M, other=-1).to(tl.int32)
+    has_target_M = target_M >= 0
     narrow_tiles = tl.cdiv(narrow, BLOCK_V)
     target_tile_M = tl.where(
         target_M < narrow, target_M // BLOCK_V, narrow_tiles + (target_M - narrow) // BLOCK_V
@@ -79,13 +80,13 @@ def row_losses_kernel(
         max_M = new_max_M
 
     log_sum_M = tl.log(sum_M)
-    target_logit_M = tl.load(target_logit_ptr + local_M, mask=live_M, other=0.0)
-    loss_M = log_sum_M - (target_logit_M - max_M)
+    target_logit_M = tl.load(target_logit_ptr + local_M, mask=has_target_M, other=0.0)
+    loss_M = log_sum_M - tl.where(has_target_M, (1 - smoothing) * (target_logit_M - max_M), 0.0)
     if HAS_SMOOTHING:
-        loss_M = (1 - smoothing) * loss_M + smoothing * (log_sum_M - shift_M / vocab_size)
+        loss_M -= even * shift_M
     lse_M = max_M + log_sum_M
     loss_M += z_loss * lse_M * lse_M
-    target_first_M = tl.load(target_first_ptr + local_M, mask=live_M, other=0) > 0
+    target_first_M = tl.load(target_first_ptr + local_M, mask=has_target_M, other=0) > 0
     hit_M = target_first_M & (first_tile_M == target_tile_M)
     tl.store(loss_ptr + position_M, loss_M, mask=live_M)
     tl.store(hit_ptr + position_M, hit_M.to(tl.int64), mask=live_M)

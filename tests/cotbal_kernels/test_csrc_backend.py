@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import vocabulary_shards
 from cuda_on_cpu import DESCENDING, SHUFFLED, WideningProducts, cpu_backend, cpu_kernels, find_compiler, schedule
 from loss_problems import FP32, Problem, error, make_problem
 from torch import Tensor
@@ -29,7 +30,8 @@ OPTIONS = [
     {"logit_softcap": 1.5},
     {"label_smoothing": 0.2},
     {"z_loss": 0.05},
-    {"logit_softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01},
+    {"logit_scale": 0.7},
+    {"logit_softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 2.6},
 ]
 
 
@@ -72,6 +74,26 @@ def test_linear_matches_reference(aggregation: str, options: dict) -> None:
         inputs = [p.hidden, p.weight, p.task_weights, *([] if bias is None else [bias])]
         expected = reference_linear_task_cross_entropy(*p.tensors, **kwargs)
         assert_same(linear_loss(*p.tensors, chunk_size=chunk_size, **kwargs), expected, inputs)
+
+
+@pytest.mark.parametrize("scale", [2.0**-12 * 1.3, 41.0])
+def test_tiny_and_large_scales(scale: float) -> None:
+    """Logits of the size of an ordinary head's where the scale is large, all nearly equal where it is tiny."""
+    p = make_problem(sharpness=2 / max(1.0, scale))
+    kwargs = {"logit_scale": scale, "bias": p.bias, "aggregation": "sum"}
+    p.bias.data /= max(1.0, scale)
+    inputs = (p.hidden, p.weight, p.bias, p.task_weights)
+    assert_same(linear_loss(*p.tensors, **kwargs), reference_linear_task_cross_entropy(*p.tensors, **kwargs), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 3.0, "smoothing": 0.1, "z_loss": 0.01, "scale": 0.7}], ids=["plain", "all"]
+)
+def test_shards_of_a_vocabulary(cuda_on_cpu: CudaBackend, dtype: torch.dtype, options: dict) -> None:
+    p = make_problem(V=vocabulary_shards.BOUNDS[-1], dtype=dtype, sharpness=2.0)
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    vocabulary_shards.check_shards(cuda_on_cpu, p, options, with_bias=bool(options), chunk_size=17, rounding=rounding)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -155,19 +177,23 @@ def test_16_bit_is_no_worse_than_materialising(dtype: torch.dtype, sharpness: fl
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"chunk_size": 9}, {"recompute": True}, {"recompute": True, "chunk_size": 9}])
-def test_fp16_gradients_survive_a_late_loss_scale(kwargs: dict) -> None:
-    """Divided by 1e6 tokens they underflow in float16, already on their way into the products."""
-    p = make_problem(dtype=torch.float16)
-    expected = reference_linear_task_cross_entropy(*p.tensors, bias=p.bias, normalizer=1e6)
+@pytest.mark.parametrize("scale", [1.0, 2.0**-16 * 1.3])
+def test_fp16_gradients_survive_a_late_loss_scale(kwargs: dict, scale: float) -> None:
+    """Divided by 1e6 tokens, and times a small scale of the logits, they underflow in float16, already on their way
+    into the products."""
+    p, late = make_problem(dtype=torch.float16), 65536 / scale
+    kwargs = {"logit_scale": scale, **kwargs}
+    common = {"bias": p.bias, "normalizer": 1e6, "logit_scale": scale}
+    expected = reference_linear_task_cross_entropy(*p.tensors, **common)
     inputs = (p.hidden, p.weight, p.bias)
-    wanted = torch.autograd.grad(expected.loss * 65536, inputs)
+    wanted = torch.autograd.grad(expected.loss * late, inputs)
     out = linear_loss(*p.tensors, bias=p.bias, normalizer=1e6, **kwargs)
-    found = torch.autograd.grad(out.loss * 65536, inputs)
+    found = torch.autograd.grad(out.loss * late, inputs)
     for actual, b in zip(found, wanted, strict=True):
         assert error(actual, b) <= torch.finfo(torch.float16).eps + FP32  # two roundings
     into = torch.ones(p.weight.shape)
     loss = linear_loss(*p.tensors, bias=p.bias, normalizer=1e6, grad_weight_out=into, **kwargs).loss
-    (loss * 65536).backward()
+    (loss * late).backward()
     assert error(into - 1, wanted[1]) <= torch.finfo(torch.float16).eps + 1e-5  # 1 + x keeps x to 6e-8 of 1
 
 
@@ -320,14 +346,16 @@ def test_nothing_is_read_back_to_the_host(cuda_on_cpu: CudaBackend, dtype: torch
     p = make_problem(dtype=dtype)
     inputs, targets, lam = arguments(p)
     rows = (targets.rows_N, targets.num_rows)
-    spec, need = TokenLoss(2.0, 0.1, 0.01), (True,) * 3
+    spec, need = TokenLoss(2.0, 0.1, 0.01, 0.7, 0.1 / 67), (True,) * 3
     logits, grad_M = torch.randn(51, 67).to(dtype), torch.rand(51)
     with Watch() as watch:
         out = cuda_on_cpu.linear_forward(*inputs, targets.targets_M, targets.tasks_M, *rows, lam, need, spec, 7)
         cuda_on_cpu.scale_gradient(out.grad_weight_VD, torch.tensor(2.0), dtype)
         *_, stats = cuda_on_cpu.linear_rows_forward(*inputs, targets.targets_M, *rows, spec, 7)
         for into in (None, torch.zeros(67, 24), torch.zeros(67, 24, dtype=dtype)):
-            cuda_on_cpu.linear_rows_backward(grad_M, *inputs, targets.targets_M, *rows, stats, into, need, spec, 7)
+            cuda_on_cpu.linear_rows_backward(
+                grad_M, *inputs, targets.targets_M, *rows, stats, into, need, spec, 7, dtype
+            )
         *_, stats = cuda_on_cpu.logits_rows_forward(logits, targets.targets_M, spec, 0)
         cuda_on_cpu.logits_rows_backward(grad_M, logits, targets.targets_M, stats, spec, 0)
     assert watch.synchronised == []
@@ -344,7 +372,7 @@ def test_the_workspace_is_bounded(cuda_on_cpu: CudaBackend, monkeypatch: pytest.
     inputs, targets, lam = arguments(p)
     where = (targets.targets_M, targets.tasks_M, targets.rows_N, targets.num_rows)
     with Watch() as watch:
-        cuda_on_cpu.linear_forward(*inputs, *where, lam, (True,) * 3, TokenLoss(0.0, 0.0, 0.0), 0)
+        cuda_on_cpu.linear_forward(*inputs, *where, lam, (True,) * 3, TokenLoss(), 0)
     assert 2**15 < watch.largest <= 2**16
     expected = reference_linear_task_cross_entropy(*p.tensors)
     assert error(linear_loss(*p.tensors).loss, expected.loss) <= FP32
@@ -400,7 +428,7 @@ def test_products_and_buffers() -> None:
         where = (targets.targets_M, targets.tasks_M, targets.rows_N, targets.num_rows)
         products = NotedProducts()
         backend = CudaBackend(cpu_kernels, products)
-        out = backend.linear_forward(*inputs, *where, lam, need, TokenLoss(0.0, 0.0, 0.0), chunk_size)
+        out = backend.linear_forward(*inputs, *where, lam, need, TokenLoss(), chunk_size)
         assert products.calls == expected
         found = (out.grad_hidden_MD, out.grad_weight_VD, out.grad_bias_V)
         full = (30 * D, V * D, V)
@@ -410,11 +438,11 @@ def test_products_and_buffers() -> None:
     inputs, targets, _ = arguments(p)
     rows = (targets.targets_M, targets.rows_N, targets.num_rows)
     products = NotedProducts()
-    backend, spec = CudaBackend(cpu_kernels, products), TokenLoss(0.0, 0.0, 0.0)
+    backend, spec = CudaBackend(cpu_kernels, products), TokenLoss()
     *_, stats = backend.linear_rows_forward(*inputs, *rows, spec, 20)
     products.calls.clear()
     need = (False, True, False)
-    backend.linear_rows_backward(torch.ones(30), *inputs, *rows, stats, torch.zeros(V, D), need, spec, 20)
+    backend.linear_rows_backward(torch.ones(30), *inputs, *rows, stats, torch.zeros(V, D), need, spec, 20, bf16)
     add = ("add", (V, D), f32)
     assert products.calls == [("wide", (20, V), f32), add, ("wide", (10, V), f32), add]
 
@@ -486,14 +514,14 @@ def test_opcheck(dtype: torch.dtype) -> None:
     (hidden, weight, bias), targets, lam = arguments(p)
     hidden.requires_grad_()
     where, rows = targets.targets_M, (targets.rows_N, targets.num_rows)
-    spec, end, every = (0.0, 0.1, 0.01), (5, "cuda_on_cpu"), (True,) * 3
+    spec, end, every = (0.0, 0.1, 0.01, 0.7, 0.1 / 11), (5, "cuda_on_cpu"), (True,) * 3
     grad, stats, logits = torch.rand(12), torch.rand(2, 12), torch.randn(12, 11).to(dtype).requires_grad_()
     backward = (grad, hidden.detach(), weight, bias, where, *rows, stats)
     for op, args in (
         (ops.linear_task_ce, (hidden, weight, bias, where, targets.tasks_M, *rows, lam, every, spec, *end)),
         (ops.scale_gradient, (weight, torch.tensor(3.0), torch.float32, "cuda_on_cpu")),
-        (ops.linear_task_ce_rows_backward, (*backward, None, every, spec, *end)),
-        (ops.linear_task_ce_rows_backward, (*backward, torch.zeros(11, 8), every, spec, *end)),
+        (ops.linear_task_ce_rows_backward, (*backward, None, every, spec, *end, torch.float32)),
+        (ops.linear_task_ce_rows_backward, (*backward, torch.zeros(11, 8), every, spec, *end, dtype)),
         (ops.task_ce_rows, (logits, where, spec, *end)),
         (ops.task_ce_rows_backward, (grad, logits.detach(), where, stats, spec, *end)),
     ):
@@ -508,7 +536,7 @@ def test_the_whole_backend_calls_products_as_cublas_takes_them() -> None:
     for products in (WideningProducts(), cuda_products.LibraryProducts()):
         backend = CudaBackend(cpu_kernels, products)
         with CublasOverloads(True):
-            found.append(backend.linear_forward(*inputs, *where, lam, (True,) * 3, TokenLoss(0.0, 0.0, 0.0), 7))
+            found.append(backend.linear_forward(*inputs, *where, lam, (True,) * 3, TokenLoss(), 7))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -29,14 +29,19 @@ pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16)]
-PLAIN, ALL = TokenLoss(0.0, 0.0, 0.0), TokenLoss(4.0, 0.1, 0.01)
+PLAIN = TokenLoss()
 SENTINEL = 77.0
+
+
+def everything(vocab: int, **changed: float) -> TokenLoss:
+    """Every option; no scale is a power of two."""
+    return TokenLoss(4.0, 0.1, 0.01, 0.7, 0.1 / vocab)._replace(**changed)
 
 
 def oracle(logits_CV: Tensor, bias_V: Tensor | None, targets_C: Tensor, scale_C: Tensor, spec: TokenLoss):
     """Loss, largest logit, log of the sum, first argmax and gradient of every row in float64, by autograd."""
     raw = logits_CV.double().requires_grad_()
-    z = raw if bias_V is None else raw + bias_V.double()
+    z = spec.scale * (raw if bias_V is None else raw + bias_V.double())
     if spec.softcap:
         z = spec.softcap * torch.tanh(z / spec.softcap)
     log_p = z.log_softmax(1)
@@ -127,7 +132,7 @@ def one_thread():
 @pytest.mark.parametrize("general", [False, True], ids=["plain", "general"])
 def test_chunk_gradient(formats: tuple[torch.dtype, torch.dtype], vocab: int, general: bool) -> None:
     """Losses, statistics and gradient; rows that are none become zeros and write nothing else."""
-    spec = ALL if general else PLAIN
+    spec = everything(vocab) if general else PLAIN
     for misaligned, pad in ((0, 0), (1, 2), (3, 5)) if vocab < 20000 else ((1, 2),):
         case = Case(vocab, formats[0], misaligned=misaligned, pad=pad, bias=general)
         expected, before = case.expected(spec), case.whole.clone()
@@ -205,9 +210,10 @@ def test_a_missing_barrier_is_noticed(tmp_path: Path) -> None:
 
 def test_losses_alone_leave_the_logits() -> None:
     case = Case(2053, BF16, misaligned=1)
-    expected, before = case.expected(ALL), case.whole.clone()
+    spec = everything(2053)
+    expected, before = case.expected(spec), case.whole.clone()
     where = case.where()._replace(tasks_M=None, scale=None)
-    cpu_kernels().chunk_gradient(case.logits_CV, None, None, where, ALL, case.results)
+    cpu_kernels().chunk_gradient(case.logits_CV, None, None, where, spec, case.results)
     case.check_results(expected, BF16)
     assert torch.equal(case.whole.nan_to_num(5), before.nan_to_num(5))
 
@@ -228,8 +234,43 @@ def test_rows_are_positions_where_no_list_is_given() -> None:
     assert results.loss_M[[0, 2, 4]].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("spec", [PLAIN, everything(200, softcap=0.0), everything(200)], ids=["plain", "linear", "all"])
+def test_a_row_may_have_no_target_here(spec: TokenLoss) -> None:
+    """These columns are a shard of 200: a listed row with target -1, and statistics that others contributed to."""
+    case = Case(67, F32, misaligned=1)
+    case.targets_M[9] = -1
+    case.whole[:33] = math.nan  # where a target of -1 would be read
+    out_CV = torch.empty(case.C, 67)
+    raw = case.logits_CV[:3].double().requires_grad_()
+    z = spec.scale * raw
+    if spec.softcap:
+        z = spec.softcap * torch.tanh(z / spec.softcap)
+    is_target = torch.arange(67) == case.targets_M[case.positions][:, None]
+    scale_C = case.scale_K[case.tasks_M[case.positions]].double()
+
+    def without_lse(z: Tensor) -> Tensor:
+        return -(1 - spec.smoothing) * (z * is_target).sum(1) - spec.even * z.sum(1)
+
+    largest = z.detach().amax(1, keepdim=True)
+    loss = z.logsumexp(1) - largest[:, 0] + without_lse(z - largest) + spec.z_loss * z.logsumexp(1) ** 2
+    (wanted,) = torch.autograd.grad((loss * scale_C).sum(), raw, retain_graph=True)
+    loss = loss.detach()
+    cpu_kernels().chunk_gradient(case.logits_CV, out_CV, None, case.where(), spec, case.results)
+    assert float((case.results.loss_M[case.positions] - loss).abs().max()) <= FP32 * float(loss.max())
+    hits = is_target.gather(1, z.argmax(1, keepdim=True))[:, 0]
+    assert case.results.hit_M[case.positions].tolist() == hits.long().tolist()
+    check_gradient(out_CV, wanted)
+
+    stats_2M = torch.stack([case.results.max_M + 1.5, case.results.log_sum_M + 0.25])
+    lse = stats_2M[:, case.positions].double().sum(0)
+    p_sum = (z - lse[:, None]).exp().sum(1) * (1 + 2 * spec.z_loss * lse)  # its derivative is (1 + 2 z_loss lse) p
+    (wanted,) = torch.autograd.grad(((p_sum + without_lse(z)) * scale_C).sum(), raw)
+    cpu_kernels().saved_gradient(case.logits_CV, out_CV, None, case.where(), spec, stats_2M)
+    check_gradient(out_CV, wanted)
+
+
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
-@pytest.mark.parametrize("spec", [PLAIN, TokenLoss(0.0, 0.2, 0.0)], ids=["plain", "smoothing"])
+@pytest.mark.parametrize("spec", [PLAIN, TokenLoss(smoothing=0.2, even=0.2 / 6007)], ids=["plain", "smoothing"])
 def test_large_offsets_lose_nothing(offset: float, spec: TokenLoss) -> None:
     """Logits in multiples of 2^-9, to which 1e4 adds exactly: (m + log l) - z would be off by 1e-3."""
     case = Case(6007, F32)

@@ -16,8 +16,9 @@ from gpu_case import (
     require_memory,
 )
 from loss_problems import error
+from vocabulary_shards import check_shards
 
-from cotbal_kernels import linear_task_cross_entropy, task_cross_entropy
+from cotbal_kernels import backends, linear_task_cross_entropy, task_cross_entropy
 from cotbal_kernels.reference import reference_task_cross_entropy
 
 pytestmark = needs_gpu
@@ -32,10 +33,13 @@ CASES: list[tuple[torch.dtype, int, bool, dict[str, Any]]] = [
     (BF16, 1003, True, {"chunk_size": 64, "logit_softcap": 5.0, "aggregation": "task"}),
     (BF16, 1003, True, {"chunk_size": 64, "aggregation": "sum", **ALL}),
     (BF16, 1003, False, {"aggregation": "none", **ALL}),
+    (BF16, 32003, False, {"chunk_size": 64, "logit_scale": 0.0625}),
+    (BF16, 1003, True, {"aggregation": "none", "logit_scale": 1.3, **ALL}),
     (BF16, 32003, False, {"recompute": True, "chunk_size": 64}),
     (FP16, 1003, False, {}),
     (FP16, 32003, True, {"chunk_size": 64}),
     (FP16, 1003, False, {"aggregation": "none", "label_smoothing": 0.1}),
+    (FP16, 1003, False, {"chunk_size": 64, "logit_scale": 0.7}),
     (FP32, 1003, True, {"chunk_size": 64}),
     (FP32, 32003, False, {"chunk_size": 64}),
     (FP32, 1003, False, {"aggregation": "none", **ALL}),
@@ -69,6 +73,27 @@ def test_as_good_as_materialising(
     assert out.task_correct.tolist() == expected.task_correct.tolist()
     inputs = [p.hidden, p.weight, *([p.bias] if with_bias else [])]
     assert_gradients(gradients(out.loss, inputs), exact, ordinary, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(FP32, {}), (BF16, {}), (BF16, {"softcap": 5.0, "smoothing": 0.1, "z_loss": 1e-3, "scale": 0.7})],
+    ids=name,
+)
+def test_shards_of_a_vocabulary(backend: str, dtype: torch.dtype, options: dict[str, float]) -> None:
+    """Targets elsewhere, statistics of the whole; 300 columns, one, and 702."""
+    require(backend)
+    p = gpu_problem(SHAPE, D=D, V=1003, sharpness=2.0, dtype=dtype, ignored=0.1)
+    rounding = 0.0 if dtype == FP32 else torch.finfo(dtype).eps / 2
+    check_shards(
+        *(backends.BACKENDS[backend], p, options),
+        with_bias=bool(options),
+        chunk_size=64,
+        rounding=rounding,
+        bounds=(0, 300, 301, 1003),
+        fp32=1.1e-5,  # as gpu_case.assert_gradients
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

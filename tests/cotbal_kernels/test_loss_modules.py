@@ -16,7 +16,7 @@ from cotbal_kernels import (
 def test_modules_equal_functions() -> None:
     p = make_problem()
     lam = p.task_weights.detach()
-    options = {"shift": True, "aggregation": "task", "label_smoothing": 0.1, "z_loss": 0.01}
+    options = {"shift": True, "aggregation": "task", "label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 0.5}
     module = LinearTaskCrossEntropy(lam, **options)
     out = module(p.hidden, p.weight, p.labels, p.task_ids, bias=p.bias)
     wanted = linear_task_cross_entropy(*p.tensors[:4], lam, bias=p.bias, **options)
@@ -53,5 +53,7 @@ def test_state_dict() -> None:
 def test_bad_options_are_refused_at_construction() -> None:
     with pytest.raises(ValueError, match="aggregation must be one of"):
         TaskCrossEntropy(torch.ones(2), aggregation="mean")
+    with pytest.raises(ValueError, match="logit_scale must be a finite number > 0, got -1"):
+        TaskCrossEntropy(torch.ones(2), logit_scale=-1)
     with pytest.raises(ValueError, match="task_weights must be float32"):
         TaskCrossEntropy(torch.ones(2).half())

@@ -29,7 +29,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     p = make_problem((2, 6), D=8, V=11, K=3, dtype=dtype)
     hidden, targets, tasks, *rows = flat(p)
     grad, stats, scale = torch.rand(12), torch.rand(2, 12), p.task_weights.detach().clone().requires_grad_()
-    weight, bias, spec, end = p.weight, p.bias, (0.0, 0.1, 0.01), (5, "portable")
+    weight, bias, spec, end = p.weight, p.bias, (0.0, 0.1, 0.01, 1.5, 0.1 / 11), (5, "portable")
     frozen = weight.detach()
     logits = (hidden @ frozen.t()).detach().requires_grad_()
     labels = p.labels.flatten()
@@ -40,8 +40,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
         (ops.linear_task_ce, (hidden, frozen, None, targets, tasks, *rows, scale, (True, False, False), spec, *end)),
         (ops.scale_gradient, (frozen, torch.tensor(3.0), torch.float32, "portable")),
         (ops.linear_task_ce_rows, (hidden, weight, bias, targets, *rows, None, spec, *end)),
-        (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end)),
-        (ops.linear_task_ce_rows_backward, (*backward, torch.zeros(11, 8), (True,) * 3, spec, *end)),
+        (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end, torch.float32)),
+        (ops.linear_task_ce_rows_backward, (*backward, torch.zeros(11, 8), (True,) * 3, spec, *end, dtype)),
         (ops.task_ce_rows, (logits, targets, spec, *end)),
         (ops.task_ce_rows_backward, (grad, logits.detach(), targets, stats, spec, *end)),
     ]

@@ -18,7 +18,8 @@ OPTIONS = [
     {"logit_softcap": 1.5},
     {"label_smoothing": 0.2},
     {"z_loss": 0.05},
-    {"logit_softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01},
+    {"logit_scale": 0.3},
+    {"logit_softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 1.7},
 ]
 
 
@@ -91,6 +92,9 @@ def test_reference_is_pytorch_cross_entropy() -> None:
         logits, p.labels, p.task_ids, p.task_weights, label_smoothing=0.1, aggregation="token"
     )
     assert error(out.loss, (lam * rows).sum() / lam.sum()) <= 1e-14
+    hot = reference_task_cross_entropy(*(logits / 0.7, *p.tensors[2:]), logit_softcap=2.0)  # before the soft cap
+    scaled = reference_task_cross_entropy(*(logits, *p.tensors[2:]), logit_scale=1 / 0.7, logit_softcap=2.0)
+    assert error(scaled.loss, hot.loss) <= 1e-14
     means = [rows[(lam > 0) & (p.task_ids.flatten() == k)].mean() for k in range(4)]
     weights = p.task_weights.double()
     by_task = sum(weights[k] * means[k] for k in range(4)) / weights.sum()
@@ -110,19 +114,22 @@ def test_backend_reference_is_the_oracle(problem: Problem) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sharpness", [0.5, 4.0, 16.0])  # from nearly uniform to nearly certain
+@pytest.mark.parametrize("logit_scale", [1.0, 0.125, 1.7])
 @pytest.mark.parametrize("aggregation", ["token", "none"])
-def test_16_bit_is_no_worse_than_materialising(dtype: torch.dtype, sharpness: float, aggregation: str) -> None:
+def test_16_bit_is_no_worse_than_materialising(
+    dtype: torch.dtype, sharpness: float, aggregation: str, logit_scale: float
+) -> None:
     """The bound of the design: error at most that of logits in this dtype + fp32 softmax, on the same inputs."""
     p = make_problem((2, 40), D=64, V=300, dtype=dtype, sharpness=sharpness)
-    inputs = (p.hidden, p.weight)
-    expected = reference_linear_task_cross_entropy(*p.tensors, aggregation=aggregation)
+    inputs, options = (p.hidden, p.weight), {"aggregation": aggregation, "logit_scale": logit_scale}
+    expected = reference_linear_task_cross_entropy(*p.tensors, **options)
     materialised = reference_task_cross_entropy(
-        p.hidden @ p.weight.t(), *p.tensors[2:], aggregation=aggregation
+        p.hidden @ p.weight.t(), *p.tensors[2:], **options
     )  # even with a float64 softmax behind it
     ordinary = gradients(materialised, *inputs)
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    exact = gradients(reference_linear_task_cross_entropy(*wide, *p.tensors[2:], aggregation=aggregation), *wide)
-    out = linear_task_cross_entropy(*p.tensors, aggregation=aggregation, chunk_size=9)
+    exact = gradients(reference_linear_task_cross_entropy(*wide, *p.tensors[2:], **options), *wide)
+    out = linear_task_cross_entropy(*p.tensors, chunk_size=9, **options)
     assert error(out.loss, expected.loss) <= max(FP32, error(materialised.loss, expected.loss))
     for actual, baseline, wanted in zip(gradients(out, *inputs), ordinary, exact, strict=True):
         assert actual.dtype == dtype
@@ -148,6 +155,7 @@ def test_float64_is_exact_to_gradcheck() -> None:
                 logit_softcap=2.0,
                 label_smoothing=0.1,
                 z_loss=0.1,
+                logit_scale=1.3,
                 chunk_size=3,
             ).loss
 

@@ -248,13 +248,14 @@ def test_second_backward_and_second_run_are_bitwise_the_same(options: dict) -> N
 
 @pytest.mark.parametrize("options", [{"chunk_size": 8}, {"recompute": True}], ids=str)
 def test_float16_gradients_survive_a_late_loss_scale(options: dict) -> None:
-    """Divided by 1e6 tokens they are below what float16 holds until the loss scale arrives."""
-    p = make_problem(V=90, dtype=torch.float16)
-    expected = reference_linear_task_cross_entropy(*p.tensors, normalizer=1e6)
-    wanted = torch.autograd.grad(expected.loss * 65536, (p.hidden, p.weight))
-    out = linear_task_cross_entropy(*p.tensors, normalizer=1e6, **options, **ON_CPU)
+    """Divided by 1e6 tokens, times a small scale of the logits, they are below what float16 holds until it arrives."""
+    p, scale = make_problem(V=90, dtype=torch.float16), 2.0**-16 * 1.3
+    common = {"normalizer": 1e6, "logit_scale": scale}
+    expected = reference_linear_task_cross_entropy(*p.tensors, **common)
+    wanted = torch.autograd.grad(expected.loss * (65536 / scale), (p.hidden, p.weight))
+    out = linear_task_cross_entropy(*p.tensors, **common, **options, **ON_CPU)
     # Two roundings to 11 bits, and the spacing of subnormal results.
-    for a, b in zip(torch.autograd.grad(out.loss * 65536, (p.hidden, p.weight)), wanted, strict=True):
+    for a, b in zip(torch.autograd.grad(out.loss * (65536 / scale), (p.hidden, p.weight)), wanted, strict=True):
         assert error(a, b) <= 2**-10 + 2**-25 / float(b.abs().max())
 
 

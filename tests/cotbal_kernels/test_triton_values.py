@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import vocabulary_shards
 
 pytest.importorskip("triton")
 
 from loss_problems import FP32, error, make_problem
+from triton_on_cpu import INTERPRETED as BACKEND
 from triton_on_cpu import compare, gradients, on_cpu, plans  # noqa: F401
 
 from cotbal_kernels import linear_task_cross_entropy, task_cross_entropy
@@ -37,19 +39,21 @@ def test_tiles_are_smaller_than_the_problem() -> None:
     [
         (WHOLE, False, {}),
         (SLICED, True, {}),
-        (SLICED, True, {"logit_softcap": 1.5}),
+        (SLICED, False, {"logit_scale": 41.0}),
+        (SLICED, True, {"logit_softcap": 1.5, "logit_scale": 2.6}),
         (SLICED, False, {"label_smoothing": 0.2}),
-        (WHOLE, True, {"label_smoothing": 0.2}),
+        (WHOLE, True, {"label_smoothing": 0.2, "logit_scale": 0.7}),
         (SLICED, False, {"z_loss": 0.05, "aggregation": "task"}),
         (SLICED, True, {"aggregation": "sum", **ALL}),
-        (SLICED, True, {"aggregation": "none", **ALL}),
+        (SLICED, True, {"aggregation": "none", "logit_scale": 0.0390625 * 1.3, **ALL}),
         (WHOLE, False, {"aggregation": "none"}),
         (SLICED, True, {"recompute": True, "aggregation": "task", "logit_softcap": 1.5}),
         (SLICED, False, {"differentiable_tasks": True, "label_smoothing": 0.2, "aggregation": "sum"}),
     ],
 )
 def test_float32(chunk_size: int | None, with_bias: bool, options: dict, plans) -> None:  # noqa: F811
-    p = make_problem(SHAPE, D=D, V=V, sharpness=2.0)
+    # Products of the same size whatever they are multiplied by.
+    p = make_problem(SHAPE, D=D, V=V, sharpness=2.0 / options.get("logit_scale", 1.0))
     compare(p, FP32, with_bias, chunk_size=chunk_size, **options)
     assert {slices for _, _, slices in plans} == {1 if chunk_size is WHOLE else 3}
 
@@ -92,6 +96,23 @@ def test_rows_without_a_place_are_computed_again(
     assert plans == [(80, 2 * width if dtype == torch.float16 else width, 3)]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"softcap": 3.0, "smoothing": 0.1, "z_loss": 0.01, "scale": 0.7}),
+        (torch.float16, {"smoothing": 0.1, "scale": 2.6}),
+    ],
+    ids=str,
+)
+def test_shards_of_a_vocabulary(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict) -> None:
+    """Targets elsewhere, statistics of the whole; slices within the shards; float16 through descriptors."""
+    rounding = 0.0 if dtype == torch.float32 else FP16 / 2
+    monkeypatch.setattr(head, "can_use_tma", lambda _: rounding > 0)
+    p = make_problem((2, 15), D=D, V=V, dtype=dtype, sharpness=2.0)
+    vocabulary_shards.check_shards(BACKEND, p, options, with_bias=bool(options), chunk_size=8, rounding=rounding)
+
+
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"aggregation": "none", **ALL}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict) -> None:
@@ -100,12 +121,13 @@ def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
     compare(p, FP32 if dtype == torch.float32 else FP16, True, chunk_size=SLICED, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}, ALL], ids=str)
-def test_frozen_head_goes_by_windows_of_rows(options: dict) -> None:
+@pytest.mark.parametrize(
+    ("with_bias", "options"), [(True, {}), (False, {"label_smoothing": 0.1, "z_loss": 0.01}), (True, ALL)], ids=str
+)
+def test_frozen_head_goes_by_windows_of_rows(with_bias: bool, options: dict) -> None:
     p = make_problem(SHAPE, D=D, V=V, sharpness=2.0)
     p.weight.requires_grad_(False)
-    compare(p, FP32, True, chunk_size=17, **options)  # windows of 17, 17 and 16 positions
-    compare(p, FP32, chunk_size=17, **options)
+    compare(p, FP32, with_bias, chunk_size=17, **options)  # windows of 17, 17 and 16 positions
 
 
 def test_frozen_trunk() -> None:
@@ -143,7 +165,7 @@ def test_differentiable_tasks_take_any_mixture() -> None:
         assert error(a, b) <= FP32
 
 
-@pytest.mark.parametrize("options", [{}, {"aggregation": "none", **ALL}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"aggregation": "none", "logit_scale": 2.6, **ALL}], ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 31, 150])  # one column, one ragged block of 32, several
 def test_existing_logits(options: dict, vocab_size: int) -> None:
     p = make_problem((2, 7), D=9, V=vocab_size, sharpness=2.0)

@@ -1,0 +1,198 @@
+"""``cotbal evaluate`` and ``cotbal score``: what they take, print, refuse and leave behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import TaskConfig
+
+Command = Callable[..., Any]
+
+
+class TestScore:
+    @pytest.fixture
+    def write(self, tmp_path: Path) -> Callable[..., Path]:
+        def write(*lines: Any) -> Path:
+            path = tmp_path / "p.jsonl"
+            path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+            return path
+
+        return write
+
+    def test_predictions_from_elsewhere(self, cotbal: Command, write: Callable[..., Path]) -> None:
+        """2 of 4 right: 50 %, and a standard error of sqrt(4 * 50^2 / 3) / sqrt(4) = 28.8675 by hand."""
+        rows = [
+            {"prediction": text, "references": ["red", "blue"], "model": "other"} for text in ("Red.", "blue", "x", "y")
+        ]
+        outcome = cotbal("score", write(rows[0], "", *rows[1:]), "--metric", "exact_match", "--metric", "gqa_accuracy")
+        assert outcome.code == 0, outcome.err
+        found = json.loads(outcome.out)
+        assert list(found) == ["exact_match", "gqa_accuracy"]
+        error = found["exact_match"].pop("standard_error")
+        assert found["exact_match"] == {"metric": "EM", "value": 50.0, "samples": 4}
+        assert error == pytest.approx(28.867513459481287, abs=1e-12)
+
+    def test_losses(self, cotbal: Command, write: Callable[..., Path]) -> None:
+        outcome = cotbal("score", write({"loss_sum": 3.0, "tokens": 2}), "--metric", "perplexity")
+        assert json.loads(outcome.out)["perplexity"] == {
+            "metric": "perplexity", "value": pytest.approx(4.4816890703380645), "standard_error": None, "samples": 1,
+        }  # fmt: skip
+
+    GOOD = {"id": 1, "prediction": "a", "references": ["a"]}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("lines", "message"),
+        [
+            ([GOOD, {"references": ["a"]}], "line 2: there is no 'prediction' (a string); the line has references"),
+            ([GOOD, "", {"prediction": "a"}], "line 3: there is no 'references'"),
+            ([{"prediction": 3, "references": ["a"]}], "line 1: 'prediction' must be a string, got 3"),
+            ([{"prediction": "", "references": "a"}], "line 1: 'references' must be a list of at least one string"),
+            ([{"prediction": "", "references": []}], "line 1: 'references' must be a list of at least one string"),
+            ([GOOD, "{'a'"], "line 2: not valid JSON"),
+            ([GOOD, [1]], "line 2: expected an object, got list"),
+            ([GOOD, GOOD | {"id": 2}, GOOD], "line 3: id '1' is already on line 1; it would count twice"),
+            ([], "has no lines to score"),
+        ],
+    )
+    def test_errors(self, cotbal: Command, write: Callable[..., Path], lines: list[Any], message: str) -> None:
+        outcome = cotbal("score", write(*lines), "--metric", "exact_match")
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message in outcome.err
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            (GOOD, "there is no 'loss_sum'"),
+            ({"loss_sum": -1, "tokens": 1}, "'loss_sum' must be the sum of -ln p"),
+            ({"loss_sum": 1.0, "tokens": 0}, "'tokens' must be how many tokens that sum has, at least 1, got 0"),
+        ],
+    )
+    def test_errors_of_losses(
+        self, cotbal: Command, write: Callable[..., Path], row: dict[str, Any], message: str
+    ) -> None:
+        assert message in cotbal("score", write(row), "--metric", "perplexity").err
+
+    def test_usage(self, cotbal: Command, write: Callable[..., Path], tmp_path: Path) -> None:
+        assert "did you mean 'exact_match'?" in cotbal("score", write(self.GOOD), "--metric", "exactmatch").err
+        assert "at least one --metric" in cotbal("score", write(self.GOOD)).err
+        assert "cannot be read: No such file" in cotbal("score", tmp_path / "no.jsonl", "--metric", "bleu").err
+
+
+class TestCommand:
+    @pytest.fixture
+    def run(self, cotbal: Command, tiny_tasks: list[TaskConfig], pixel_model: Path, tmp_path: Path) -> Command:
+        def run(*options: object, model: Path = pixel_model, task: int = 0, metric: str = "exact_match") -> Any:
+            own = tiny_tasks[task]
+            return cotbal(
+                "evaluate", model, "--records", own.train, "--image-root", own.image_root, "--metric", metric,
+                "--output", tmp_path / "out", "--device", "cpu", "--threads", 1, "--precision", "fp32",
+                "--max-new-tokens", 6, *options,
+            )  # fmt: skip
+
+        return run
+
+    def test_limit_score_refusal_and_overwrite(
+        self, run: Command, cotbal: Command, tiny_tasks: list[TaskConfig], pixel_model: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        outcome = run("--limit", 5, "--batch-size", 2)
+        assert outcome.code == 0, outcome.err
+        assert "5 of 5 samples, " in outcome.err
+        assert "tokens/s, padding " in outcome.err
+        lines = tiny_tasks[0].train.read_text().splitlines()[:5]
+        found = [json.loads(line) for line in (out / "predictions.jsonl").read_bytes().splitlines()]
+        assert [row["id"] for row in found] == [json.loads(line)["id"] for line in lines], "the first five, in order"
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert json.loads(outcome.out) == metrics
+        scored = cotbal("score", out / "predictions.jsonl", "--metric", "exact_match", "--metric", "bleu")
+        assert json.loads(scored.out)["exact_match"] == metrics["metrics"]["exact_match"]
+
+        before = (out / "predictions.jsonl").read_bytes()
+        other = tmp_path / "other"
+        shutil.copytree(pixel_model, other)
+        weights = bytearray((other / "model.safetensors").read_bytes())
+        weights[-5] ^= 64
+        (other / "model.safetensors").write_bytes(weights)
+        for options, message in (
+            (("--limit", 5, "--batch-size", 3), "batch_size is 2 there and 3 here"),
+            (("--batch-size", 2), "sets.predictions.limit is 5 there and None here"),
+            (("--limit", 5, "--batch-size", 2, "--precision", "bf16"), "precision is 'fp32' there and 'bf16' here"),
+            (("--limit", 5, "--batch-size", 2, "--max-new-tokens", 7), "max_new_tokens is 6 there and 7 here"),
+        ):
+            refused = run(*options)
+            assert refused.code == 2
+            assert message in refused.err
+            assert "choose another --output, or replace it with --overwrite" in refused.err
+        refused = run("--limit", 5, "--batch-size", 2, model=other)
+        assert "holds another evaluation: model is '" in refused.err
+        refused = run("--limit", 5, "--batch-size", 2, task=1)
+        assert "sets.predictions.records is '" in refused.err
+        assert (out / "predictions.jsonl").read_bytes() == before
+        again = run("--limit", 5, "--batch-size", 2)  # the same one: nothing to do
+        assert json.loads(again.out) == metrics
+        replaced = run("--limit", 3, "--overwrite")
+        assert json.loads(replaced.out)["metrics"]["exact_match"]["samples"] == 3
+        assert len((out / "predictions.jsonl").read_bytes().splitlines()) == 3
+
+    def test_files_of_unknown_origin_are_kept(self, run: Command, tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/predictions.jsonl").write_text("precious\n")
+        outcome = run()
+        assert "holds predictions.jsonl of unknown origin" in outcome.err
+        assert (tmp_path / "out/predictions.jsonl").read_text() == "precious\n"
+
+    def test_a_task_of_a_configuration_is_the_same_as_its_records(
+        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path,
+        tiny_tasks: list[TaskConfig], pixel_model: Path,
+    ) -> None:  # fmt: skip
+        config = write_config(run_data)
+        outcome = cotbal(
+            "evaluate", pixel_model, "--config", config, "--task", "box", "--split", "validation", "--output",
+            tmp_path / "a",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+        own = tiny_tasks[1]
+        plain = cotbal(
+            "evaluate", pixel_model, "--records", own.validation, "--image-root", own.image_root, "--metric",
+            "accuracy_iou", "--output", tmp_path / "b", "--device", "cpu", "--precision", "fp32", "--threads", 1,
+            "--max-new-tokens", 12,
+        )  # fmt: skip
+        assert json.loads(outcome.out)["metrics"] == json.loads(plain.out)["metrics"]
+        written = [(tmp_path / name / "predictions.jsonl").read_bytes() for name in "ab"]
+        assert written[0] == written[1]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ((), "takes either --records FILE"),
+            (("--records", "r.json"), "--records has no metric of its own"),
+            (("--records", "r.json", "--metric", "cidr"), "unknown metric 'cidr' (did you mean 'cider'?)"),
+            (("--records", "no.json", "--metric", "cider"), "no.json does not exist"),
+            (("--config", "CONFIG"), "--config needs --task, one of colour, box, chat"),
+            (("--config", "CONFIG", "--task", "colr"), "unknown task 'colr' (did you mean 'colour'?)"),
+            (("--config", "CONFIG", "--task", "box", "--split", "train"), "--split must be one of validation, test"),
+            (("--config", "CONFIG", "--task", "box", "--precision", "int8"), "--precision must be one of fp32, bf16"),
+        ],
+    )
+    def test_errors(
+        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[..., Path], pixel_model: Path,
+        tmp_path: Path, options: tuple[str, ...], message: str,
+    ) -> None:  # fmt: skip
+        config = str(write_config(run_data))
+        given = [config if option == "CONFIG" else option for option in options]
+        outcome = cotbal("evaluate", pixel_model, "--output", tmp_path / "out", "--device", "cpu", *given)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message in outcome.err
+
+    def test_bad_material(self, run: Command, tiny_tasks: list[TaskConfig], tmp_path: Path) -> None:
+        assert "is not a model folder" in run(model=tmp_path).err
+        assert "image_root (--image-root)" in run("--image-root", tmp_path).err
+        twice = run("--records", tiny_tasks[0].train)
+        assert "id 'colour-train-0' is already used in" in twice.err
+        assert not (tmp_path / "out" / "parts").exists()

@@ -1,0 +1,158 @@
+"""One batch through the model: greedy answers to prompts, or losses of the answers that are there.
+
+Legend: B records, S tokens of the longest, N generated tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from trainer.data.collator import stack_images
+from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded
+from trainer.data.records import Record
+from trainer.errors import UserError
+from trainer.evaluation.spec import EvaluationSet
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Results of a batch in its order, and how many tokens the model generated for it."""
+
+    results: list[dict[str, Any]]
+    generated_tokens: int
+
+
+def encode(encoder: ConversationEncoder, chosen: EvaluationSet, records: Sequence[Record]) -> list[Encoded]:
+    """Prompts, or whole conversations for perplexity.
+
+    Raises:
+        UserError: an image that does not decode, or a record that cannot be encoded, named with its set.
+    """
+    encoded = []
+    for record in records:
+        try:
+            one = (encoder.training_sample if chosen.teacher_forced else encoder.prompt)(record, chosen.image_path)
+        except UserError as error:
+            raise UserError(f"set '{chosen.name}': {error}") from error
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            images = ", ".join(str(chosen.image_path(image)) for image in record.images)
+            raise UserError(
+                f"set '{chosen.name}', record '{record.id}': {images} cannot be decoded ({error})"
+            ) from error
+        encoded.append(one)
+    return encoded
+
+
+class BatchScorer:
+    """Runs batches on one device.
+
+    Args:
+        model: on its device, whole: not inside a ZeRO-3 engine, where every forward is a collective and ranks that
+            generate different numbers of tokens wait for each other for ever.
+        tokenizer: of the model.
+        batch_size: most records of a batch.
+
+    Raises:
+        UserError: the model's parameters are spread over ranks.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise UserError(
+                "this model is inside a ZeRO-3 engine, where generation hangs as soon as ranks differ in length; "
+                "save it (trainer.save_model) and evaluate the folder: cotbal evaluate FOLDER"
+            )
+        self.model = model.eval()
+        self.tokenizer = copy.deepcopy(tokenizer)  # decodes here while another thread encodes with the original
+        self.batch_size = batch_size
+        self._patched = False
+
+    def __call__(self, chosen: EvaluationSet, encoded: Sequence[Encoded]) -> Scored:
+        """Greedy answers, or summed losses when the set is teacher-forced.
+
+        Raises:
+            UserError: the device has too little memory for the batch.
+        """
+        try:
+            with torch.inference_mode():
+                return self._losses(encoded) if chosen.teacher_forced else self._answers(encoded, chosen.max_new_tokens)
+        except torch.cuda.OutOfMemoryError as error:
+            longest = max(len(one.input_ids) for one in encoded)
+            more = "" if chosen.teacher_forced else f" and up to {chosen.max_new_tokens} new ones each"
+            raise UserError(
+                f"set '{chosen.name}': out of GPU memory with {len(encoded)} records at once, the longest of "
+                f"{longest} tokens{more}; lower evaluation.batch_size (--batch-size), now {self.batch_size}"
+            ) from error
+
+    def _answers(self, encoded: Sequence[Encoded], max_new_tokens: int) -> Scored:
+        input_ids_BS, attention_mask_BS = self._pad(encoded, "left")
+        generated_BN = self.model.generate(  # type: ignore[operator]  # any transformers model that generates
+            input_ids=input_ids_BS,
+            attention_mask=attention_mask_BS,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **self._images(encoded),
+        )[:, input_ids_BS.shape[1] :].cpu()
+        texts = self.tokenizer.batch_decode(generated_BN, skip_special_tokens=True)
+        return Scored([{"prediction": text.strip()} for text in texts], self._until_end(generated_BN))
+
+    def _until_end(self, generated_BN: Tensor) -> int:
+        """Generated tokens of all rows, each up to and with its first end mark; after it a row is padding."""
+        config = getattr(self.model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)
+        marks = torch.tensor([ends] if isinstance(ends, int) else ends or [])
+        ended_BN = torch.isin(generated_BN, marks).cumsum(1) - torch.isin(generated_BN, marks).long() > 0
+        return int((~ended_BN).sum())
+
+    def _losses(self, encoded: Sequence[Encoded]) -> Scored:
+        """Sum of -ln p over each record's supervised tokens: the fused loss with one "task" per record, no logits."""
+        from cotbal_kernels.huggingface import apply_fused_loss
+
+        if not self._patched:
+            apply_fused_loss(self.model, num_tasks=self.batch_size)
+            self._patched = True
+        input_ids_BS, attention_mask_BS = self._pad(encoded, "right")
+        labels_BS = torch.full_like(input_ids_BS, IGNORE_INDEX)
+        for row, one in enumerate(encoded):
+            labels_BS[row, : len(one.labels)] = torch.tensor(one.labels)
+        out = self.model(
+            input_ids=input_ids_BS,
+            attention_mask=attention_mask_BS,
+            labels=labels_BS,
+            loss_task_ids=torch.arange(len(encoded), device=input_ids_BS.device),
+            **self._images(encoded),
+        )
+        sums, tokens = out.task_loss.tolist(), out.task_tokens.tolist()
+        return Scored([{"loss_sum": sums[row], "tokens": tokens[row]} for row in range(len(encoded))], 0)
+
+    def _pad(self, encoded: Sequence[Encoded], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask ``[B, S]`` int64 on the model's device; generation goes on at the right end."""
+        width = max(len(one.input_ids) for one in encoded)
+        input_ids_BS = torch.full((len(encoded), width), self.tokenizer.pad_token_id)
+        attention_mask_BS = torch.zeros((len(encoded), width), dtype=torch.long)
+        for row, one in enumerate(encoded):
+            length = len(one.input_ids)
+            place = slice(width - length, width) if side == "left" else slice(length)
+            input_ids_BS[row, place] = torch.tensor(one.input_ids)
+            attention_mask_BS[row, place] = 1
+        return input_ids_BS.to(self._device), attention_mask_BS.to(self._device)
+
+    def _images(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+        dtype = next(self.model.parameters()).dtype
+        return {
+            key: value.to(self._device, dtype=dtype if value.is_floating_point() else None)
+            for key, value in stack_images(encoded).items()
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device

@@ -1,0 +1,109 @@
+"""Which records go through the model together: batches that do not depend on the number of ranks.
+
+Padding changes the last bits of what a model computes, so a record's neighbours can decide a near tie between two
+tokens. The batches are therefore the same for 1 and for N ranks, before and after a restart, and ranks share them out
+whole. Within a set, records are sorted by length, longest first (ties in record order), and cut into batches. The
+batches of all sets are then ordered by cost, the dearest first: a batch too large for memory fails at once, and the
+ranks that take one after the other end at about the same time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from trainer.data.encoding import ConversationEncoder, Encoded
+from trainer.data.lengths import BlankImages
+from trainer.data.records import Record
+from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
+from trainer.pipeline.stages import write_json
+
+_PROBES = ((64, 64), (1344, 336))  # pixels; a processor with a dynamic resolution tells them apart
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records of one set, by position in it."""
+
+    set_index: int
+    records: tuple[int, ...]
+
+
+def plan_batches(lengths: Sequence[Sequence[int]], new_tokens: Sequence[int], batch_size: int) -> list[Batch]:
+    """The batches of an evaluation in the order in which ranks take them.
+
+    Args:
+        lengths: tokens of every record of every set.
+        new_tokens: for every set, the most tokens that a record gets on top.
+        batch_size: records of a batch; the last one of a set may have fewer.
+    """
+    batches: list[tuple[int, Batch]] = []
+    for index, (own, new) in enumerate(zip(lengths, new_tokens, strict=True)):
+        order = sorted(range(len(own)), key=lambda record: -own[record])  # stable: ties stay in record order
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            cost = len(chosen) * (own[chosen[0]] + new)
+            batches.append((cost, Batch(index, tuple(chosen))))
+    batches.sort(key=lambda item: -item[0])
+    return [batch for _, batch in batches]
+
+
+def write_plan(spec: EvaluationSpec, records: Sequence[Sequence[Record]], encoder: ConversationEncoder) -> list[Batch]:
+    """Makes the plan and keeps it, so that a restart need not measure every record again."""
+    sizes = prompt_sizes(encoder)
+    lengths = [[sizes(record, chosen) for record in own] for chosen, own in zip(spec.sets, records, strict=True)]
+    new_tokens = [0 if chosen.teacher_forced else chosen.max_new_tokens for chosen in spec.sets]
+    batches = plan_batches(lengths, new_tokens, spec.batch_size)
+    write_json(_path(spec), [[batch.set_index, *batch.records] for batch in batches])
+    return batches
+
+
+def read_plan(spec: EvaluationSpec) -> list[Batch]:
+    """The plan that :func:`write_plan` left; FileNotFoundError when there is none."""
+    return [Batch(index, tuple(records)) for index, *records in json.loads(_path(spec).read_text())]
+
+
+def _path(spec: EvaluationSpec) -> Path:
+    return spec.parts / "plan.json"
+
+
+def prompt_sizes(encoder: ConversationEncoder) -> Callable[[Record, EvaluationSet], int]:
+    """A function for the length of a record in tokens that decodes no image.
+
+    Every image is measured as one token plus what its size expands to: the same for all images with most models,
+    else found once per image size. Should a processor look at more than the size, the order of the records is less
+    tight and nothing else changes.
+    """
+    if encoder.features is not None or not encoder.reads_images:
+        return lambda record, chosen: len(_encode(encoder, record, chosen).input_ids)
+    plain = ConversationEncoder(encoder.processor, encoder.max_length, BlankImages(1))
+    tokens = _image_tokens(encoder)
+
+    def size(record: Record, chosen: EvaluationSet) -> int:
+        length = len(_encode(plain, record, chosen).input_ids)
+        return length + sum(tokens(chosen.image_path(image)) - 1 for image in record.images)
+
+    return size
+
+
+def _encode(encoder: ConversationEncoder, record: Record, chosen: EvaluationSet) -> Encoded:
+    return (encoder.training_sample if chosen.teacher_forced else encoder.prompt)(record, chosen.image_path)
+
+
+def _image_tokens(encoder: ConversationEncoder) -> Callable[[Path], int]:
+    @cache
+    def of_size(size: tuple[int, int]) -> int:
+        found = encoder.processor(text=encoder.image_token, images=[Image.new("RGB", size)], add_special_tokens=False)
+        return len(found["input_ids"][0])
+
+    def of_file(path: Path) -> int:
+        with Image.open(path) as picture:  # the header only
+            return of_size(picture.size)
+
+    counts = {of_size(size) for size in _PROBES}
+    return (lambda path: next(iter(counts))) if len(counts) == 1 else of_file

@@ -1,0 +1,127 @@
+"""Ranks: processes that each hold the model and take batches until none is left.
+
+They share a counter and nothing else. No collective is called while generating, so no rank waits for another one,
+however many batches each of them gets through, and a rank that dies leaves the others' work whole.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from trainer.config import ModelConfig
+from trainer.data.encoding import ConversationEncoder, Encoded
+from trainer.evaluation.generation import BatchScorer, encode
+from trainer.evaluation.parts import Claims, Finished, PartFile, as_rank
+from trainer.evaluation.planning import read_plan
+from trainer.evaluation.spec import EvaluationSpec
+from trainer.launching import die_with_parent
+from trainer.models.features import FeatureStore
+from trainer.models.loading import load_model, load_processor
+
+Result = TypeVar("Result")
+
+
+class RankProcesses:
+    """Warm processes, one for each rank, started when first asked for something."""
+
+    def __init__(self, ranks: int) -> None:
+        self._pools: list[ProcessPoolExecutor | None] = [None] * ranks
+
+    def submit(self, rank: int, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """`work` in the process of `rank`, which is the same for every call: it never touches another one's GPU."""
+        pool = self._pools[rank]
+        if pool is None:
+            pool = ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
+            )
+            self._pools[rank] = pool
+        return pool.submit(work, *arguments)
+
+    def close(self) -> None:
+        """Ends the processes, which gives their memory back; later calls start new ones."""
+        for rank, pool in enumerate(self._pools):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+            self._pools[rank] = None
+
+
+def load_encoder(spec: EvaluationSpec) -> ConversationEncoder:
+    """The model folder's processor, with cached features where the spec has them."""
+    features = FeatureStore(spec.features) if spec.features else None
+    return ConversationEncoder(load_processor(str(spec.model_path)), spec.max_length, features)
+
+
+def run_rank(spec: EvaluationSpec, rank: int, todo: Sequence[int], after: Callable[[], None] = lambda: None) -> None:
+    """Does batches of `todo` (numbers in the plan) that no other rank has taken, until none is left.
+
+    Args:
+        after: called after every batch.
+
+    Raises:
+        UserError: an image or a record cannot be used, or memory does not suffice.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(spec.threads)
+    try:
+        with as_rank(spec.output_dir):
+            _work(spec, rank, todo, after)
+    finally:
+        torch.set_num_threads(threads)
+        if torch.cuda.is_initialized():
+            gc.collect()  # a patched model refers to itself
+            torch.cuda.empty_cache()
+
+
+def _work(spec: EvaluationSpec, rank: int, todo: Sequence[int], after: Callable[[], None]) -> None:
+    plan = read_plan(spec)
+    records = [chosen.load() for chosen in spec.sets]
+    encoder = load_encoder(spec)
+    claims = Claims(spec.parts)
+
+    def take(reserved: int | None = None) -> tuple[int, list[Encoded]] | None:
+        """The next batch, encoded; in a thread of its own, while the batch before it is on the device."""
+        position = claims.take(reserved)
+        if position >= len(todo):
+            return None
+        batch = plan[todo[position]]
+        chosen = spec.sets[batch.set_index]
+        return todo[position], encode(encoder, chosen, [records[batch.set_index][index] for index in batch.records])
+
+    scorer: BatchScorer | None = None
+    with ThreadPoolExecutor(1) as ahead, PartFile(spec.parts, rank) as part:
+        waiting = ahead.submit(take, rank)
+        while (taken := waiting.result()) is not None:
+            waiting = ahead.submit(take)
+            number, encoded = taken
+            if scorer is None:
+                scorer = _load(spec, rank, encoder)
+            started = time.time()
+            scored = scorer(spec.sets[plan[number].set_index], encoded)
+            lengths = [len(one.input_ids) for one in encoded]
+            part.append(
+                Finished(
+                    number,
+                    scored.results,
+                    prompt_tokens=sum(lengths),
+                    padded_tokens=len(lengths) * max(lengths),
+                    generated_tokens=scored.generated_tokens,
+                    started=started,
+                    ended=time.time(),
+                )
+            )
+            after()
+
+
+def _load(spec: EvaluationSpec, rank: int, encoder: ConversationEncoder) -> BatchScorer:
+    options = ModelConfig(path=str(spec.model_path), freeze=[], attention=spec.attention)
+    dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+    model = load_model(str(spec.model_path), options, dtype).to(spec.devices[rank])
+    return BatchScorer(model, encoder.tokenizer, spec.batch_size)

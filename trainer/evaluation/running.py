@@ -1,0 +1,208 @@
+"""An evaluation from its first batch to ``metrics.json``: started, gone on with after a kill, or found finished.
+
+1. ``prepare``: the folder is this evaluation's (``manifest.json``), the batches are fixed (``parts/plan.json``).
+2. Ranks take batches and append them to ``parts/rank-<k>.jsonl``.
+3. ``finish``: parts become ``<set>.jsonl`` in record order, each written whole or not at all; then ``metrics.json``;
+   then ``parts/`` goes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from trainer.data.records import IMAGE_PLACEHOLDER, Record, write_jsonl
+from trainer.errors import UserError
+from trainer.evaluation.manifest import claim_folder, describe, read_throughput, write_throughput
+from trainer.evaluation.parts import Claims, Finished, Tail, busy_seconds, collect, no_ranks, sole_use
+from trainer.evaluation.planning import Batch, read_plan, write_plan
+from trainer.evaluation.progress import Meter
+from trainer.evaluation.ranks import RankProcesses, load_encoder, run_rank
+from trainer.evaluation.scoring import compute, entry, read_predictions
+from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
+from trainer.pipeline.stages import write_json
+
+Result = TypeVar("Result")
+_POLL = 0.5  # seconds
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to do: numbers of batches, and records done before and in all."""
+
+    todo: list[int]
+    done: int
+    total: int
+
+
+def evaluate(
+    spec: EvaluationSpec,
+    processes: RankProcesses | None = None,
+    report: Callable[[Meter], None] = lambda meter: None,
+) -> dict[str, Any]:
+    """Scores a model on every set; returns and writes ``metrics.json``. Run again after a kill, it continues.
+
+    Args:
+        processes: where the ranks run, at least one for each of ``spec.devices``; None is this process, for one rank.
+        report: called about twice a second with how far it is. An exception that it raises ends the evaluation after
+            the batches that are on the devices; what is done is kept.
+
+    Raises:
+        UserError: bad records, images or model, too little memory, or a folder that holds another evaluation.
+        RuntimeError: a rank was ended from outside.
+    """
+    if processes is None and len(spec.devices) != 1:
+        raise ValueError(f"{len(spec.devices)} ranks need processes to run in")
+
+    def call(work: Callable[..., Result], *arguments: Any) -> Result:
+        return work(*arguments) if processes is None else processes.submit(0, work, *arguments).result()
+
+    try:
+        with sole_use(spec.output_dir):
+            work = call(prepare, spec)
+            meter = Meter(work.done, work.total)
+            report(meter)
+            if work.todo:
+                Claims(spec.parts).open(min(len(spec.devices), len(work.todo)))
+                tail = Tail(spec.parts)
+
+                def poll() -> None:
+                    for finished in tail():
+                        meter.add(finished)
+                    report(meter)
+
+                if processes is None:
+                    run_rank(spec, 0, work.todo, poll)
+                else:
+                    _run_ranks(spec, processes, work.todo, poll)
+            return call(finish, spec)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"the evaluation into {spec.output_dir} was ended from outside (out of memory?); "
+            "lower evaluation.batch_size or launch.processes and run again: what is done is kept"
+        ) from error
+
+
+def _run_ranks(spec: EvaluationSpec, processes: RankProcesses, todo: list[int], poll: Callable[[], None]) -> None:
+    ranks = min(len(spec.devices), len(todo))
+    running = {processes.submit(rank, run_rank, spec, rank, todo) for rank in range(ranks)}
+    try:
+        while running:
+            ended, running = wait(running, timeout=_POLL, return_when=FIRST_EXCEPTION)
+            for future in ended:
+                future.result()
+            poll()
+    except BaseException:
+        Claims(spec.parts).close()
+        wait(running)  # for the batches that are on the devices
+        raise
+
+
+def prepare(spec: EvaluationSpec) -> Work:
+    """Claims the folder, checks records and images, and says what is left to do.
+
+    Raises:
+        UserError: as :func:`evaluate`.
+    """
+    records = [chosen.load() for chosen in spec.sets]
+    for chosen, own in zip(spec.sets, records, strict=True):
+        _ = chosen.teacher_forced  # metrics that exclude each other
+        _check_images(chosen, own)
+    total = sum(map(len, records))
+    claim_folder(spec, describe(spec, records))
+    if all(spec.predictions(chosen).exists() for chosen in spec.sets):
+        return Work([], total, total)
+    spec.parts.mkdir(exist_ok=True)
+    with no_ranks(spec.output_dir):
+        try:
+            plan = read_plan(spec)
+        except FileNotFoundError:
+            plan = write_plan(spec, records, load_encoder(spec))
+        done = collect(spec.parts, plan)
+    todo = [number for number in range(len(plan)) if number not in done]
+    return Work(todo, sum(len(plan[number].records) for number in done), total)
+
+
+def _check_images(chosen: EvaluationSet, records: Sequence[Record]) -> None:
+    for record in records:
+        for image in record.images:
+            if not chosen.image_path(image).is_file():
+                raise UserError(
+                    f"set '{chosen.name}', record '{record.id}': image {chosen.image_path(image)} does not exist; "
+                    "image paths start from image_root (--image-root)"
+                )
+
+
+def finish(spec: EvaluationSpec) -> dict[str, Any]:
+    """Merges the parts, scores the predictions and writes ``metrics.json``; can be run again at any point."""
+    if not all(spec.predictions(chosen).exists() for chosen in spec.sets):
+        _merge(spec)
+    throughput = read_throughput(spec)
+    metrics: dict[str, Any] = {}
+    for chosen in spec.sets:
+        rows = read_predictions(
+            spec.predictions(chosen), answers=not chosen.teacher_forced, losses=chosen.teacher_forced
+        )
+        results = {name: compute(name, rows) for name in chosen.metrics}
+        scores = {name: entry(name, result) for name, result in results.items()}
+        if not spec.by_task:
+            metrics = {"metrics": scores, "throughput": throughput.get(chosen.name)}
+            continue
+        ((name, result),) = results.items()
+        for row, value in zip(rows, result.per_sample, strict=True):
+            row["score"] = value
+        write_jsonl(spec.predictions(chosen), rows)
+        metrics[chosen.name] = scores[name] | {"throughput": throughput.get(chosen.name)}
+    write_json(spec.output_dir / "metrics.json", metrics)
+    with suppress(FileNotFoundError):
+        shutil.rmtree(spec.parts)
+    return metrics
+
+
+def _merge(spec: EvaluationSpec) -> None:
+    plan = read_plan(spec)
+    done = collect(spec.parts, plan)
+    missing = len(plan) - len(done)
+    if missing:
+        raise RuntimeError(f"{missing} of {len(plan)} batches are missing in {spec.parts}; run the evaluation again")
+    records = [chosen.load() for chosen in spec.sets]
+    write_throughput(spec, {chosen.name: _throughput(plan, done, index) for index, chosen in enumerate(spec.sets)})
+    results: list[dict[int, dict[str, Any]]] = [{} for _ in spec.sets]
+    for number, batch in enumerate(plan):
+        results[batch.set_index].update(zip(batch.records, done[number].results, strict=True))
+    for chosen, own, found in zip(spec.sets, records, results, strict=True):
+        write_jsonl(spec.predictions(chosen), [_row(record) | found[index] for index, record in enumerate(own)])
+
+
+def _row(record: Record) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "image": record.images[0] if record.images else None,
+        "question": record.turns[-1].question.replace(IMAGE_PLACEHOLDER, "").strip(),
+        "references": record.answers,
+    }
+
+
+def _throughput(plan: Sequence[Batch], done: dict[int, Finished], set_index: int) -> dict[str, Any]:
+    """Sums over the batches of a set. ``seconds`` is the time in which at least one rank was at one of them."""
+    own = [done[number] for number, batch in enumerate(plan) if batch.set_index == set_index]
+    seconds = busy_seconds((finished.started, finished.ended) for finished in own)
+    samples = sum(len(finished.results) for finished in own)
+    prompt, padded, generated = (
+        sum(getattr(finished, key) for finished in own)
+        for key in ("prompt_tokens", "padded_tokens", "generated_tokens")
+    )
+    return {
+        "seconds": round(seconds, 3),
+        "samples": samples,
+        "prompt_tokens": prompt,
+        "generated_tokens": generated,
+        "samples_per_second": round(samples / max(seconds, 1e-9), 3),
+        "tokens_per_second": round((generated or prompt) / max(seconds, 1e-9), 3),  # losses generate nothing
+        "padding_share": round(1 - prompt / padded, 4),
+    }

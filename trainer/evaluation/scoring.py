@@ -1,0 +1,102 @@
+"""Metrics of predictions, with or without the model that made them at hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.metrics import MetricResult, get_metric, perplexity, takes_losses
+
+Row = dict[str, Any]
+
+
+def compute(metric: str, rows: Sequence[Row]) -> MetricResult:
+    """A metric of predictions: of ``prediction`` and ``references``, or of ``loss_sum`` and ``tokens``."""
+    if takes_losses(metric):
+        return perplexity([row["loss_sum"] for row in rows], [row["tokens"] for row in rows])
+    return get_metric(metric).compute([row["prediction"] for row in rows], [row["references"] for row in rows])
+
+
+def entry(metric: str, result: MetricResult) -> dict[str, Any]:
+    """A metric's value as a JSON object; the standard error of a single sample is unknown: null."""
+    error = result.standard_error
+    return {
+        "metric": get_metric(metric).label,
+        "value": result.value,
+        "standard_error": error if math.isfinite(error) else None,
+        "samples": len(result.per_sample),
+    }
+
+
+def score_file(path: Path, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``{metric: entry}`` for a file of predictions from anywhere.
+
+    Raises:
+        UserError: an unknown metric, or a line that it cannot be computed from, named by its number.
+    """
+    losses = {name: takes_losses(name) for name in metrics}
+    rows = read_predictions(path, answers=not all(losses.values()), losses=any(losses.values()))
+    return {name: entry(name, compute(name, rows)) for name in losses}
+
+
+def read_predictions(path: Path, answers: bool = True, losses: bool = False) -> list[Row]:
+    """Rows of a JSONL file of predictions; fields that are not asked for are not looked at.
+
+    Args:
+        answers: rows need ``prediction``, a string, and ``references``, a list of at least one string.
+        losses: rows need ``loss_sum``, a number of at least 0 (nats), and ``tokens``, an integer of at least 1.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is malformed or repeats an ``id``.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"predictions {path} cannot be read: {error.strerror}") from error
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object, got {type(row).__name__}")
+        _check(row, where, answers, losses)
+        if "id" in row:
+            first = seen.setdefault(str(row["id"]), number)
+            if first != number:
+                raise UserError(f"{where}: id '{row['id']}' is already on line {first}; it would count twice")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"predictions {path} has no lines to score")
+    return rows
+
+
+def _check(row: Row, where: str, answers: bool, losses: bool) -> None:
+    if answers:
+        _need(row, "prediction", isinstance(row.get("prediction"), str), "a string", where)
+        references = row.get("references")
+        texts = isinstance(references, list) and references and all(isinstance(text, str) for text in references)
+        _need(row, "references", bool(texts), "a list of at least one string", where)
+    if losses:
+        total, tokens = row.get("loss_sum"), row.get("tokens")
+        number = isinstance(total, (int, float)) and not isinstance(total, bool) and total >= 0
+        _need(row, "loss_sum", number, "the sum of -ln p over the answer's tokens, at least 0", where)
+        count = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 1
+        _need(row, "tokens", count, "how many tokens that sum has, at least 1", where)
+
+
+def _need(row: Row, key: str, right: bool, wanted: str, where: str) -> None:
+    if key not in row:
+        found = ", ".join(map(str, row)) or "nothing"
+        raise UserError(f"{where}: there is no '{key}' ({wanted}); the line has {found}")
+    if not right:
+        raise UserError(f"{where}: '{key}' must be {wanted}, got {row[key]!r}")

@@ -1,0 +1,115 @@
+"""What an evaluation is made of: a model folder, sets of records, and how they go through the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer.data.records import Record, RecordError, read_records
+from trainer.errors import UserError
+from trainer.metrics import takes_losses
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Records that are scored together.
+
+    Attributes:
+        name: ``<name>.jsonl`` gets the predictions.
+        files: record files, read one after the other.
+        image_root: folder that the records' image paths start from.
+        metrics: names; with ``perplexity`` the given answers are scored and nothing is generated.
+        max_new_tokens: longest generated answer.
+        limit: the first so many records of the files in their order; None is all.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    image_root: Path
+    metrics: tuple[str, ...]
+    max_new_tokens: int
+    limit: int | None = None
+
+    @property
+    def teacher_forced(self) -> bool:
+        """Whether losses of the given answers are wanted instead of generated answers.
+
+        Raises:
+            UserError: both are.
+        """
+        kinds = {takes_losses(name) for name in self.metrics}
+        if len(kinds) == 2:
+            raise UserError(
+                f"set '{self.name}': perplexity scores the given answers, {_others(self.metrics)} generated ones; "
+                "evaluate them one after the other, each with a folder of its own"
+            )
+        return kinds == {True}
+
+    def image_path(self, image: str) -> Path:
+        return self.image_root / image
+
+    def load(self) -> list[Record]:
+        """The set's records.
+
+        Raises:
+            RecordError: a malformed record or an id that two files share, named by file and position.
+            UserError: there is no record.
+        """
+        records: list[Record] = []
+        origin: dict[str, Path] = {}
+        for path in self.files:
+            for record in read_records(path):
+                if record.id in origin:
+                    raise RecordError(f"{path}: id '{record.id}' is already used in {origin[record.id]}")
+                origin[record.id] = path
+                records.append(record)
+        if not records:
+            raise UserError(f"set '{self.name}': {', '.join(map(str, self.files))} has no records")
+        return records[: self.limit]
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """An evaluation of one model on some sets.
+
+    Attributes:
+        model_path: the model's folder, as ``save_pretrained`` leaves it.
+        sets: what it is scored on.
+        output_dir: gets ``<set>.jsonl``, ``metrics.json`` and ``manifest.json``; while it runs, ``parts/``.
+        batch_size: records that go through the model at once.
+        precision: of weights and activations.
+        devices: one per rank (process): ``cpu``, ``cuda:0``, ...
+        threads: CPU threads of a rank.
+        attention: implementation; None is the model's own choice.
+        max_length: tokens, longer conversations are cut; for perplexity only, a prompt is never cut.
+        features: folder of cached vision features, when the tower takes them.
+        by_task: ``metrics.json`` is ``{set: entry}`` with one metric a set, and predictions carry their score;
+            otherwise there is one set and the file is ``{"metrics": {metric: entry}, "throughput"}``.
+        overwrite: replace what another evaluation left in ``output_dir`` instead of refusing it.
+    """
+
+    model_path: Path
+    sets: tuple[EvaluationSet, ...]
+    output_dir: Path
+    batch_size: int
+    precision: Literal["fp32", "bf16"]
+    devices: tuple[str, ...]
+    threads: int
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    max_length: int = 2048
+    features: Path | None = None
+    by_task: bool = False
+    overwrite: bool = False
+
+    @property
+    def parts(self) -> Path:
+        """Folder of what ranks have finished, while there is work left."""
+        return self.output_dir / "parts"
+
+    def predictions(self, chosen: EvaluationSet) -> Path:
+        return self.output_dir / f"{chosen.name}.jsonl"
+
+
+def _others(metrics: tuple[str, ...]) -> str:
+    return ", ".join(name for name in metrics if not takes_losses(name))

@@ -20,13 +20,13 @@ behind the last row is written to a spare one.
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .interface import LinearOutput, Need, Targets, TokenLoss, compute_dtype, saved_grad_dtypes
 from .per_task import sum_by_task
+from .portable_softmax import Rows, logits_to_gradient, row_losses, scale_and_cap
 from .rows import at_rows
 from .validation import check_capacity, check_target_values, checks_requested
 
@@ -35,15 +35,6 @@ WORKSPACE_BYTES = 128 * 2**20
 # Rows whose softmax is taken at once on a CPU, in bytes of float32 logits: they and their probabilities stay in
 # the cache, and an operation is still long beside the start of its threads.
 CACHE_BYTES = 2**21
-
-
-class _Rows(NamedTuple):
-    """Loss and statistics of some rows."""
-
-    loss_B: Tensor
-    max_B: Tensor
-    log_sum_B: Tensor
-    hit_B: Tensor
 
 
 def prepare_targets(
@@ -104,7 +95,7 @@ class _Results:
         self.stats_2M = targets_M.new_zeros((2, size), dtype=wide)
         self._positions = targets_M.shape[0]
 
-    def put(self, rows_B: Tensor, rows: _Rows) -> None:
+    def put(self, rows_B: Tensor, rows: Rows) -> None:
         self.loss_M[rows_B] = rows.loss_B
         self.hit_M[rows_B] = rows.hit_B.to(torch.int64)
         self.stats_2M[0, rows_B] = rows.max_B
@@ -345,13 +336,13 @@ def _softmax_in_blocks(
     for start, stop in _cache_blocks(logits_CV):
         rows_B, logits_BV = rows_C[start:stop], logits_CV[start:stop]
         targets_B = _targets_at(targets_M, rows_B)
-        _scale_and_cap(logits_BV, spec)
+        scale_and_cap(logits_BV, spec)
         probs_BV = torch.softmax(logits_BV, dim=1)
-        rows = _row_losses(logits_BV, probs_BV, targets_B, spec)
+        rows = row_losses(logits_BV, probs_BV, targets_B, spec)
         results.put(rows_B, rows)
         if scale_C is not None:
             lse_B = rows.max_B + rows.log_sum_B
-            _logits_to_gradient(logits_BV, probs_BV, targets_B, scale_C[start:stop], lse_B, spec)
+            logits_to_gradient(logits_BV, probs_BV, targets_B, scale_C[start:stop], lse_B, spec)
 
 
 def _gradient_in_blocks(
@@ -361,13 +352,13 @@ def _gradient_in_blocks(
     for start, stop in _cache_blocks(logits_CV):
         rows_B, logits_BV = rows_C[start:stop], logits_CV[start:stop]
         max_B, log_sum_B = at_rows(stats_2M[0], rows_B), at_rows(stats_2M[1], rows_B)
-        _scale_and_cap(logits_BV, spec)
+        scale_and_cap(logits_BV, spec)
         # The largest first: both differences are small, whatever offset the logits have.
         probs_BV = (logits_BV - max_B[:, None]).sub_(log_sum_B[:, None]).exp_()
         if rows_B.device.type != "cpu":  # behind the last row the statistics are none and the logits are the bias
             probs_BV.masked_fill_((rows_B >= targets_M.shape[0])[:, None], 0)
         scale_B = at_rows(grad_M, rows_B).to(logits_BV.dtype)
-        _logits_to_gradient(logits_BV, probs_BV, _targets_at(targets_M, rows_B), scale_B, max_B + log_sum_B, spec)
+        logits_to_gradient(logits_BV, probs_BV, _targets_at(targets_M, rows_B), scale_B, max_B + log_sum_B, spec)
 
 
 def _cache_blocks(logits_CV: Tensor) -> Iterator[tuple[int, int]]:
@@ -378,65 +369,3 @@ def _cache_blocks(logits_CV: Tensor) -> Iterator[tuple[int, int]]:
 
 def _targets_at(targets_M: Tensor, rows_B: Tensor) -> Tensor:
     return targets_M[rows_B.clamp(max=targets_M.shape[0] - 1)]
-
-
-def _scale_and_cap(logits_BV: Tensor, spec: TokenLoss) -> None:
-    if spec.softcap:
-        logits_BV.div_(spec.softcap / spec.scale).tanh_().mul_(spec.softcap)
-    elif spec.scale != 1:
-        logits_BV.mul_(spec.scale)
-
-
-def _row_losses(logits_BV: Tensor, probs_BV: Tensor, targets_B: Tensor, spec: TokenLoss) -> _Rows:
-    """The loss is ``log l - (z - m)``, both small, never ``(m + log l) - z``: a large offset m eats the digits."""
-    target_B = logits_BV.gather(1, targets_B.clamp(min=0)[:, None]).squeeze(1)
-    max_B, hit_B = _largest_and_hits(logits_BV, targets_B, target_B)
-    log_sum_B = -probs_BV.amax(1).log()  # the largest probability is exp(0) / l
-    at_target_B = target_B - max_B
-    loss_B = log_sum_B - (1 - spec.smoothing) * at_target_B.masked_fill(targets_B < 0, 0)
-    if spec.even:
-        loss_B = loss_B - spec.even * (logits_BV - max_B[:, None]).sum(1)
-    if spec.z_loss:
-        loss_B = loss_B + spec.z_loss * (max_B + log_sum_B) ** 2
-    return _Rows(loss_B, max_B, log_sum_B, hit_B)
-
-
-def _largest_and_hits(logits_BV: Tensor, targets_B: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of every row, and whether the first of that size is the target's.
-
-    On a CPU an argmax takes as long as the softmax, a maximum a tenth of it: so that of all the others, and the
-    argmax only where the target equals it.
-    """
-    if logits_BV.device.type != "cpu":
-        max_B, argmax_B = logits_BV.max(dim=1)
-        return max_B, argmax_B == targets_B
-    index_B1 = targets_B.clamp(min=0)[:, None]
-    logits_BV.scatter_(1, index_B1, -math.inf)
-    others_B = logits_BV.amax(1)
-    logits_BV.scatter_(1, index_B1, target_B[:, None])
-    hit_B = target_B > others_B
-    tied = (target_B == others_B).nonzero().squeeze(1)
-    hit_B[tied] = logits_BV[tied].argmax(1) == index_B1[tied, 0]
-    return torch.maximum(target_B, others_B), hit_B & (targets_B >= 0)
-
-
-def _logits_to_gradient(
-    logits_BV: Tensor, probs_BV: Tensor, targets_B: Tensor, scale_B: Tensor, lse_B: Tensor, spec: TokenLoss
-) -> None:
-    """Overwrite the logits, scaled and capped, with ``scale * d loss / d (raw logits)``, all in float32.
-
-    ``p - 1`` at the target is formed before any rounding to 16 bits and before the scale.
-    """
-    scale_B = scale_B * spec.scale  # the slope of the scaling, the same everywhere
-    factor_B = 1 + 2 * spec.z_loss * lse_B
-    index_B1 = targets_B.clamp(min=0)[:, None]
-    share_B1 = (targets_B >= 0).to(probs_BV.dtype)[:, None] * (1 - spec.smoothing)
-    target_B1 = (probs_BV.gather(1, index_B1) * factor_B[:, None] - share_B1 - spec.even) * scale_B[:, None]
-    if spec.softcap:
-        slope_BV = 1 - (logits_BV / spec.softcap) ** 2
-    torch.mul(probs_BV, (factor_B * scale_B)[:, None], out=logits_BV)
-    if spec.even:
-        logits_BV.sub_((spec.even * scale_B)[:, None])
-    logits_BV.scatter_(1, index_B1, target_B1)
-    if spec.softcap:
-        logits_BV.mul_(slope_BV)

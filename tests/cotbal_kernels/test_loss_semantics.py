@@ -402,3 +402,22 @@ def test_single_task_is_plain_cross_entropy(problem: Problem) -> None:
     )
     logits = F.linear(p.hidden, p.weight, p.bias)
     assert error(out.loss, F.cross_entropy(logits.flatten(0, 1), p.labels.flatten())) <= FP32
+
+
+def test_the_first_of_equal_logits_is_the_argmax() -> None:
+    """Logits of few distinct values: most rows have several largest, before and behind the target."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (400, 11), generator=generator).float()
+    logits[::5] = 1.0  # all equal
+    labels = torch.randint(0, 11, (400,), generator=generator)
+    task_ids = torch.arange(400) % 2
+    first = torch.tensor([row.index(max(row)) for row in logits.tolist()])
+    expected = [int(((first == labels) & (task_ids == task)).sum()) for task in (0, 1)]
+    last = torch.tensor([10 - row[::-1].index(max(row)) for row in logits.tolist()])
+    assert min(expected) > 0
+    assert ((last == labels) & (last != first)).any(), "the last of the largest would pass too"
+    for weights in (torch.ones(2), torch.tensor([0.5, 2.0], requires_grad=True)):
+        out = task_cross_entropy(logits, labels, task_ids, weights)
+        assert out.task_correct.tolist() == expected
+        hidden, weight = logits, torch.eye(11)  # the same logits from a head
+        assert linear_task_cross_entropy(hidden, weight, labels, task_ids, weights).task_correct.tolist() == expected

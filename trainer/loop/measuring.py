@@ -23,8 +23,7 @@ class HeadTap:
     """Keeps what reaches the model's head with labels, supervised rows only (M x D numbers), while it is open."""
 
     def __init__(self, model: Any, num_tasks: int) -> None:
-        self._head: nn.Linear = model.get_output_embeddings()
-        self._softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._head: Any = model.get_output_embeddings()
         self._num_tasks = num_tasks
         self._rows: list[HeadRows] | None = None
         self._head.register_forward_hook(self._keep, with_kwargs=True)
@@ -37,9 +36,16 @@ class HeadTap:
         """Closes the tap; returns the norm of d S_k / d head.weight ``[K]`` over all that was kept on all ranks."""
         assert self._rows is not None, "open the tap first"
         rows, self._rows = self._rows, None
+        scaling, bias = self._head.fused.scaling, self._head.bias
+        # s (x W^T + b) is the product of s x, and has its gradient.
+        rows = [row._replace(hidden=row.hidden * scaling.scale) for row in rows]
         with _whole(self._head):
             return head_gradient_norms(
-                rows, self._head.weight, self._num_tasks, bias=self._head.bias, logit_softcap=self._softcap
+                rows,
+                self._head.weight,
+                self._num_tasks,
+                bias=None if bias is None else bias * scaling.scale,
+                logit_softcap=scaling.softcap,
             )
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -1,0 +1,250 @@
+"""The head module of a patched model, and what it shares with the model.
+
+One labelled forward pass: the patched ``model.forward`` leaves targets with :class:`FusedLoss`. The model calls its
+head, which keeps the hidden states and returns a probe in place of the logits. The model does with the probe what
+it does with logits and calls ``self.loss_function``, which is :meth:`FusedLoss.loss_function`: that compares the
+probe, and calls the head again, this time with targets and with all its hooks, for the loss.
+"""
+
+# Shapes: B sequences, S positions, D hidden width, V vocabulary, K tasks.
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import linear_task_cross_entropy
+from ..results import TaskLoss
+from .scaling import LogitScaling, make_probe, measure, poison
+
+
+@dataclass
+class Targets:
+    """Of one labelled forward pass."""
+
+    labels: Tensor  # [B, S] as the model gets them
+    task_ids: Tensor  # [B] or [B, S]
+    normalizer: Tensor | float | None
+    shift_labels: Tensor | None  # [B, S] labels that are shifted already
+
+
+@dataclass
+class FusedLoss:
+    """State of a patched model, shared with its head: plain attributes, since buffers get cast to bfloat16."""
+
+    name: str  # class of the model
+    task_weights: Tensor  # [K]
+    options: dict[str, Any]
+    own_loss: Callable[..., Tensor]  # the loss function of the unpatched model
+    scaling: LogitScaling
+    probe: Tensor  # [V]
+    measured: bool = False
+    targets: Targets | None = None
+    hidden: Tensor | None = None
+    head: "FusedHead | None" = field(default=None, repr=False)
+    result: TaskLoss | None = field(default=None, repr=False)
+
+    def begin(self, targets: Targets) -> None:
+        """A labelled forward pass starts."""
+        self.targets = targets
+
+    def end(self) -> None:
+        """Forget the pass, whether it succeeded or not."""
+        self.targets = self.hidden = self.head = self.result = None
+
+    def defer(self, head: "FusedHead", hidden: Tensor) -> Tensor:
+        """Keep what reached the head; returns the probe ``[1, ..., 1, V]`` for the model to go on with."""
+        if self.head is not None:
+            raise ValueError(
+                f"model {self.name} calls its head more than once before a loss (multi-token prediction?), "
+                "which the fused loss does not support"
+            )
+        self.head, self.hidden = head, hidden
+        if self.probe.device != hidden.device:
+            self.probe = self.probe.to(hidden.device)
+        # A copy, for models that write into their logits.
+        return self.probe.clone().reshape((1,) * (hidden.dim() - 1) + (-1,))
+
+    def loss_function(self, logits: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """In place of ``model.loss_function``: the loss from the head, scalar."""
+        targets = self.targets
+        if targets is None:
+            return self.own_loss(logits, labels, *args, **kwargs)
+        if self.head is None or self.hidden is None:
+            raise RuntimeError(f"model {self.name} called its loss before its head")
+        if self.result is not None:
+            raise ValueError(f"model {self.name} takes more than one loss in a forward pass, which is not supported")
+        self._check_untouched(targets, labels, kwargs)
+        if torch.compiler.is_compiling() or self.measured:
+            correction = None if self.measured else poison(logits, self.probe, self.scaling, self.name)
+        else:
+            self.scaling, self.measured, correction = measure(logits, self.probe, self.name), True, None
+        self.result = TaskLoss(*self.head.call_with_targets(self.hidden, targets))
+        loss = self.result.loss
+        if loss.dim() != 0:
+            raise RuntimeError(f"the fused loss must be a scalar, got shape {tuple(loss.shape)}")
+        # A tensor of its own: models add router losses to it in place.
+        return loss.clone() if correction is None else loss + correction.to(loss.device)
+
+    def weights_on(self, device: torch.device) -> Tensor:
+        """Lambda ``[K]`` on a device."""
+        if self.task_weights.device != device:
+            self.task_weights = self.task_weights.to(device)
+        return self.task_weights
+
+    def _check_untouched(self, targets: Targets, labels: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """The loss was computed from the caller's labels: refuse a model that takes others."""
+        for name, given, own in (
+            ("labels", labels, targets.labels),
+            ("shift_labels", kwargs.get("shift_labels"), targets.shift_labels),
+        ):
+            moved = given is not None and own is not None and given.device != own.device
+            same = given is own or (moved and given is not None and own is not None and given.shape == own.shape)
+            if not same:
+                raise ValueError(f"model {self.name} changes its {name} before the loss, which is not supported")
+        ignored = kwargs.get("ignore_index", self.options["ignore_index"])
+        if ignored != self.options["ignore_index"]:
+            raise ValueError(f"model {self.name} ignores label {ignored}: pass ignore_index={ignored} when patching")
+
+
+class FusedHead(nn.Module):
+    """What a patched head inherits from, before the class that it had."""
+
+    fused: FusedLoss
+    plain_class: type[nn.Module]
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the module with all its hooks; while a loss is wanted, keep the hidden states for it instead."""
+        if self.fused.targets is not None:
+            return self.fused.defer(self, hidden)
+        return super().__call__(hidden, *args, **kwargs)
+
+    def call_with_targets(self, hidden: Tensor, targets: Targets) -> tuple[Tensor, ...]:
+        """Run the module with all its hooks and targets: ZeRO-3 and FSDP have gathered its weight there."""
+        labels = targets.labels if targets.shift_labels is None else targets.shift_labels
+        return super().__call__(hidden, labels=labels, task_ids=targets.task_ids, shift=targets.shift_labels is None)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *args: Any,
+        labels: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        shift: bool = True,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Logits ``[B, S, V]``, or with ``labels`` the fields of :class:`TaskLoss`.
+
+        A plain tuple: DeepSpeed's hooks rebuild the outputs of a module, and cannot rebuild every NamedTuple.
+        """
+        if labels is None:
+            return super().forward(hidden, *args, **kwargs)
+        labels = labels.to(hidden.device)
+        task_ids = labels.new_zeros(labels.shape[:1]) if task_ids is None else task_ids.to(hidden.device)
+        fused = self.fused
+        # Not an argument of the call: FSDP casts those to the parameters' dtype.
+        normalizer = None if fused.targets is None else fused.targets.normalizer
+        if isinstance(normalizer, Tensor):
+            normalizer = normalizer.to(hidden.device)
+        features, weight, bias = self.operands(hidden)
+        return tuple(
+            linear_task_cross_entropy(
+                features,
+                weight,
+                labels,
+                task_ids,
+                fused.weights_on(hidden.device),
+                bias=bias,
+                shift=shift,
+                normalizer=normalizer,
+                logit_scale=fused.scaling.scale,
+                logit_softcap=fused.scaling.softcap,
+                **fused.options,
+            )
+        )
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features ``[B, S, D]``, weight ``[V, D]`` and bias ``[V]`` whose product the logits are."""
+        raise NotImplementedError
+
+
+class FusedLinear(FusedHead, nn.Linear):  # type: ignore[misc]  # forward takes targets too
+    """A patched ``nn.Linear``."""
+
+    plain_class = nn.Linear
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The layer's own."""
+        return hidden, self.weight, self.bias
+
+
+def fuse_head(head: nn.Module | None, state: FusedLoss, model_name: str) -> None:
+    """Make `head`, or what PEFT wrapped around it, carry `state`.
+
+    Raises:
+        ValueError: its kind is not supported; nothing was changed.
+    """
+    for part, fused_class in classify(head, model_name):
+        if not isinstance(part, FusedHead):
+            _exchange(part, fused_class)
+        part.fused = state  # type: ignore[assignment]
+        base = getattr(part, "base_layer", None)
+        if isinstance(base, FusedHead):
+            unfuse(base)  # it was wrapped after it was patched
+
+
+def classify(head: nn.Module | None, model_name: str) -> list[tuple[nn.Module, type[FusedHead]]]:
+    """The modules to patch in a head, each with the class it gets; raises ``ValueError`` for what is not supported."""
+    if isinstance(head, FusedHead):
+        return [(head, type(head))]
+    if type(head) is nn.Linear:
+        if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
+            raise ValueError(f"the head of {model_name} has a forward of its own: undo what replaced it first")
+        return [(head, FusedLinear)]
+    if head is not None and type(head).__module__.startswith("peft."):
+        from .lora import classify_peft
+
+        return classify_peft(head, model_name)
+    kind = "none" if head is None else f"{type(head).__module__}.{type(head).__qualname__}"
+    raise ValueError(
+        f"model {model_name} must have a plain torch.nn.Linear as output embeddings, got {kind}: a head that is "
+        "quantised (keep it out with llm_int8_skip_modules=['lm_head']), sharded before patching or not linear is "
+        "not supported"
+    )
+
+
+def unfuse(part: FusedHead) -> None:
+    """Give a patched module its class back."""
+    if type(part).__dict__.get("plain_class") is None:
+        raise ValueError(f"the head's class was changed to {type(part).__name__} after apply_fused_loss: undo that")
+    plain = type(part).plain_class
+    del part.fused
+    _exchange(part, plain)
+
+
+def _exchange(part: nn.Module, new_class: type[nn.Module]) -> None:
+    part.__class__ = new_class
+    if hasattr(part, "_hf_hook") and "_old_forward" in vars(part):  # accelerate's hooks keep the bound forward
+        part._old_forward = functools.partial(new_class.forward, part)  # type: ignore[assignment]
+
+
+def checked_weights(task_weights: Tensor | Sequence[float]) -> Tensor:
+    """Lambda ``[K]`` as a float32 tensor of its own; raises ``ValueError`` unless finite and >= 0."""
+    if isinstance(task_weights, Tensor) and task_weights.dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(f"task_weights must be float32 whatever the model's dtype, got {task_weights.dtype}")
+    weights_K = torch.as_tensor(task_weights, dtype=torch.float32).detach().clone()
+    if weights_K.dim() != 1 or len(weights_K) == 0:
+        raise ValueError(f"task_weights must be [K] with K >= 1, got {tuple(weights_K.shape)}")
+    for task, value in enumerate(weights_K.tolist()):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"task_weights must be finite and >= 0, got {value} for task {task}")
+    return weights_K
+
+
+def probe_for(head: Any) -> Tensor:
+    """The probe of a head; not from the weight, which is empty under ZeRO-3."""
+    return make_probe(head.out_features)

@@ -1,0 +1,146 @@
+"""Eq. 2 in ``transformers.Trainer``: the normaliser over the whole optimizer step, and per-task logs.
+
+    class TaskWeightedTrainer(TaskWeightedTrainerMixin, Trainer): ...
+
+    trainer = TaskWeightedTrainer(task_names=["vqa", "chat"], model=model, args=args, train_dataset=data)
+
+transformers is not imported: the mixin overrides what ``Trainer`` (5.17 to 5.23) calls.
+"""
+
+# Shapes: B sequences, S positions, K tasks.
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..distributed import global_task_tokens
+from ..functional import task_normalizer
+from .patching import fused_loss, unwrapped
+
+
+class TaskWeightedTrainerMixin:
+    """For a ``Trainer`` of a patched model, before ``Trainer`` among the bases.
+
+    Batches have ``labels [B, S]`` and ``loss_task_ids`` (``[B]`` or ``[B, S]``; task 0 without them). Gradients then
+    equal those of one large batch, whatever the accumulation and the number of ranks, which the count of tokens that
+    ``Trainer`` takes by itself gives for weights of 1 only.
+
+    Logged beside the loss, over all ranks since the last log: ``task_loss/NAME`` (mean cross-entropy per token),
+    ``task_tokens/NAME`` and ``task_weight/NAME``, and ``eval_task_loss/NAME``, ``eval_task_tokens/NAME`` with the
+    metrics of an evaluation.
+
+    Args:
+        task_names: K names for the logs; the task ids if None.
+
+    Raises:
+        ValueError: the model is not patched, or an option of the trainer would bypass the loss.
+    """
+
+    def __init__(self, *args: Any, task_names: Sequence[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        state = fused_loss(trainer.model)
+        count = len(state.task_weights)
+        self.task_names = [str(task) for task in range(count)] if task_names is None else list(task_names)
+        if len(self.task_names) != count:
+            raise ValueError(f"task_names must have K = {count} entries, got {len(self.task_names)}")
+        if not hasattr(vars(unwrapped(trainer.model)).get("forward"), "cotbal_original"):
+            raise ValueError("model.forward was replaced after apply_fused_loss (use_liger_kernel?): leave that out")
+        if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+            raise ValueError(
+                "compute_loss_func and label_smoothing_factor bypass the fused loss: leave them out "
+                "(apply_fused_loss has label_smoothing=)"
+            )
+        if state.options["aggregation"] == "sum":
+            raise ValueError("aggregation='sum' has no normalizer: patch the model with 'token' or 'task'")
+        if trainer.args.n_gpu > 1 or (trainer.args.world_size > 1 and not trainer.args.average_tokens_across_devices):
+            raise ValueError(
+                "the normalizer of Eq. 2 is global: start one process per GPU (torchrun), with "
+                "average_tokens_across_devices=True"
+            )
+        if not trainer.model_accepts_loss_kwargs:
+            raise ValueError("the trainer hands no normalizer to the model: patch the model before the trainer is made")
+        self._task_sums = {
+            training: torch.zeros(2, count, dtype=torch.float64, device=trainer.args.device)
+            for training in (True, False)
+        }
+
+    def step_normalizer(self, batches: Sequence[dict[str, Any]]) -> Tensor:
+        """The denominator over the batches of an optimizer step on all ranks; scalar, ``[K]`` for "task"."""
+        state = fused_loss(self.model)  # type: ignore[attr-defined]
+        weights_K = state.weights_on(self.args.device)  # type: ignore[attr-defined]
+        shifted = "shift_labels" in batches[0]
+        labels = [batch["shift_labels" if shifted else "labels"].to(weights_K.device) for batch in batches]
+        task_ids = [
+            some.new_zeros(some.shape[:1]) if batch.get("loss_task_ids") is None else batch["loss_task_ids"]
+            for some, batch in zip(labels, batches, strict=True)
+        ]
+        tokens_K = global_task_tokens(
+            labels,
+            [ids.to(weights_K.device) for ids in task_ids],
+            len(weights_K),
+            ignore_index=state.options["ignore_index"],
+            shift=not shifted,
+        )
+        return task_normalizer(weights_K, tokens_K, state.options["aggregation"])
+
+    def logged_task_weights(self) -> Tensor:
+        """Lambda ``[K]`` of the step that is logged."""
+        return fused_loss(self.model).task_weights  # type: ignore[attr-defined]
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """What ``Trainer`` hands to the model as ``num_items_in_batch``.
+
+        It calls this once before every optimizer step and for every batch of an evaluation, and multiplies the loss
+        by the number of processes, which undoes the averaging of gradients.
+        """
+        if not batch_samples or not {"labels", "shift_labels"} & set(batch_samples[0]):
+            return None
+        trainer: Any = self
+        copies = math.prod(  # ranks with the same batch
+            getattr(trainer, f"get_{kind}_size")()
+            for kind in ("tp", "cp", "sp")
+            if hasattr(trainer, f"get_{kind}_size")
+        )
+        normalizer = self.step_normalizer(batch_samples)
+        return normalizer / copies if copies > 1 else normalizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
+        self._task_sums[model.training] += torch.stack([outputs["task_loss"], outputs["task_tokens"]]).detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the tasks that had tokens."""
+        evaluated = next((key.removesuffix("_loss") for key in logs if key.endswith("_loss")), None)
+        if "loss" in logs:
+            totals = self._take_task_sums(True)
+            weights = self.logged_task_weights().tolist()
+            for name, total, tokens, weight in zip(self.task_names, *totals, weights, strict=True):
+                if tokens:
+                    logs |= {f"task_loss/{name}": total / tokens, f"task_tokens/{name}": tokens}
+                    logs[f"task_weight/{name}"] = weight
+        elif evaluated is not None and evaluated != "train":  # "train_loss" closes a training
+            for name, total, tokens in zip(self.task_names, *self._take_task_sums(False), strict=True):
+                if tokens:
+                    logs[f"{evaluated}_task_loss/{name}"] = total / tokens
+                    logs[f"{evaluated}_task_tokens/{name}"] = tokens
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _take_task_sums(self, training: bool) -> list[list[float]]:
+        """Sums of loss and tokens over all ranks since the last time, ``[2][K]``."""
+        sums = self._task_sums[training].clone()
+        self._task_sums[training].zero_()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        return sums.tolist()

@@ -1,0 +1,295 @@
+"""``transformers.Trainer`` with a patched model, plain and with :class:`TaskWeightedTrainerMixin`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loss_problems import FP32, error
+
+transformers = pytest.importorskip("transformers")
+
+from hf_models import build, one_thread  # noqa: E402, F401
+
+from cotbal_kernels.huggingface import TaskWeightedTrainerMixin, apply_fused_loss, set_task_weights  # noqa: E402
+from cotbal_kernels.reference import reference_task_cross_entropy  # noqa: E402
+
+LAM = [1.7, 0.2, 0.9]
+Record = dict[str, Any]
+
+
+class PlainTrainer(transformers.Trainer):
+    """In the order of the data, so that a loop by hand can follow."""
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class WeightedTrainer(TaskWeightedTrainerMixin, PlainTrainer):
+    pass
+
+
+def records(count: int, seed: int = 0) -> list[Record]:
+    """Sequences of 6 to 14 tokens of which 1 to all but 2 are supervised: batches are uneven."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        length = int(torch.randint(6, 15, (), generator=generator))
+        ids = torch.randint(3, 80, (length,), generator=generator)
+        prompt = int(
+            torch.randint(length, (), generator=generator)
+        )  # 0: the first token is supervised, and has no prediction
+        labels = torch.cat([torch.full((prompt,), -100), ids[prompt:]])
+        task = int(torch.randint(3, (), generator=generator))
+        found.append({"input_ids": ids, "labels": labels, "loss_task_ids": task, "source": "unused"})
+    return found
+
+
+def collate(batch: Sequence[Record]) -> dict[str, torch.Tensor]:
+    def padded(name: str, value: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([b[name] for b in batch], batch_first=True, padding_value=value)
+
+    out = {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100)}
+    out["attention_mask"] = (out["input_ids"] != 0).long()
+    if "loss_task_ids" in batch[0]:
+        out["loss_task_ids"] = torch.tensor([b["loss_task_ids"] for b in batch])
+    return out
+
+
+def collate_as_trl(batch: Sequence[Record]) -> dict[str, torch.Tensor]:
+    """As TRL's collator for prompts and completions: position ids, and a mask that is no argument of the model."""
+    out = collate(batch)
+    out["position_ids"] = torch.arange(out["labels"].shape[1]).expand_as(out["labels"]).contiguous()
+    return out | {"completion_mask": (out["labels"] != -100).long()}
+
+
+def arguments(path: Path, batch: int, accumulation: int, steps: int = 5, **changes: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": steps,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return transformers.TrainingArguments(output_dir=str(path), **defaults | changes)
+
+
+def train(
+    kind: type, model: Any, path: Path, batch: int, accumulation: int, collator: Any = collate, **more: Any
+) -> Any:
+    trainer = kind(
+        model=model,
+        args=arguments(path, batch, accumulation),
+        train_dataset=records(40),
+        data_collator=collator,
+        **more,
+    )
+    trainer.train()
+    return trainer
+
+
+def parameters(trainer: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["llama", "cohere"])
+@pytest.mark.parametrize("aggregation", ["token", "task"])
+def test_accumulation_equals_one_large_batch(kind: str, aggregation: str, tmp_path: Path) -> None:
+    """Eq. 2 over uneven micro-batches. Also against a plain loop with the loss in float64."""
+    runs = [
+        train(WeightedTrainer, apply_fused_loss(build(kind), LAM, aggregation=aggregation), tmp_path, batch, 8 // batch)
+        for batch in (2, 8)
+    ]
+    start = torch.cat([p.detach().flatten() for p in build(kind).parameters()])
+    several, one = map(parameters, runs)
+    assert float((one - start).abs().max()) > 0.01
+    assert float((several - one).abs().max()) <= 1e-6
+    for a, b in zip(runs[0].state.log_history[:5], runs[1].state.log_history[:5], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+    model = build(kind).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    data = records(40)
+    for first in range(0, 40, 8):
+        batch = collate(data[first : first + 8])
+        ids, labels = batch.pop("loss_task_ids"), batch.pop("labels")
+        loss = reference_task_cross_entropy(
+            model(**batch).logits, labels, ids, torch.tensor(LAM), shift=True, aggregation=aggregation
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert float((one - expected).abs().max()) <= 1e-6
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """DDP on gloo, two ranks of two micro-batches of two, against one batch of eight: parameters and logs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    worker = Path(__file__).with_name("hf_trainer_worker.py")
+    subprocess.run(
+        [*command, str(worker), str(tmp_path)], check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    several, logs = torch.load(tmp_path / "result.pt", weights_only=True)
+    one = train(WeightedTrainer, apply_fused_loss(build("llama"), LAM), tmp_path, 8, 1)
+    assert float((several - parameters(one)).abs().max()) <= 1e-6
+    for a, b in zip(logs, one.state.log_history[:5], strict=True):
+        assert {key for key in a if key.startswith("task_")} == {key for key in b if key.startswith("task_")}
+        for key in a:
+            if key.startswith("task_") or key == "loss":
+                assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
+def without_tasks(batch: Sequence[Record]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in collate(batch).items() if name != "loss_task_ids"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_plain_trainer(kind: str, tmp_path: Path) -> None:
+    """With weights of one a patched model trains as the model unpatched, accumulation and all."""
+    changes: dict[str, Any] = {"output_router_logits": True} if kind == "mixtral" else {}
+    own = train(PlainTrainer, build(kind, **changes), tmp_path, 2, 4, without_tasks)
+    fused = train(PlainTrainer, apply_fused_loss(build(kind, **changes)), tmp_path, 2, 4, without_tasks)
+    assert float((parameters(own) - parameters(fused)).abs().max()) <= 1e-6
+    for a, b in zip(own.state.log_history[:5], fused.state.log_history[:5], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_models_that_refuse_the_normalizer(tmp_path: Path) -> None:
+    """Qwen2.5-VL says accepts_loss_kwargs = False, and Trainer would take a mean of means."""
+    model = build("qwen2_5_vl")
+    assert model.accepts_loss_kwargs is False
+    args = arguments(tmp_path, 2, 4)
+    assert not transformers.Trainer(model=model, args=args).model_accepts_loss_kwargs
+    assert transformers.Trainer(model=apply_fused_loss(model), args=args).model_accepts_loss_kwargs
+
+
+@pytest.mark.parametrize("aggregation", ["token", "task"])
+def test_collator_of_trl(aggregation: str, tmp_path: Path) -> None:
+    runs = [
+        train(WeightedTrainer, apply_fused_loss(build("llama"), LAM, aggregation=aggregation), tmp_path, 2, 4, collator)
+        for collator in (collate, collate_as_trl)
+    ]
+    a, b = map(parameters, runs)
+    assert float((a - b).abs().max()) <= 1e-6
+
+
+def test_logs(tmp_path: Path) -> None:
+    """Means per task of what each step saw, under the weights of the step."""
+    torch.manual_seed(0)
+    model = apply_fused_loss(build("llama"), LAM)
+    names = ["vqa", "boxes", "chat"]
+    trainer = train(WeightedTrainer, model, tmp_path, 4, 2, task_names=names, eval_dataset=records(6, seed=1))
+    first = trainer.state.log_history[0]
+    batch = collate(records(40)[:8])
+    ids, labels = batch.pop("loss_task_ids"), batch.pop("labels")
+    expected = reference_task_cross_entropy(build("llama")(**batch).logits, labels, ids, torch.tensor(LAM), shift=True)
+    assert first["loss"] == pytest.approx(float(expected.loss), rel=1e-5)
+    for task, name in enumerate(names):
+        assert first[f"task_tokens/{name}"] == expected.task_tokens[task]
+        assert first[f"task_loss/{name}"] == pytest.approx(
+            float(expected.task_loss[task] / expected.task_tokens[task]), rel=1e-5
+        )
+        assert first[f"task_weight/{name}"] == pytest.approx(LAM[task])
+    metrics = trainer.evaluate()
+    assert trainer.state.log_history[-1]["eval_task_tokens/vqa"] == metrics["eval_task_tokens/vqa"]
+    total = sum(metrics[f"eval_task_tokens/{name}"] for name in names if f"eval_task_tokens/{name}" in metrics)
+    assert total == sum(int((record["labels"][1:] != -100).sum()) for record in records(6, seed=1))
+
+
+@pytest.mark.parametrize("mixin", [False, True])
+def test_evaluation(mixin: bool, tmp_path: Path) -> None:
+    """With and without predictions; those are the sums per task of each batch, since there are no logits."""
+    model = apply_fused_loss(build("llama"), LAM).eval()
+    data = records(6, seed=1)
+    seen = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        seen.append(prediction)
+        task_loss, task_tokens, _ = prediction.predictions
+        return {"mean": float(task_loss.sum() / task_tokens.sum())}
+
+    kind = WeightedTrainer if mixin else transformers.Trainer
+    losses = []
+    for only_loss in (False, True):
+        trainer = kind(
+            model=model,
+            args=arguments(tmp_path, 2, 1, per_device_eval_batch_size=3, prediction_loss_only=only_loss),
+            eval_dataset=data,
+            data_collator=collate,
+            compute_metrics=None if only_loss else metrics,
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    batches = [collate(data[:3]), collate(data[3:])]
+    expected = []
+    for batch in batches:
+        ids, labels = batch.pop("loss_task_ids"), batch.pop("labels")
+        lam = torch.tensor(LAM)
+        result = reference_task_cross_entropy(build("llama")(**batch).logits, labels, ids, lam, shift=True)
+        tokens = result.task_tokens.sum()
+        expected.append(
+            (float(result.loss if mixin else (lam * result.task_loss).sum() / tokens), result.task_loss.detach())
+        )
+    assert losses == pytest.approx([sum(loss for loss, _ in expected) / 2] * 2, rel=1e-5)
+    (prediction,) = seen
+    assert prediction.predictions[0].shape == (6,)
+    assert error(torch.tensor(prediction.predictions[0]), torch.cat([task_loss for _, task_loss in expected])) <= FP32
+
+
+def test_weights_change_between_steps(tmp_path: Path) -> None:
+    class Changing(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            set_task_weights(model, [1.0 + state.global_step, 1.0, 1.0])
+
+    model = apply_fused_loss(build("llama"), [1.0, 1.0, 1.0])
+    trainer = train(WeightedTrainer, model, tmp_path, 2, 4, callbacks=[Changing()])
+    # Logs come after on_step_end; the weights of step 1 are replaced by then.
+    assert [log["task_weight/0"] for log in trainer.state.log_history[:2]] == [2.0, 3.0]
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    """accelerate wraps the forward once more and rebuilds its outputs in float32."""
+    model = apply_fused_loss(build("llama"), LAM)
+    args = arguments(tmp_path, 2, 4, bf16=True, steps=1)
+    trainer = WeightedTrainer(model=model, args=args, train_dataset=records(40), data_collator=collate)
+    trainer.train()
+    exact = train(WeightedTrainer, apply_fused_loss(build("llama"), LAM), tmp_path, 2, 4).state.log_history[0]
+    for key in ("loss", "task_loss/0", "task_loss/1", "task_loss/2"):
+        assert trainer.state.log_history[0][key] == pytest.approx(exact[key], rel=2 * 2**-8)  # of bf16 activations
+        assert trainer.state.log_history[0][key] != exact[key]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    args = arguments(tmp_path, 2, 1)
+    model = apply_fused_loss(build("llama"), LAM)
+    vars(model)["forward"] = model.forward.__func__.__get__(model).__call__  # as Liger binds its own
+    with pytest.raises(ValueError, match=r"model\.forward was replaced after apply_fused_loss"):
+        WeightedTrainer(model=model, args=args)
+    with pytest.raises(ValueError, match="does not carry the fused loss"):
+        WeightedTrainer(model=build("llama"), args=args)
+    model = apply_fused_loss(build("llama"), LAM)
+    with pytest.raises(ValueError, match="task_names must have K = 3 entries, got 1"):
+        WeightedTrainer(model=model, args=args, task_names=["a"])
+    with pytest.raises(ValueError, match="compute_loss_func and label_smoothing_factor bypass"):
+        WeightedTrainer(model=model, args=args, compute_loss_func=lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match="compute_loss_func and label_smoothing_factor bypass"):
+        WeightedTrainer(model=model, args=arguments(tmp_path, 2, 1, label_smoothing_factor=0.1))
+    with pytest.raises(ValueError, match="aggregation='sum' has no normalizer"):
+        WeightedTrainer(model=apply_fused_loss(build("llama"), aggregation="sum"), args=args)
+    with pytest.raises(ValueError, match="came without labels: compute_loss_func"):
+        train(PlainTrainer, model, tmp_path, 2, 1, compute_loss_func=lambda outputs, labels, **_: outputs.logits.sum())

@@ -13,6 +13,7 @@ import yaml
 
 from trainer.data.commands import add_commands
 from trainer.errors import UserError
+from trainer.evaluation.commands import add_commands as add_evaluation_commands
 
 app = typer.Typer(
     help="CoTBal: comprehensive task balancing for multi-task visual instruction tuning.",
@@ -59,10 +60,16 @@ def run(
     methods: Methods = None,
     seeds: Seeds = None,
     dry_run: DryRun = False,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="for --dry-run: peak TFLOP/s of one GPU; default: this machine's")
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.001, max=1, help="for --dry-run: share of the peak that is reached")
+    ] = 0.4,
     overrides: Overrides = None,
 ) -> None:
     """Run the pipeline of CONFIG. Run it again after an interruption: it continues where it was."""
-    _run(config, {**_final_trainings(methods, seeds), **_parse_overrides(overrides)}, dry_run)
+    _run(config, {**_final_trainings(methods, seeds), **_parse_overrides(overrides)}, dry_run, tflops, mfu)
 
 
 @app.command()
@@ -148,6 +155,7 @@ def check(
 
 
 add_commands(app)
+add_evaluation_commands(app)
 
 
 @app.command()
@@ -158,16 +166,25 @@ def doctor() -> None:
     typer.echo(diagnose())
 
 
-def _run(path: Path, overrides: dict[str, Any], dry_run: bool) -> None:
+def _run(path: Path, overrides: dict[str, Any], dry_run: bool, tflops: float | None = None, mfu: float = 0.4) -> None:
     from trainer.config import load_config
     from trainer.pipeline.algorithm1 import Pipeline
     from trainer.pipeline.built_in import planned_records
     from trainer.pipeline.trainings import plan
 
     pipeline = Pipeline(load_config(path, overrides))
+    config = pipeline.config
+    if dry_run and not isinstance(config.tasks, str):
+        from trainer.pipeline.estimate import report
+        from trainer.pipeline.planned_data import planned_data
+
+        data = planned_data(config, pipeline.tasks)
+        records = {name: len(found) for name, found in data.tasks.items()}
+        rows = plan(config, pipeline.trainings, records, data)
+        typer.echo(f"{_plan_table(rows)}\n{report(config, rows, data, tflops, mfu)}")
+        return
     if dry_run:
-        records = planned_records(pipeline.config, pipeline.tasks)
-        typer.echo(_plan_table(plan(pipeline.config, pipeline.trainings, records)))
+        typer.echo(_plan_table(plan(config, pipeline.trainings, planned_records(config.built_in, pipeline.tasks))))
         return
     typer.echo(f"report: {pipeline.run()}")
 

@@ -6,6 +6,8 @@ default, and an unknown key is an error that names the nearest valid one.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -15,9 +17,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from trainer.balancing.config import BalancingConfig, ComparisonConfig, ValidationConfig, option_groups
 from trainer.errors import UserError, nearest
 from trainer.metrics import get_metric
+from trainer.models.config import BUILT_IN, LoraConfig, ModelConfig, TinyLlavaConfig
 from trainer.options import NAME, Options
 
-BUILT_IN = "built_in"
 _TASKS_WORD = "literal['built_in']"
 
 
@@ -32,7 +34,7 @@ class TaskConfig(Options):
     metric: str | None = Field(
         None,
         description="exact_match, accuracy_iou, cider, vqa_accuracy, gqa_accuracy, chartqa_strict, chartqa_relaxed, "
-        "span_f1 or bleu; none for an auxiliary task",
+        "span_f1, bleu or perplexity; none for an auxiliary task",
     )
     auxiliary: bool = Field(False, description="in every mixture with weight 1, outside balancing")
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(32, description="longest generated answer in tokens")
@@ -70,36 +72,13 @@ class BuiltInTasksConfig(Options):
     test: Annotated[int, Field(ge=2)] = Field(300, description="questions per task")
 
 
-class TinyLlavaConfig(Options):
-    """Size of the built-in LLaVA (only read when ``model.path`` is ``built_in``)."""
-
-    hidden_size: Annotated[int, Field(ge=16)] = 192
-    layers: Annotated[int, Field(ge=1)] = 3
-    heads: Annotated[int, Field(ge=1)] = 4
-    vocabulary: Annotated[int, Field(ge=300)] = 3000
-    pretraining_records: Annotated[int, Field(ge=0)] = Field(
-        2400, description="image descriptions to pretrain on before Algorithm 1; 0 starts it from random weights"
-    )
-    pretraining_epochs: Annotated[float, Field(gt=0)] = 4.0
-
-
-class ModelConfig(Options):
-    """The pretrained LMM that Algorithm 1 starts every training from."""
-
-    path: str = Field(BUILT_IN, description="a transformers image-text-to-text model: folder, hub name, or built_in")
-    tiny_llava: TinyLlavaConfig = TinyLlavaConfig()
-    max_length: Annotated[int, Field(ge=16)] = Field(2048, description="tokens; longer conversations are cut")
-    freeze: list[str] = Field(["vision_tower"], description="parameters whose name contains one of these are frozen")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
-        None, description="none: the model's own choice"
-    )
-
-
 class TrainingConfig(Options):
     """One training run; the same for every run of Algorithm 1, so that only the mixture and lambda differ."""
 
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the training's own mixture")
-    batch_size: Annotated[int, Field(ge=1)] = Field(16, description="samples per process and micro-batch")
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        16, description="samples per process and micro-batch; with packing, sequences of several samples"
+    )
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(1, description="micro-batches per optimizer step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         2e-5, description="peak, reached after the warm-up; cosine to 0"
@@ -113,12 +92,22 @@ class TrainingConfig(Options):
     logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="optimizer steps per line of log.jsonl")
     save_steps: Annotated[int, Field(ge=1)] = Field(500, description="steps between checkpoints (resume points)")
     dataloader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that encode samples; 0 = none")
+    packing: bool = Field(False, description="several samples in a sequence of model.max_length tokens (docs/data.md)")
+    overlong: Literal["truncate", "refuse", "drop"] = Field(
+        "truncate", description="samples of more than model.max_length tokens: cut at the end, an error, or left out"
+    )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What results depend on. Later keys are left out at their default, so that older runs stay finished."""
+        later = {"packing": False, "overlong": "truncate"}
+        unused = {key for key, default in later.items() if getattr(self, key) == default}
+        return self.model_dump(mode="json", exclude={"logging_steps", "save_steps", *unused})
 
 
 class EvaluationConfig(Options):
-    """Batched greedy generation on validation and test records."""
+    """Batched greedy generation on validation and test records, shared out over ``launch.processes`` ranks."""
 
-    batch_size: Annotated[int, Field(ge=1)] = Field(32, description="prompts generated at once")
+    batch_size: Annotated[int, Field(ge=1)] = Field(32, description="records that go through the model at once")
 
 
 class CotbalConfig(Options):
@@ -207,6 +196,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
     """Reads and validates a YAML configuration.
 
     Relative data paths are taken from the configuration file's folder, ``output_dir`` from the current one.
+    ``${NAME}`` in a path is the environment variable of that name.
 
     Args:
         path: the YAML file.
@@ -227,6 +217,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
         raise UserError(f"configuration {path} must be a mapping of options, got {type(data).__name__}")
     for dotted, value in (overrides or {}).items():
         _set(data, dotted, value)
+    _expand_variables(data, str(path))
     _resolve_paths(data, path.parent)
     return parse_config(data, str(path))
 
@@ -250,7 +241,11 @@ def reference() -> str:
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             groups.append((name, field.annotation))
-    groups += [("model.tiny_llava", TinyLlavaConfig), ("balancing.validation", ValidationConfig)]
+    groups += [
+        ("model.tiny_llava", TinyLlavaConfig),
+        ("model.lora", LoraConfig),
+        ("balancing.validation", ValidationConfig),
+    ]
     groups.append(("comparisons[]", ComparisonConfig))
     groups += option_groups().items()
     lines = ["# Configuration", "", "Made from `trainer/config.py` by `python -m trainer.config`."]
@@ -288,6 +283,22 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(data, dict):
             raise UserError(f"cannot set '{dotted}': '{key}' is not a group of options")
     data[last] = value
+
+
+def _expand_variables(data: dict[str, Any], source: str) -> None:
+    """Puts environment variables into paths: ``${NAME}`` in tasks' files, ``model.path`` and ``output_dir``."""
+    tasks = data.get("tasks")
+    places = [(f"tasks.{n}.{key}", task, key) for n, task in enumerate(tasks if isinstance(tasks, list) else [])
+              if isinstance(task, dict) for key in ("train", "validation", "test", "image_root")]  # fmt: skip
+    places += [("output_dir", data, "output_dir")]
+    if isinstance(data.get("model"), dict):
+        places += [("model.path", data["model"], "path")]
+    for where, group, key in places:
+        if isinstance(group.get(key), str):
+            for name in re.findall(r"\$\{(\w+)\}", group[key]):
+                if name not in os.environ:
+                    raise UserError(f"{source}: {where} needs the environment variable {name}, which is not set")
+                group[key] = group[key].replace(f"${{{name}}}", os.environ[name])
 
 
 def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
@@ -330,8 +341,9 @@ def _valid_keys(location: list[str]) -> list[str]:
             model = TaskConfig if part == "tasks" else ComparisonConfig
         elif part in model.model_fields:
             annotation = model.model_fields[part].annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                model = annotation
+            for option in get_args(annotation) or (annotation,):  # `lora` is a group or none
+                if isinstance(option, type) and issubclass(option, BaseModel):
+                    model = option
     return list(model.model_fields)
 
 

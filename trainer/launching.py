@@ -22,10 +22,16 @@ class TrainingFailedError(RuntimeError):
     """A training process ended with an error; says why and where its whole output is."""
 
 
-def die_with_parent() -> None:
-    """Asks the kernel to end this process when its parent ends, however that happens (Linux; else does nothing)."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Asks the kernel to end this process when its parent ends, however that happens (Linux; else does nothing).
+
+    Args:
+        parent: its process id, for ending now if it is gone already: a process takes seconds to get here.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
 
 
 def resolve_device(device: str) -> str:
@@ -41,6 +47,24 @@ def resolve_device(device: str) -> str:
             "launch.device is 'cuda' but torch sees no GPU here; use 'auto' or 'cpu', or install a CUDA build of torch"
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def rank_devices(device: str, ranks: int, first: int = 0) -> tuple[str, ...]:
+    """A device for each of several processes of this machine: its own GPU, from number `first` on, or the CPU.
+
+    Raises:
+        UserError: there are too few GPUs.
+    """
+    if device == "cpu":
+        return ("cpu",) * ranks
+    import torch
+
+    if first + ranks > torch.cuda.device_count():
+        raise UserError(
+            f"{first + ranks} processes take a GPU each and torch sees {torch.cuda.device_count()} here; "
+            "lower launch.processes (--processes) or launch.parallel"
+        )
+    return tuple(f"cuda:{first + rank}" for rank in range(ranks))
 
 
 def threads_per_process(launch: LaunchConfig) -> int:

@@ -29,15 +29,22 @@ from trainer.balancing.registry import method_class, read_options
 from trainer.config import RunConfig, TrainingConfig
 from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import ConversationEncoder
+from trainer.data.lengths import SampleLength, exact_counter, measure_all, sample_length
 from trainer.data.mixtures import Mixture, MixtureKind, select
+from trainer.data.packing import PackedCollator, PackedDataset, pack
+from trainer.data.records import Record
 from trainer.errors import UserError
 from trainer.launching import ERROR_FILE, die_with_parent
 from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog
+from trainer.loop.packing_probe import PackingProbe
 from trainer.loop.trainer import TaskWeightedTrainer
 from trainer.loop.validation import ValidationBatches
 from trainer.loop.weighting import Tasks, TaskWeighting
 from trainer.models.features import FeatureStore
 from trainer.models.loading import load_model, load_processor
+from trainer.models.lora import add_lora, save_merged
+from trainer.models.packable import finds_samples_in_one_row, refuse_unpackable
+from trainer.pipeline.stages import write_json
 from trainer.tasks import Task, load_task
 
 
@@ -169,6 +176,12 @@ def task_weighting(
     options = spec.config.balancing.validation
     if chosen.needs.validation:
         held_out = [task.validation if own else [] for task, own in zip(tasks, balanced, strict=True)]
+        if spec.config.training.overlong == "drop":
+            counter = exact_counter(encoder)
+            held_out = [
+                [r for r in found if not sample_length(counter, r, task.image_path, "drop").dropped]
+                for task, found in zip(tasks, held_out, strict=True)
+            ]
         samples = MixtureDataset(encoder, tasks, held_out)
         starts = [sum(map(len, held_out[:k])) for k, own in enumerate(balanced) if own]
         validation = ValidationBatches(
@@ -198,6 +211,49 @@ def task_weighting(
     )
 
 
+def training_samples(
+    spec: TrainingSpec, encoder: ConversationEncoder, tasks: list[Task], records: list[list[Record]]
+) -> MixtureDataset | PackedDataset:
+    """What the training iterates over: samples, or with packing sequences of them; the same on every rank.
+
+    Where lengths matter they are measured first, and ``samples.json`` says what they came to.
+
+    Raises:
+        UserError: a sample that cannot be used or is refused, or none is left.
+    """
+    training = spec.config.training
+    dataset = MixtureDataset(encoder, tasks, records)
+    if not training.packing and training.overlong == "truncate":
+        return dataset
+    counter = exact_counter(encoder)
+
+    def measure(index: int) -> SampleLength:
+        task_id, record = dataset.items[index]
+        try:
+            return sample_length(counter, record, tasks[task_id].image_path, training.overlong)
+        except UserError as error:
+            raise UserError(f"task '{tasks[task_id].name}': {error}") from error
+
+    lengths = measure_all(len(dataset), measure)
+    dataset.items = [item for item, length in zip(dataset.items, lengths, strict=True) if not length.dropped]
+    tokens = [length.tokens for length in lengths if not length.dropped]
+    if not tokens:
+        raise UserError(f"training {spec.name}: every sample is longer than {encoder.max_length} tokens; none is left")
+    sequences = pack(tokens, encoder.max_length, spec.training_seed) if training.packing else None
+    if int(os.environ.get("RANK", 0)) == 0:
+        summary = {
+            "samples": len(tokens),
+            "tokens": sum(tokens),
+            "supervised_tokens": sum(length.supervised for length in lengths),
+            "cut": sum(length.cut for length in lengths),
+            "dropped": len(lengths) - len(tokens),
+            "sequences": len(sequences) if sequences else None,
+        }
+        write_json(spec.output_dir / "samples.json", summary)
+        print(f"samples: {summary}", flush=True)
+    return PackedDataset(dataset, sequences) if sequences else dataset
+
+
 def train(spec: TrainingSpec) -> None:
     """Runs one training to its end, from its newest complete checkpoint when there is one."""
     use_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
@@ -224,22 +280,33 @@ def train(spec: TrainingSpec) -> None:
         encoder.tokenizer.pad_token_id,
         encoder.blank_image() if any(record.images for task in tasks for record in task.train) else None,
     )
+    if spec.config.training.packing:
+        refuse_unpackable(spec.model_path)
+    dataset = training_samples(spec, encoder, tasks, records)
 
     model = load_model(spec.model_path, spec.config.model, torch.float32)
     weighting = task_weighting(spec, tasks, encoder, collator, args)
     # "task_sum" differs from "task" in the normaliser only, and that comes from outside.
     aggregation = "token" if weighting.method.options.aggregation == "token" else "task"
     apply_fused_loss(model, num_tasks=len(tasks), aggregation=aggregation)
+    packer = None
+    if isinstance(dataset, PackedDataset):
+        packer = PackedCollator(collator.pad_token_id, collator.blank_image, flat=finds_samples_in_one_row(model))
+    lora = spec.config.model.lora
+    if lora is not None:
+        model = add_lora(model, spec.config.model)
 
     trainer = TaskWeightedTrainer(
         weighting=weighting,
         model=model,
         args=args,
-        train_dataset=MixtureDataset(encoder, tasks, records),
-        data_collator=collator,
+        train_dataset=dataset,
+        data_collator=packer or collator,
         processing_class=processor,
         callbacks=[RunLog(spec.output_dir / "log.jsonl", weighting.tasks.names), CompleteCheckpoints()],
     )
+    if packer and isinstance(dataset, PackedDataset):
+        trainer.add_callback(PackingProbe(trainer, packer, dataset))
     if not trainer.is_deepspeed_enabled:
         raise RuntimeError("DeepSpeed is off although it was configured; unset ACCELERATE_* environment variables")
     checkpoint = newest_checkpoint(spec.output_dir / "checkpoints", args.world_size)
@@ -248,7 +315,10 @@ def train(spec: TrainingSpec) -> None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     partial = spec.output_dir / "model.partial"
-    trainer.save_model(str(partial))
+    if lora is None:
+        trainer.save_model(str(partial))
+    else:
+        save_merged(trainer.model, spec.model_path, spec.config, partial)
     if trainer.is_world_process_zero():
         processor.save_pretrained(partial)
         shutil.rmtree(spec.output_dir / "model", ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -17,6 +18,7 @@ from hf_models import MODELS, build, one_thread  # noqa: E402, F401
 from test_huggingface_architectures import SCALINGS  # noqa: E402
 from test_huggingface_trainer import arguments, collate, records  # noqa: E402
 
+from cotbal_kernels.huggingface import apply_fused_loss  # noqa: E402
 from cotbal_kernels.triton_kernels import head as triton_head  # noqa: E402
 
 PAGE = (Path(__file__).parents[2] / "docs" / "swap_in.md").read_text(encoding="utf-8")
@@ -71,8 +73,28 @@ def test_the_loop(given: dict[str, Any]) -> None:
     assert max(moved) > 0.01
 
 
+def test_fsdp(given: dict[str, Any]) -> None:
+    """One rank in bfloat16: the normaliser stays float32, and without the page's policy it is refused."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        batch = collate(given["dataset"][:3])
+        normalizer = torch.tensor(259.0)  # bfloat16 has 258 and 260
+        sharded = run(BLOCKS[5], {"model": build("llama").train(), "mesh": mesh, "torch": torch})["model"]
+        plain = apply_fused_loss(build("llama").train().bfloat16(), task_weights=[1.3, 0.6, 1.1])
+        expected = plain(**batch, num_items_in_batch=normalizer).loss
+        # The same bfloat16 products: only what FSDP leaves in float32 on the way differs, not 1 in 259.
+        assert float(sharded(**batch, num_items_in_batch=normalizer).loss) == pytest.approx(float(expected), rel=1e-3)
+        unsafe = BLOCKS[5].replace(", cast_forward_inputs=False", "")
+        sharded = run(unsafe, {"model": build("llama").train(), "mesh": mesh, "torch": torch})["model"]
+        with pytest.raises(ValueError, match=r"num_items_in_batch came in torch.bfloat16.*cast_forward_inputs=False"):
+            sharded(**batch, num_items_in_batch=normalizer)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_other_blocks(given: dict[str, Any]) -> None:
-    deepspeed, lora = BLOCKS[4:]
+    deepspeed, _, lora = BLOCKS[4:]
     assert run(deepspeed, {})["arguments"]["deepspeed"]["gradient_clipping"] == 1.0
     model = run(lora, {"model": build("llama")})["model"]
     batch = collate(given["dataset"][:3])
@@ -106,6 +128,6 @@ def test_the_arithmetic() -> None:
 
 
 def test_every_block_parses() -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     for block in BLOCKS:
         ast.parse(block)

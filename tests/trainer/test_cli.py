@@ -36,8 +36,12 @@ OPTIONS = {
     "report": ["run_dir"],
     "check": ["paths", "--set", "--image-root", "--tokenizer", "--max-length", "--batch-size", "--epochs"],
     "convert": ["name", "source", "output", "--preset", "--limit", "--set", "--workers", "--overwrite"],
+    "evaluate": ["model", "--records", "--config", "--task", "--split", "--metric", "--output", "--image-root",
+                 "--limit", "--batch-size", "--max-new-tokens", "--precision", "--processes", "--device",
+                 "--overwrite"],
+    "score": ["predictions", "--metric"],
     "doctor": [],
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -181,7 +185,9 @@ class TestDryRun:
     def plan(self, outcome: Any) -> tuple[dict[str, list[str]], float, float]:
         """Rows by training, and the two sums at the end."""
         assert outcome.code == 0, outcome.err
-        _, *rows, last = outcome.out.splitlines()
+        _, *rows = outcome.out.splitlines()
+        end = next(index for index, row in enumerate(rows) if row.startswith("cost is"))  # tokens and memory follow
+        rows, last = rows[:end], rows[end]
         words = last.replace(",", " ").split()
         sums = float(words[words.index("proxies") + 1]), float(words[words.index("everything") + 1])
         return {row.split()[0]: row.split()[1:] for row in rows}, *sums

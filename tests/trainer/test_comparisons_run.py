@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from synthetic_run import Page
 
 import trainer.pipeline.algorithm1 as algorithm1
+import trainer.pipeline.evaluations as evaluations
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.comparison import compare
@@ -60,32 +60,21 @@ class Runs:
         lines = [json.dumps({"step": step, "steps": 4, "tasks": entry}) for step in range(1, 5)]
         (spec.output_dir / "log.jsonl").write_text("\n".join(lines))
 
-    def submit(self, _: Any, spec: EvaluationSpec) -> Future[None]:
+    def evaluate(self, spec: EvaluationSpec, *_: Any) -> None:
         training = spec.model_path.parent.name
         metrics = {
-            task: {"metric": "EM", "value": score(training, task), "standard_error": 1.0, "samples": 4}
-            for task in spec.tasks
+            own.name: {"metric": "EM", "value": score(training, own.name), "standard_error": 1.0, "samples": 4}
+            for own in spec.sets
         }
         spec.output_dir.mkdir(parents=True, exist_ok=True)
         (spec.output_dir / "metrics.json").write_text(json.dumps(metrics))
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     runs = Runs()
-
-    class Pool:
-        def __init__(self, *_: Any, **__: Any) -> None: ...
-        def __enter__(self) -> Runs:
-            return runs
-
-        def __exit__(self, *_: Any) -> None: ...
-
     monkeypatch.setattr(algorithm1, "run_training", runs.train)
-    monkeypatch.setattr(algorithm1, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(evaluations, "evaluate", runs.evaluate)
     return runs
 
 

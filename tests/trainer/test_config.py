@@ -11,6 +11,8 @@ import yaml
 
 import trainer.config
 from trainer.config import (
+    LoraConfig,
+    ModelConfig,
     RunConfig,
     TaskConfig,
     TinyLlavaConfig,
@@ -22,6 +24,12 @@ from trainer.config import (
 from trainer.errors import UserError
 
 SHIPPED = sorted((Path(trainer.config.__file__).parent / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shipped configurations of real data find it through the environment."""
+    monkeypatch.setenv("COTBAL_DATA", "/somewhere/data")
 
 
 def task(**changes: Any) -> dict[str, Any]:
@@ -43,6 +51,7 @@ def problems(data: dict[str, Any]) -> list[str]:
         ({"seeed": 1}, "seeed: unknown key (did you mean 'seed'?)"),
         ({"training": {"epoch": 1}}, "training.epoch: unknown key (did you mean 'epochs'?)"),
         ({"model": {"tiny_llava": {"layer": 2}}}, "model.tiny_llava.layer: unknown key (did you mean 'layers'?)"),
+        ({"model": {"lora": {"rnk": 2}}}, "model.lora.rnk: unknown key (did you mean 'rank'?)"),
         ({"balancing": {"metod": "ew"}}, "balancing.metod: unknown key (did you mean 'method'?)"),
         ({"balancing": {"validation": {"every": 2}}}, "balancing.validation.every: unknown key"),
         (
@@ -197,21 +206,49 @@ class TestFiles:
 def test_shipped_configurations_say_what_is_read_from_them(path: Path) -> None:
     config = load_config(path)
     assert isinstance(config, RunConfig)
-    assert config.tasks == "built_in"
+    assert (config.tasks == "built_in") == path.name.startswith("demo")
     written = yaml.safe_load(path.read_text())
-    for group in ("built_in", "training", "cotbal", "launch", "evaluation"):
+    for group in {"built_in", "training", "cotbal", "launch", "evaluation"} & set(written):
         found = getattr(config, group).model_dump(mode="json")
         assert {key: found[key] for key in written[group]} == written[group]
 
 
-def test_both_demos_are_shipped() -> None:
-    assert {path.name for path in SHIPPED} >= {"demo.yaml", "demo_small.yaml"}
+def test_what_is_shipped() -> None:
+    assert {path.name for path in SHIPPED} == {
+        "demo.yaml", "demo_small.yaml", "cotbal_llava15_7b.yaml", "cotbal_llava15_7b_lora.yaml", "coba_qwen.yaml",
+    }  # fmt: skip
+
+
+def test_variables_in_paths(monkeypatch: pytest.MonkeyPatch, write_config: Callable[[dict[str, Any]], Path]) -> None:
+    monkeypatch.setenv("MODELS", "/models")
+    monkeypatch.delenv("RUNS", raising=False)
+    own = task(train="${COTBAL_DATA}/a.jsonl", validation="v.jsonl", description="${RUNS} is no path")
+    data = {"output_dir": "/out/${MODELS}", "tasks": [own], "model": {"path": "${MODELS}/a${MODELS}"}}
+    path = write_config(data)
+    config = load_config(path)
+    assert not isinstance(config.tasks, str)
+    assert (config.tasks[0].train, config.model.path) == (Path("/somewhere/data/a.jsonl"), "/models/a/models")
+    assert (config.output_dir, config.tasks[0].validation) == (Path("/out/models"), path.parent / "v.jsonl")
+    assert config.tasks[0].description == "${RUNS} is no path"
+    path = write_config(data | {"output_dir": "${RUNS}/x"})
+    with pytest.raises(UserError, match=r"config\.yaml: output_dir needs the environment variable RUNS, which is not"):
+        load_config(path)
+
+
+def test_later_keys_leave_finished_runs_finished() -> None:
+    """Stages of runs from before a key existed have the same inputs as long as it is at its default."""
+    training, model = TrainingConfig(), ModelConfig()
+    assert {"packing", "overlong", "logging_steps", "save_steps"}.isdisjoint(training.fingerprint())
+    assert "lora" not in model.fingerprint()
+    assert set(TrainingConfig(packing=True).fingerprint()) - set(training.fingerprint()) == {"packing"}
+    assert set(TrainingConfig(overlong="drop").fingerprint()) - set(training.fingerprint()) == {"overlong"}
+    assert ModelConfig(lora=LoraConfig(rank=3)).fingerprint()["lora"]["rank"] == 3
 
 
 def test_the_reference_page_is_the_code_s() -> None:
     """docs/configuration.md is what `python -m trainer.config` prints now, and it has every key."""
     page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == reference(), "run: python -m trainer.config > docs/configuration.md"
-    for model in (RunConfig, TaskConfig, TrainingConfig, TinyLlavaConfig):
+    for model in (RunConfig, TaskConfig, TrainingConfig, TinyLlavaConfig, LoraConfig):
         for key, field in model.model_fields.items():
             assert f"| `{key}` |" in page or f"## `{key}`" in page or f"## `model.{key}`" in page, (key, field)

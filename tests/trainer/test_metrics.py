@@ -18,6 +18,7 @@ from trainer.metrics import (
     intersection_over_union,
     normalize_answer,
     parse_box,
+    takes_losses,
 )
 
 # Values printed by pycocoevalcap 1.2 from the package index (cider/cider.py, Cider().compute_score) on
@@ -189,6 +190,7 @@ class TestRegistry:
             "chartqa_relaxed": ("chartqa_relaxed", "ChartQA relaxed", True),
             "span_f1": ("span_f1", "F1", True),
             "bleu": ("bleu", "BLEU", True),
+            "perplexity": ("perplexity", "perplexity", False),
         }
 
     @pytest.mark.parametrize(("given_name", "nearest"), [("exactmatch", "exact_match"), ("CIDER", "cider")])
@@ -196,7 +198,12 @@ class TestRegistry:
         with pytest.raises(ValueError, match=f"unknown metric '{given_name}'.*{nearest}"):
             get_metric(given_name)
 
-    @pytest.mark.parametrize("name", list(METRICS))
+    def test_perplexity_takes_no_answers(self):
+        assert [name for name in METRICS if takes_losses(name)] == ["perplexity"]
+        with pytest.raises(ValueError, match="takes losses, not answers"):
+            get_metric("perplexity").compute(["a"], [["a"]])
+
+    @pytest.mark.parametrize("name", [name for name in METRICS if not takes_losses(name)])
     @pytest.mark.parametrize(
         ("predictions", "references", "message"),
         [

@@ -90,13 +90,20 @@ def test_killed_twice_and_resumed_gives_the_same_weights(run_data: dict[str, Any
         time.sleep(0.2)
     finished_before = (killed / "stages" / "train-mini.json").read_text()
 
-    kill_when(configs["killed"], lambda: status(killed, "score-plus-box") == "running")
+    # Ranks have started; `test_evaluation.py` kills between two batches.
+    scored = killed / "evaluations" / "plus-box" / "validation"
+    kill_when(configs["killed"], lambda: any((scored / "parts").glob("rank-*.jsonl")))
+    assert status(killed, "score-plus-box") == "running"
     assert status(killed, "train-plus-box") == "done"
     finish(configs["killed"])
 
     assert (killed / "stages" / "train-mini.json").read_text() == finished_before, "a finished stage ran again"
     for name in ("scores.json", "weights.json", "results.json"):
         assert json.loads((killed / name).read_text()) == json.loads((directories["whole"] / name).read_text()), name
+    for task in ("colour", "box"):
+        name = f"evaluations/plus-box/validation/{task}.jsonl"
+        assert (killed / name).read_bytes() == (directories["whole"] / name).read_bytes()
+    assert not (scored / "parts").exists()
     whole, resumed = (
         [json.loads(line) for line in (folder / "trainings/plus-colour/log.jsonl").read_text().splitlines()]
         for folder in directories.values()

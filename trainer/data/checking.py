@@ -151,20 +151,16 @@ def _check_images(
 
 def _encoder(folder: Path, max_length: int) -> Callable[[Record], tuple[int, int, bool]]:
     """Counts (tokens, supervised tokens, whether it is cut) of a record, without opening its images."""
-    from trainer.data.encoding import ConversationEncoder
+    from trainer.data.lengths import token_counter
     from trainer.models.loading import load_processor
-    from trainer.pipeline.preflight import token_counter
 
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist")
     processor: Any = load_processor(str(folder))
-    has_images = getattr(processor, "image_processor", None) is not None
     # The whole length is wanted, so nothing is cut here; what training keeps is counted from the labels.
-    whole = token_counter(processor, 2**40) if has_images else ConversationEncoder(processor, 2**40)
+    whole = token_counter(processor, 2**40)
 
     def count(record: Record) -> tuple[int, int, bool]:
-        if record.images and not has_images:
-            raise UserError(f"record '{record.id}' has an image, and {folder} is for text only")
         encoded = whole.training_sample(record, lambda image: folder / image)
         supervised = sum(label >= 0 for label in encoded.labels[1:max_length])
         if not supervised:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -24,6 +25,10 @@ from trainer.errors import UserError
 
 IGNORE_INDEX = -100
 _TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+
+
+class TooLongError(UserError):
+    """A sample of which nothing useful is left within the limit; names the record."""
 
 
 class ImageFeatures(Protocol):
@@ -65,6 +70,7 @@ class ConversationEncoder:
         self.max_length = max_length
         self.features = features
         _ = self._chat_template  # complain now, not at the first sample
+        self._plain_text = not self.reads_images and not self._template_takes_parts()
 
     def training_sample(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
         """Token ids and labels of a whole conversation; only the answers are supervised.
@@ -73,10 +79,11 @@ class ConversationEncoder:
             UserError: an image's tokens do not fit into ``max_length``, or no supervised token is left.
         """
         encoded = Encoded([], [])
+        self._check_images(record)
         pieces = self._pieces(record.turns)
         self._check_placeholders("".join(text for text, _ in pieces), record)
         images = iter(record.images)
-        used = [[image_path(next(images)) for _ in range(text.count(self._image_token))] for text, _ in pieces]
+        used = [[image_path(next(images)) for _ in range(text.count(self.image_token))] for text, _ in pieces]
         tokens = self._tokenize([text for text, _ in pieces], used)
         for (_, supervised), (ids, image_inputs) in zip(pieces, tokens, strict=True):
             if supervised and self.tokenizer.eos_token_id not in ids and not self._ends_turn(ids):
@@ -87,19 +94,21 @@ class ConversationEncoder:
                 held = encoded.image_inputs.get(key)
                 encoded.image_inputs[key] = value if held is None else torch.cat([held, value])
             if image_inputs and len(encoded.input_ids) > self.max_length:
-                raise UserError(
+                raise TooLongError(
                     f"record '{record.id}': its images and the text around them need {len(encoded.input_ids)} "
                     f"tokens, more than model.max_length = {self.max_length}; raise max_length"
                 )
         encoded.truncated = len(encoded.input_ids) > self.max_length
         del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
         if not encoded.supervised:
-            raise UserError(f"record '{record.id}': no supervised token within {self.max_length} tokens")
+            problem = TooLongError if encoded.truncated else UserError
+            raise problem(f"record '{record.id}': no supervised token within {self.max_length} tokens")
         return encoded
 
     def prompt(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
         """The last question of a record, after the turns before it, ready for generation."""
-        (text,) = self._render([_messages(record.turns)[:-1]], add_generation_prompt=True)
+        self._check_images(record)
+        (text,) = self._render([self._messages(record.turns)[:-1]], add_generation_prompt=True)
         self._check_placeholders(text, record)
         ((ids, image_inputs),) = self._tokenize([text], [[image_path(image) for image in record.images]])
         return Encoded(ids, [IGNORE_INDEX] * len(ids), image_inputs)
@@ -108,29 +117,39 @@ class ConversationEncoder:
         """Tokens and inputs of one black image, for a batch that would otherwise not call the vision tower."""
         if self.features is not None:
             features_PC = torch.zeros_like(self.features.example())
-            return self._with_features(self._image_token, [features_PC])
+            return self._with_features(self.image_token, [features_PC])
         out = self.processor(
-            text=self._image_token, images=[Image.new("RGB", (64, 64))], return_tensors="pt", add_special_tokens=False
+            text=self.image_token, images=[Image.new("RGB", (64, 64))], return_tensors="pt", add_special_tokens=False
         )
         ids = out["input_ids"][0].tolist()
         return Encoded(ids, [IGNORE_INDEX] * len(ids), {k: v for k, v in out.items() if k not in _TEXT_INPUTS})
 
     @property
-    def _image_token(self) -> str:
+    def reads_images(self) -> bool:
+        """Whether the model takes images; a tokenizer alone belongs to one that reads text only."""
+        return getattr(self.processor, "image_processor", None) is not None
+
+    @property
+    def image_token(self) -> str:
+        """What stands for an image in rendered text."""
         return getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)
 
+    def _check_images(self, record: Record) -> None:
+        if record.images and not self.reads_images:
+            raise UserError(f"record '{record.id}' has an image, but the model reads text only")
+
     def _check_placeholders(self, text: str, record: Record) -> None:
-        found = text.count(self._image_token)
+        found = text.count(self.image_token)
         if found != len(record.images):
             raise UserError(
-                f"record '{record.id}': its conversation comes out with {found} '{self._image_token}' for "
+                f"record '{record.id}': its conversation comes out with {found} '{self.image_token}' for "
                 f"{len(record.images)} image(s); either its text contains that token, or the model's chat template "
                 "does not write one for every image"
             )
 
     def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
         """(text, supervised) pairs whose concatenation is the rendered conversation."""
-        messages = _messages(turns)
+        messages = self._messages(turns)
         asked = self._render([messages[: 2 * n + 1] for n in range(len(turns))], add_generation_prompt=True)
         answered = self._render([messages[: 2 * n + 2] for n in range(len(turns))], add_generation_prompt=False)
         pieces: list[tuple[str, bool]] = []
@@ -144,6 +163,21 @@ class ConversationEncoder:
             pieces += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
             done = whole
         return pieces
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """User and assistant messages in turn, as the chat template takes them."""
+        texts = [item for turn in turns for item in (("user", turn.question), ("assistant", turn.answer))]
+        if self._plain_text:
+            return [{"role": role, "content": text.strip()} for role, text in texts]
+        return [_message(role, text) for role, text in texts]
+
+    def _template_takes_parts(self) -> bool:
+        """Whether a text model's template reads content as a list of parts; most take a string."""
+        try:
+            (text,) = self._render([[_message("user", "probe")]], add_generation_prompt=False)
+        except (TypeError, TemplateError):
+            return False
+        return "probe" in text and "'type'" not in text
 
     def _render(self, conversations: list[list[dict[str, Any]]], add_generation_prompt: bool) -> list[str]:
         # The compiled template itself: `apply_chat_template` copies every message first, which is most of its time.
@@ -186,7 +220,7 @@ class ConversationEncoder:
         return out["input_ids"][0].tolist(), {k: v for k, v in out.items() if k not in _TEXT_INPUTS}
 
     def _with_features(self, text: str, features: list[Tensor], special: bool = False) -> Encoded:
-        token = self._image_token
+        token = self.image_token
         head, *rest = text.split(token)
         for features_PC, tail in zip(features, rest, strict=True):
             head += token * features_PC.shape[0] + tail
@@ -197,13 +231,6 @@ class ConversationEncoder:
         """Whether the piece ends in a special token (``<|im_end|>`` and its like), blanks after it aside."""
         special = set(self.tokenizer.all_special_ids)
         return any(token in special for token in ids[-2:])
-
-
-def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """User and assistant messages in turn, as chat templates take them."""
-    return [
-        message for turn in turns for message in (_message("user", turn.question), _message("assistant", turn.answer))
-    ]
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A metric compares one prediction per sample with the references of that sample and returns the value in
 the units the community prints: accuracies, F1 and BLEU in percent (0-100), CIDEr as pycocoevalcap's ``Cider``
-returns it (mean similarity times 10, so 0-10 and usually below 2). Perplexity takes losses instead of answers
-and is a function.
+returns it (mean similarity times 10, so 0-10 and usually below 2). Perplexity takes losses instead of answers:
+its value comes from the function.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trainer.metrics.boxes import AccuracyIoU, Box, intersection_over_union, par
 from trainer.metrics.charts import ChartAccuracy
 from trainer.metrics.cider import Cider, CiderCorpus
 from trainer.metrics.exact import ExactMatch, GqaAccuracy, normalize_answer
-from trainer.metrics.perplexity import perplexity
+from trainer.metrics.perplexity import Perplexity, perplexity
 from trainer.metrics.spans import SpanF1
 from trainer.metrics.vqa import VqaAccuracy, process_vqa_answer
 
@@ -31,6 +31,7 @@ __all__ = [
     "GqaAccuracy",
     "Metric",
     "MetricResult",
+    "Perplexity",
     "SpanF1",
     "VqaAccuracy",
     "get_metric",
@@ -39,6 +40,7 @@ __all__ = [
     "parse_box",
     "perplexity",
     "process_vqa_answer",
+    "takes_losses",
 ]
 
 METRICS: dict[str, Metric] = {
@@ -53,6 +55,7 @@ METRICS: dict[str, Metric] = {
         ChartAccuracy(0.05, "chartqa_relaxed", "ChartQA relaxed"),
         SpanF1(),
         Bleu(),
+        Perplexity(),
     )
 }
 
@@ -62,3 +65,8 @@ def get_metric(name: str) -> Metric:
     if name in METRICS:
         return METRICS[name]
     raise unknown_name("metric", name, METRICS)
+
+
+def takes_losses(name: str) -> bool:
+    """Whether the metric of that name is computed from losses of the given answers instead of generated ones."""
+    return isinstance(get_metric(name), Perplexity)

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from trainer.errors import UserError
 from trainer.metrics.base import MetricResult
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The metric under its name in a configuration. It takes losses of the given answers; nothing is generated."""
+
+    name: str = "perplexity"
+    label: str = "perplexity"
+    higher_is_better: bool = False
+
+    def compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> MetricResult:
+        """Raises UserError: answers have no perplexity without a model."""
+        raise UserError("perplexity takes losses, not answers: perplexity(loss_sums, tokens)")
 
 
 def perplexity(loss_sums: Sequence[float], tokens: Sequence[int]) -> MetricResult:

@@ -1,4 +1,4 @@
-"""Loading any transformers image-text-to-text model, or the built-in one, from a folder."""
+"""Loading any transformers image-text-to-text or text model, or the built-in one, from a folder."""
 
 from __future__ import annotations
 
@@ -6,23 +6,57 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 import trainer.models.efficientnet_lite  # noqa: F401  registers the built-in model's vision tower
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 
 
-def load_processor(path: str) -> Any:
-    """The processor of a model folder or hub name.
+def load_processor(path: str, *, local_only: bool = False) -> Any:
+    """The processor of a model folder or hub name; for a text model, its tokenizer.
+
+    Args:
+        local_only: take what is on this machine and ask no hub.
 
     Raises:
         UserError: nothing loadable is there.
     """
     try:
-        return AutoProcessor.from_pretrained(path)
+        return AutoProcessor.from_pretrained(path, local_files_only=local_only)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path '{path}': no processor could be loaded ({error})") from error
+
+
+def load_config(path: str, *, local_only: bool = False) -> Any:
+    """The configuration of a model folder or hub name.
+
+    Raises:
+        UserError: none is there, or transformers does not know the model.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=local_only)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path '{path}': no config.json could be loaded ({error})") from error
+
+
+def reads_images(config: Any) -> bool:
+    """Whether a model with this configuration takes images beside text."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def model_class(config: Any) -> Any:
+    """The class that a configuration is trained with.
+
+    Raises:
+        UserError: it is neither an image-text-to-text nor a causal language model.
+    """
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        if type(config) in mapping:
+            chosen = mapping[type(config)]
+            return chosen[0] if isinstance(chosen, tuple) else chosen
+    raise UserError(f"a model of type '{config.model_type}' is no image-text-to-text and no causal language model")
 
 
 def load_model(path: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
@@ -31,19 +65,41 @@ def load_model(path: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     Raises:
         UserError: nothing loadable is there, or a ``freeze`` entry matches no parameter.
     """
+    found = load_config(path)
+    model_class(found)
+    images = reads_images(found)
+    loader: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
     try:
         options = {} if config.attention is None else {"attn_implementation": config.attention}
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path '{path}': no image-text-to-text model could be loaded ({error})") from error
+        model = loader.from_pretrained(path, dtype=dtype, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model.path '{path}': no model could be loaded ({error})") from error
+    freeze(model, config, path, images)
+    return model
+
+
+def empty_model(config: Any, options: ModelConfig) -> Any:
+    """The model without memory for its weights (on the meta device), frozen as ``options.freeze`` says."""
+    with torch.device("meta"):
+        model = model_class(config)._from_config(config)
+    freeze(model, options, options.path, reads_images(config))
+    return model
+
+
+def freeze(model: nn.Module, config: ModelConfig, path: str, images: bool) -> None:
+    """Freezes what ``model.freeze`` names. Its default names the vision tower, which a text model is excused for.
+
+    Raises:
+        UserError: an entry matches no parameter.
+    """
+    excused = () if images else ("vision_tower",)
     for part in config.freeze:
         names = [name for name, _ in model.named_parameters() if part in name]
-        if not names:
+        if not names and part not in excused:
             raise UserError(f"model.freeze: no parameter of '{path}' has '{part}' in its name")
         for name, parameter in model.named_parameters():
             if part in name:
                 parameter.requires_grad_(False)
-    return model
 
 
 def vision_tower(model: nn.Module) -> nn.Module | None:

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +32,9 @@ from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
 from trainer.data.mixtures import Mixture
 from trainer.errors import UserError
-from trainer.evaluation import EvaluationSpec, evaluate
-from trainer.launching import die_with_parent, resolve_device, run_training, threads_per_process
+from trainer.launching import resolve_device, run_training
 from trainer.pipeline import built_in, outcome
+from trainer.pipeline.evaluations import Evaluators, evaluation_spec
 from trainer.pipeline.places import Places, digest, environment, last_step, weights_stage
 from trainer.pipeline.preflight import check_run, check_validation
 from trainer.pipeline.progress import Progress
@@ -81,7 +79,7 @@ class Pipeline:
         own_path = base if config.model.tiny_llava.pretraining_records else self.initial_model
         self.model_path = str(own_path) if own_model else config.model.path
         self.features = self.run_dir / "features" if own_model else None
-        self._evaluators: ProcessPoolExecutor | None = None
+        self._evaluators: Evaluators | None = None
 
     # -- what is run ---------------------------------------------------------------------------------------
 
@@ -128,9 +126,7 @@ class Pipeline:
             (self.run_dir / "config.yaml").write_text(self.config.to_yaml())
             write_json(self.run_dir / "environment.json", environment(config=self.config, device=self.device))
             parallel = self.config.launch.parallel
-            with ProcessPoolExecutor(
-                parallel, multiprocessing.get_context("spawn"), initializer=die_with_parent
-            ) as self._evaluators:
+            with closing(Evaluators(self.config.launch, self.device)) as self._evaluators:
                 StageRunner(self.run_dir / "stages", self.stages(), parallel, self.progress).run()
             return build_report(self.run_dir)
 
@@ -160,7 +156,7 @@ class Pipeline:
             ]
         checked = Stage(
             "check",
-            [FORMAT, files, self.config.model.model_dump(mode="json")],
+            self._checked(files),
             needs,
             (self.run_dir / "tasks.json",),
             self._check,
@@ -168,6 +164,13 @@ class Pipeline:
         if self.features is None:
             return [*stages, checked]
         return [*stages, *self._built_in_model(needs, files, checked)]
+
+    def _checked(self, files: Any) -> list[Any]:
+        """What the verdict on the records depends on; rules that are off are left out, as in older runs."""
+        training = self.config.training
+        rules = {"packing": training.packing, "overlong": training.overlong}
+        own = [rules] if rules != {"packing": False, "overlong": "truncate"} else []
+        return [FORMAT, files, self.config.model.fingerprint(), *own]
 
     def _built_in_model(self, needs: tuple[str, ...], files: Any, checked: Stage) -> list[Stage]:
         """The stages that make the pretrained LMM which Algorithm 1 takes as given, when there is none to load."""
@@ -214,8 +217,8 @@ class Pipeline:
     def _train_stage(self, training: Training, needs: tuple[str, ...]) -> Stage:
         inputs = {
             "mixture": [training.mixture.kind, training.mixture.task],
-            "training": self.config.training.model_dump(mode="json", exclude={"logging_steps", "save_steps"}),
-            "model": self.config.model.model_dump(mode="json"),
+            "training": self.config.training.fingerprint(),
+            "model": self.config.model.fingerprint(),
             "mini_ratio": self.config.cotbal.mini_ratio,
             "processes": self.config.launch.processes,
             "seed": self.config.seed + training.repetition,
@@ -312,24 +315,18 @@ class Pipeline:
         run_training(directory / "spec.json", launch, self.device, context.slot, directory / "output.log", poll)
 
     def _evaluate(self, training: Training, split: str, context: StageContext) -> None:
-        spec = EvaluationSpec(
-            config=self.resolved,
-            model_path=self.places.training(training) / "model",
-            split=split,
-            tasks=training.tasks,
-            output_dir=self.places.evaluation(training, split),
+        spec = evaluation_spec(
+            self.resolved,
+            self.places.training(training) / "model",
+            split,
+            training.tasks,
+            self.places.evaluation(training, split),
             features=self.features,
-            device=self.device if self.device == "cpu" else f"cuda:{context.slot * self.config.launch.processes}",
-            threads=threads_per_process(self.config.launch) * self.config.launch.processes,
+            device=self.device,
+            slot=context.slot,
         )
         assert self._evaluators is not None
-        try:
-            self._evaluators.submit(evaluate, spec).result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"the evaluation of '{training.name}' was ended from outside (out of memory?); "
-                "lower evaluation.batch_size and run again: what is done is kept"
-            ) from error
+        self._evaluators.run(spec, context)
 
     def _compute_weights(self, name: str) -> None:
         options = self.variants[name]

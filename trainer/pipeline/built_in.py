@@ -50,12 +50,10 @@ def task_configs(directory: Path, options: BuiltInTasksConfig) -> list[TaskConfi
     ]
 
 
-def planned_records(config: RunConfig, tasks: list[TaskConfig]) -> dict[str, int]:
-    """Training records per task: counted in the files, or as configured while they are still to be written."""
-    if isinstance(config.tasks, str):
-        sizes = built_in_sizes(config.built_in)
-        return {task.name: sizes.of(task.name, "train") for task in tasks}
-    return {task.name: len(load_task(task).train) for task in tasks}
+def planned_records(options: BuiltInTasksConfig, tasks: list[TaskConfig]) -> dict[str, int]:
+    """Training records of every built-in task, which are still to be written."""
+    sizes = built_in_sizes(options)
+    return {task.name: sizes.of(task.name, "train") for task in tasks}
 
 
 def write_data(directory: Path, options: BuiltInTasksConfig, seed: int, context: StageContext) -> None:

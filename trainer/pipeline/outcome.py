@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from trainer.balancing.registry import SINGLE_TASK_LABEL, training_label
 from trainer.baselines import majority_answer, question_only
 from trainer.config import RunConfig
-from trainer.metrics import get_metric
+from trainer.metrics import get_metric, takes_losses
 from trainer.pipeline.stages import write_json
 from trainer.pipeline.trainings import Training
 from trainer.tasks import load_task
@@ -60,7 +61,11 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
         metrics = read_metrics(run_dir / "evaluations" / training.name / "test")
         for tables, key in ((by_seed, "value"), (errors_by_seed, "standard_error")):
             rows = tables.setdefault(method, [{} for _ in range(config.seeds)])
-            rows[training.repetition] |= {name: {entry["metric"]: entry[key]} for name, entry in metrics.items()}
+            rows[training.repetition] |= {
+                # The standard error of a single sample is unknown.
+                name: {entry["metric"]: math.nan if entry[key] is None else entry[key]}
+                for name, entry in metrics.items()
+            }
     values = {method: mean_table(tables) for method, tables in by_seed.items()}
     errors = {method: mean_table(tables) for method, tables in errors_by_seed.items()}
     assert not isinstance(config.tasks, str)
@@ -70,6 +75,8 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
         assert task.config.metric is not None
         metric = get_metric(task.config.metric)
         directions[task.name] = {metric.label: "higher" if metric.higher_is_better else "lower"}
+        if takes_losses(metric.name):  # a constant answer has no perplexity
+            continue
         seen = [(turn.question, [turn.answer]) for record in task.train for turn in record.turns]
         asked = [(record.turns[-1].question, record.answers) for record in task.test]
         majority, blind = majority_answer(seen, asked, metric), question_only(seen, asked, metric)

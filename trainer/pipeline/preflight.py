@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
-from trainer.data.encoding import ConversationEncoder
+from trainer.data.encoding import ConversationEncoder, TooLongError
+from trainer.data.lengths import SampleLength, sample_length, token_counter
 from trainer.errors import UserError
 from trainer.launching import resolve_device
 from trainer.models.loading import load_processor
+from trainer.models.lora import check_lora
+from trainer.models.packable import refuse_unpackable
 from trainer.pipeline.stages import write_json
 from trainer.tasks import SPLITS, Task, check_images, load_task
 
@@ -42,44 +43,60 @@ def check_records(config: TaskConfig) -> tuple[Task, int]:
     return task, check_images(task)
 
 
-def check_tokens(task: Task, encoder: ConversationEncoder, split: str = "train") -> tuple[int, int, int]:
-    """Encodes every record of a split; returns supervised tokens, all tokens and how many records were cut.
+@dataclass(frozen=True)
+class TokenCount:
+    """What a split comes to: tokens that are trained on, and records that are cut or left out."""
+
+    supervised: int = 0
+    tokens: int = 0
+    cut: int = 0
+    dropped: int = 0
+
+
+def check_tokens(
+    task: Task, encoder: ConversationEncoder, split: str = "train", overlong: str = "truncate"
+) -> TokenCount:
+    """Encodes every record of a split and counts its tokens.
 
     Raises:
-        UserError: a record whose images do not fit or that has no supervised token, named with its task.
+        UserError: a record whose images do not fit, that has no supervised token, or that is too long where
+            ``training.overlong`` refuses that, named with its task; or none is left.
     """
-    supervised = total = cut = 0
+    lengths: list[SampleLength] = []
+    refused: list[UserError] = []
     for record in task.split(split):
         try:
-            encoded = encoder.training_sample(record, task.image_path)
+            lengths.append(sample_length(encoder, record, task.image_path, overlong))
         except UserError as error:
-            raise UserError(f"task '{task.name}': {error}") from error
-        supervised += encoded.supervised
-        total += len(encoded.input_ids)
-        cut += encoded.truncated
-    return supervised, total, cut
+            if overlong != "refuse" or not isinstance(error, TooLongError):
+                raise UserError(f"task '{task.name}': {error}") from error
+            refused.append(error)
+    if refused:  # counted to the end, so that one look says how much there is to do
+        count = f"; {len(refused)} of {len(task.split(split))} {split} records are" if len(refused) > 1 else ""
+        raise UserError(f"task '{task.name}': {refused[0]}{count}") from refused[0]
+    if lengths and all(length.dropped for length in lengths):
+        raise UserError(
+            f"task '{task.name}': every {split} record is longer than model.max_length = {encoder.max_length} "
+            "tokens, and training.overlong drops such records; raise max_length, or choose 'truncate'"
+        )
+    return TokenCount(
+        sum(length.supervised for length in lengths),
+        sum(length.tokens for length in lengths),
+        sum(length.cut for length in lengths),
+        sum(length.dropped for length in lengths),
+    )
 
 
-class BlankImages:
-    """Stands in for image features when only tokens are counted: every image has as many as a blank one.
+def check_model(config: RunConfig, model_path: str) -> None:
+    """Checks that the model can be trained as configured.
 
-    Models that cut an image into a number of tiles that depends on its size may need more for a large one.
+    Raises:
+        UserError: it cannot be packed although ``training.packing`` is on, or LoRA finds nothing to adapt.
     """
-
-    def __init__(self, tokens: int) -> None:
-        self._features_P0 = torch.empty(tokens, 0)
-
-    def __getitem__(self, path: Path) -> Tensor:
-        return self._features_P0
-
-    def example(self) -> Tensor:
-        return self._features_P0
-
-
-def token_counter(processor: Any, max_length: int) -> ConversationEncoder:
-    """An encoder that lays out tokens and labels without opening an image."""
-    blank = ConversationEncoder(processor, max_length).blank_image()
-    return ConversationEncoder(processor, max_length, BlankImages(len(blank.input_ids)))
+    if config.training.packing:
+        refuse_unpackable(model_path)
+    if config.model.lora is not None:
+        check_lora(model_path, config.model)
 
 
 def check_run(config: RunConfig, model_path: str, tasks_json: Path, context: StageContext) -> None:
@@ -90,12 +107,14 @@ def check_run(config: RunConfig, model_path: str, tasks_json: Path, context: Sta
     """
     assert not isinstance(config.tasks, str)
     encoder = token_counter(load_processor(model_path), config.model.max_length)
+    check_model(config, model_path)
     described = []
     for number, task_config in enumerate(config.tasks):
         task, images = check_records(task_config)
         row = describe(task) | {"images": images}
-        supervised, total, cut = check_tokens(task, encoder)
-        row |= {"supervised_tokens": supervised, "tokens": total, "truncated_records": cut}
+        count = check_tokens(task, encoder, "train", config.training.overlong)
+        row |= {"supervised_tokens": count.supervised, "tokens": count.tokens, "truncated_records": count.cut}
+        row["dropped_records"] = count.dropped
         described.append(row)
         context.report(number + 1, len(config.tasks), "task")
     write_json(tasks_json, {"tasks": described})
@@ -111,7 +130,7 @@ def check_validation(config: RunConfig, model_path: str, context: StageContext) 
     encoder = token_counter(load_processor(model_path), config.model.max_length)
     balanced = [task for task in config.tasks if not task.auxiliary]
     for number, task_config in enumerate(balanced):
-        check_tokens(load_task(task_config), encoder, "validation")
+        check_tokens(load_task(task_config), encoder, "validation", config.training.overlong)
         context.report(number + 1, len(balanced), "task")
 
 
@@ -129,12 +148,18 @@ def check_config(config: RunConfig) -> str:
     encoder = None
     if config.model.path != BUILT_IN:
         encoder = token_counter(load_processor(config.model.path), config.model.max_length)
-    lines = [f"{'task':<24}{'metric':<14}{'train':>8}{'valid.':>8}{'test':>8}{'images':>8}{'supervised':>12}{'cut':>6}"]
+        check_model(config, config.model.path)
+    drops = config.training.overlong == "drop"
+    lines = [
+        f"{'task':<24}{'metric':<14}{'train':>8}{'valid.':>8}{'test':>8}{'images':>8}{'supervised':>12}"
+        f"{'dropped' if drops else 'cut':>{8 if drops else 6}}"
+    ]
     for task_config in config.tasks:
         task, images = check_records(task_config)
-        supervised, _, cut = check_tokens(task, encoder) if encoder else ("-", 0, "-")
+        count = check_tokens(task, encoder, "train", config.training.overlong) if encoder else None
+        supervised, overlong = (count.supervised, count.dropped if drops else count.cut) if count else ("-", "-")
         lines.append(
             f"{task.name:<24}{task_config.metric or 'auxiliary':<14}{len(task.train):>8}{len(task.validation):>8}"
-            f"{len(task.test):>8}{images:>8}{supervised:>12}{cut:>6}"
+            f"{len(task.test):>8}{images:>8}{supervised:>12}{overlong:>{8 if drops else 6}}"
         )
     return "\n".join(lines)

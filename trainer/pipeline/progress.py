@@ -35,8 +35,8 @@ class Progress:
         if not self._tty:
             self.say(f"{name} ...")
 
-    def update(self, name: str, done: int, total: int, unit: str) -> None:
-        """`done` of `total` units of a stage; a `total` of 0 is not known yet and shows nothing."""
+    def update(self, name: str, done: int, total: int, unit: str, note: str = "") -> None:
+        """`done` of `total` units of a stage, and a `note`; a `total` of 0 is not known yet and shows nothing."""
         if not total:
             return
         with self._lock:
@@ -45,12 +45,13 @@ class Progress:
                 if bar is None:
                     bar = self._bars[name] = tqdm(total=total, desc=f"  {name}", unit=unit, leave=False)
                 bar.total = total
+                bar.set_postfix_str(note, refresh=False)
                 bar.update(done - bar.n)
                 return
             if time.monotonic() - self._last_line.get(name, 0.0) < LINE_EVERY:
                 return
             self._last_line[name] = time.monotonic()
-        self.say(f"{name}: {done} of {total} {unit}s")
+        self.say(f"{name}: {done} of {total} {unit}s{note and ', ' + note}")
 
     def finish(self, name: str, seconds: float) -> None:
         self.stop(name)

@@ -57,11 +57,11 @@ class StageContext:
     progress: Progress
     cancelled: threading.Event
 
-    def report(self, done: int, total: int, unit: str) -> None:
-        """Shows progress; raises :class:`Cancelled` when the run is ending."""
+    def report(self, done: int, total: int, unit: str, note: str = "") -> None:
+        """Shows progress, with a `note` on its speed; raises :class:`Cancelled` when the run is ending."""
         if self.cancelled.is_set():
             raise Cancelled
-        self.progress.update(self.name, done, total, unit)
+        self.progress.update(self.name, done, total, unit, note)
 
 
 def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:

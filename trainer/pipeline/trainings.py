@@ -10,6 +10,8 @@ from typing import Any
 from trainer.balancing.registry import SINGLE_TASK, is_cotbal, read_options
 from trainer.config import CotbalConfig, RunConfig, TaskConfig
 from trainer.data.mixtures import Mixture, select
+from trainer.data.packing import pack
+from trainer.pipeline.planned_data import PlannedData
 
 
 @dataclass(frozen=True)
@@ -90,23 +92,38 @@ def list_trainings(config: RunConfig, tasks: Sequence[TaskConfig]) -> list[Train
     return proxies + finals + repeated
 
 
-def plan(config: RunConfig, trainings: Sequence[Training], records: dict[str, int]) -> list[dict[str, Any]]:
+def plan(
+    config: RunConfig, trainings: Sequence[Training], records: dict[str, int], data: PlannedData | None = None
+) -> list[dict[str, Any]]:
     """Every training with its records, optimizer steps and cost in units of the final training (``--dry-run``).
 
     Args:
         records: training records of every task by name.
+        data: their lengths: with them, packed sequences and records that are dropped count as they are in training,
+            and rows have sequences (or samples), and tokens, supervised tokens and images over all epochs.
     """
     window = config.training.batch_size * config.launch.processes
     rows: list[dict[str, Any]] = []
     for training in trainings:
-        count = sum(
-            len(select(range(total), training.mixture.share(name, config.cotbal.mini_ratio), config.seed, name))
+        chosen = [
+            (name, index)
             for name, total in records.items()
-        )
-        batches = -(-count // window)
+            for index in select(range(total), training.mixture.share(name, config.cotbal.mini_ratio), config.seed, name)
+        ]
+        row: dict[str, Any] = {"training": training.name, "records": len(chosen)}
+        sequences = len(chosen)
+        if data is not None:
+            kept = [found for found in (data.tasks[name][index] for name, index in chosen) if found.tokens]
+            sequences = len(kept)
+            if config.training.packing:
+                lengths = [found.tokens for found in kept]
+                sequences = len(pack(lengths, config.model.max_length, config.seed + training.repetition))
+            for key in ("tokens", "supervised", "images"):
+                row[key] = round(sum(getattr(found, key) for found in kept) * config.training.epochs)
+            row["sequences"] = sequences
+        batches = -(-sequences // window)
         steps = math.ceil(-(-batches // config.training.gradient_accumulation_steps) * config.training.epochs)
-        scored_on = ", ".join(training.splits)
-        rows.append({"training": training.name, "records": count, "steps": steps, "scored on": scored_on})
+        rows.append(row | {"steps": steps, "scored on": ", ".join(training.splits)})
     final = next(row["records"] for row in rows if row["training"] == "cotbal")
     for row in rows:
         row["cost"] = row["records"] / final

@@ -108,7 +108,10 @@ class RunDirectory:
         if not file.exists():
             return []
         lines, bad = [], 0
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        # Not `str.splitlines`: an answer may hold a separator that JSON leaves as it is (U+2028, U+0085).
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            if not line.strip():
+                continue
             try:
                 value = json.loads(line)
             except json.JSONDecodeError:

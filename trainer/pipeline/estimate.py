@@ -1,0 +1,210 @@
+"""What a run would need: GPU memory and hours, from the model's configuration alone (``cotbal run --dry-run``).
+
+Parameters are counted on the meta device, so nothing is downloaded or allocated. Everything else is arithmetic with
+the assumptions written beside it; no number here was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config import BUILT_IN, ModelConfig, RunConfig
+from trainer.errors import UserError
+from trainer.models.loading import empty_model, load_config
+from trainer.models.lora import adapted_layers, whole_parameters
+from trainer.pipeline.planned_data import PlannedData
+
+GIB = 2.0**30
+# Peak of dense bfloat16 products in TFLOP/s, from the makers' data sheets.
+PEAK_TFLOPS = {
+    "B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0,
+    "RTX 4090": 165.0, "RTX 3090": 71.0, "A10": 125.0, "L4": 121.0,
+}  # fmt: skip
+ASSUMED_GPU = "A100"  # the papers', where no GPU is here and none is given
+LOSS_WORKSPACE = 512 * 2**20  # bytes, bound of the fused loss
+LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 keeps gathered at once (its stage3_max_live_parameters)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters, and the shapes that activations depend on."""
+
+    total: int  # of the model that is loaded
+    trained: int  # that get gradients and optimizer states; with LoRA the updates alone
+    vision: int  # of the image encoder
+    vision_trained: int
+    patches: int  # of an image, each a token of the image encoder; 0 for a text model
+    hidden: int
+    layers: int
+    intermediate: int
+    key_value: int  # width of keys
+    vocabulary: int
+    head_trained: bool
+
+    @property
+    def language(self) -> int:
+        """Parameters that every token passes through."""
+        return self.total - self.vision
+
+
+def model_size(config: Any, options: ModelConfig) -> ModelSize:
+    """Counts a model without its weights.
+
+    Args:
+        config: the transformers configuration.
+        options: what is frozen, and LoRA.
+
+    Raises:
+        UserError: ``freeze`` or LoRA names nothing in the model.
+    """
+    model = empty_model(config, options)
+    named = dict(model.named_parameters())  # a tied head counts once
+    vision = [name for name in named if "vision" in name or "visual" in name]
+    trained = sum(parameter.numel() for parameter in named.values() if parameter.requires_grad)
+    head = model.get_output_embeddings()
+    head_trained = head.weight.requires_grad and options.lora is None
+    vision_trained = sum(named[name].numel() for name in vision if named[name].requires_grad)
+    if options.lora is not None:
+        layers: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in adapted_layers(model, options)}
+        rank = options.lora.rank
+        updates = {name: rank * (layer.in_features + layer.out_features) for name, layer in layers.items()}
+        updates |= {name: parameter.numel() for name, parameter in whole_parameters(model, options).items()}
+        trained = sum(updates.values())
+        vision_trained = sum(count for name, count in updates.items() if "vision" in name or "visual" in name)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return ModelSize(
+        total=sum(parameter.numel() for parameter in named.values()),
+        trained=trained,
+        vision=sum(named[name].numel() for name in vision),
+        vision_trained=vision_trained,
+        patches=_patches(config),
+        hidden=text.hidden_size,
+        layers=text.num_hidden_layers,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        key_value=size * (getattr(text, "num_key_value_heads", None) or heads),
+        vocabulary=head.weight.shape[0],
+        head_trained=head_trained,
+    )
+
+
+def _patches(config: Any) -> int:
+    vision = getattr(config, "vision_config", None)
+    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    if isinstance(side, int) and isinstance(patch, int):
+        return (side // patch) ** 2
+    return 0 if vision is None else getattr(config, "image_seq_length", 0) or 0
+
+
+def memory_per_gpu(size: ModelSize, config: RunConfig) -> dict[str, float]:
+    """Bytes on one GPU by purpose, at the longest batch; what the allocator and the driver keep comes on top."""
+    training, gpus = config.training, config.launch.processes
+    stage = training.zero_stage
+    number = 2 if training.precision == "bf16" else 4
+    added = size.trained if config.model.lora is not None else 0  # beside the model's own parameters
+    tokens = training.batch_size * config.model.max_length
+    # AdamW's two moments, and the float32 master copy that DeepSpeed keeps of what a ZeRO stage shards or bf16 rounds.
+    states = 12 if stage >= 1 or training.precision == "bf16" else 8
+    layer = 8 * size.hidden + 2 * size.key_value + 4 * size.intermediate  # numbers a token leaves, with a gated MLP
+    kept = size.layers * layer
+    if training.gradient_checkpointing:
+        kept = size.layers * size.hidden + layer
+    memory = {
+        "parameters": (size.total + added) * number / (gpus if stage == 3 else 1),
+        "gradients": size.trained * number / (gpus if stage >= 2 else 1),
+        "optimizer states": size.trained * states / (gpus if stage >= 1 else 1),
+        "activations": float(tokens * kept * number),
+        "loss": LOSS_WORKSPACE
+        + float(tokens * size.hidden * number)
+        + (size.vocabulary * size.hidden * number if size.head_trained else 0),
+    }
+    if stage == 3:
+        memory["gathered by ZeRO-3"] = float(min(size.total, LIVE_PARAMETERS) * number)
+    return memory
+
+
+def training_flop(size: ModelSize, tokens: int, images: int) -> float:
+    """Model FLOP of a training: 2 for a parameter and token forward, 2 for its inputs and 2 for itself backward.
+
+    With everything trained that is 6 P a token. Frozen weights have no gradient, a frozen image encoder no backward
+    pass. Products of attention scores, padding and recomputation are not counted.
+    """
+    language = tokens * (4.0 * size.language + 2.0 * (size.trained - size.vision_trained))
+    vision = 2.0 * size.vision + (2.0 * size.vision + 2.0 * size.vision_trained if size.vision_trained else 0.0)
+    return language + images * size.patches * vision
+
+
+def peak_tflops() -> tuple[float, str]:
+    """Peak TFLOP/s of this machine's GPU, or of an assumed one; and where the number is from."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        for known, peak in PEAK_TFLOPS.items():
+            if known in name:
+                return peak, f"peak of {name}"
+        return PEAK_TFLOPS[ASSUMED_GPU], f"{name} is not in the table: assumed, as of an {ASSUMED_GPU}"
+    return PEAK_TFLOPS[ASSUMED_GPU], f"no GPU here: assumed, as of an {ASSUMED_GPU}"
+
+
+def report(
+    config: RunConfig, rows: Sequence[dict[str, Any]], data: PlannedData, tflops: float | None, mfu: float
+) -> str:
+    """Tokens, memory and hours of the planned trainings, as lines to print.
+
+    Args:
+        rows: of ``trainings.plan``, with sequences, tokens and images.
+        tflops: peak of one GPU; None takes this machine's, or an assumed one.
+        mfu: share of the peak that a training is assumed to reach, counting model FLOP.
+    """
+    packed = config.training.packing
+    try:
+        found = load_config(config.model.path, local_only=True)
+    except UserError:
+        found = None
+    size = model_size(found, config.model) if found else None
+    peak, source = peak_tflops() if tflops is None else (tflops, "--tflops")
+    gpus = config.launch.processes
+    speed = gpus * peak * 1e12 * mfu
+    width = max(28, *(len(row["training"]) + 1 for row in rows))
+    unit = "sequences" if packed else "samples"
+    lines = [f"{'training':<{width}}{unit:>10}{'tokens':>15}{'supervised':>14}{'hours':>9}"]
+    hours = 0.0
+    for row in rows:
+        row_hours = "-"
+        if size:
+            own = training_flop(size, row["tokens"], row["images"]) / speed / 3600
+            hours += own
+            row_hours = f"{own:.3g}"
+        numbers = f"{row['sequences']:>10,}{row['tokens']:>15,}{row['supervised']:>14,}{row_hours:>9}"
+        lines.append(f"{row['training']:<{width}}{numbers}")
+    lines.append(f"tokens are {data.source}; all epochs")
+    if not size and config.model.path == BUILT_IN:
+        lines.append("memory and hours: not for the built-in model, which the run makes")
+        return "\n".join(lines)
+    if not size:
+        lines.append(
+            f"memory and hours: no config.json of '{config.model.path}' on this machine; "
+            "give a local folder with --set model.path=FOLDER"
+        )
+        return "\n".join(lines)
+    lines.append(
+        f"hours {hours:.2f} for all trainings one after the other, {hours * gpus:.2f} GPU hours: an estimate, "
+        f"4 P + 2 P trained FLOP a token on {gpus} GPU(s) of {peak:g} TFLOP/s ({source}), of which {mfu:.0%} are "
+        "assumed to be reached (--mfu); padding and generation not counted"
+    )
+    lines.append(
+        f"parameters {size.total:,}, trained {size.trained:,}"
+        + (f", of the frozen image encoder {size.vision:,}" if size.vision and not size.vision_trained else "")
+    )
+    memory = memory_per_gpu(size, config)
+    lines.append(
+        f"memory of one GPU at {config.training.batch_size} x {config.model.max_length} tokens: an estimate, "
+        f"{sum(memory.values()) / GIB:.1f} GiB = "
+        + " + ".join(f"{name} {value / GIB:.2f}" for name, value in memory.items())
+    )
+    return "\n".join(lines)

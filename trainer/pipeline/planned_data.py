@@ -1,0 +1,86 @@
+"""How many tokens a run would train on, before anything is prepared: exact for small data, from a sample for large."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer.config import BUILT_IN, RunConfig, TaskConfig
+from trainer.data.lengths import sample_length, token_counter
+from trainer.data.records import Record
+from trainer.errors import UserError
+from trainer.models.loading import load_config, load_processor
+from trainer.tasks import load_task
+
+MEASURED = 2000  # records of a task that are tokenized; the others are given the lengths of these
+_CHARACTERS_PER_TOKEN = 4.0  # where no tokenizer is at hand: English text under the usual vocabularies
+_TOKENS_PER_TURN = 4  # marks of roles and ends that a chat template writes
+_IMAGE_TOKENS = 576  # of an image where the model's configuration does not say: LLaVA-1.5's
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One record as training would see it: tokens (0: dropped), supervised tokens, images."""
+
+    tokens: int
+    supervised: int
+    images: int
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """Every training record of every task, and how it was counted."""
+
+    tasks: Mapping[str, Sequence[Planned]]
+    source: str
+
+
+def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
+    """Lengths of all training records of a run with tasks and a model of its own.
+
+    Raises:
+        UserError: a record file that cannot be read, or a record that cannot be used.
+    """
+    encoder, image_tokens = None, _IMAGE_TOKENS
+    if config.model.path != BUILT_IN:
+        try:
+            encoder = token_counter(load_processor(config.model.path, local_only=True), config.model.max_length)
+        except UserError:  # no processor here, or one without a chat template: then by the number of characters
+            try:
+                found = load_config(config.model.path, local_only=True)
+                image_tokens = getattr(found, "image_seq_length", None) or _IMAGE_TOKENS
+            except UserError:
+                pass
+    planned: dict[str, list[Planned]] = {}
+    sampled = False
+    for task_config in tasks:
+        task = load_task(task_config)
+        records = task.train
+        count = min(len(records), MEASURED)
+        sampled |= count < len(records)
+        chosen = [records[index * len(records) // count] for index in range(count)] if count else []
+        measured = []
+        for record in chosen:
+            if encoder is None:
+                measured.append(_by_characters(record, image_tokens, config.model.max_length, config.training.overlong))
+                continue
+            try:
+                length = sample_length(encoder, record, task.image_path, config.training.overlong)
+            except UserError as error:
+                raise UserError(f"task '{task.name}': {error}") from error
+            measured.append(Planned(length.tokens, length.supervised, len(record.images)))
+        planned[task.name] = [measured[index * count // len(records)] for index in range(len(records))]
+    how = "counted with the model's tokenizer" if encoder else (
+        f"estimated: {_CHARACTERS_PER_TOKEN:g} characters a token, {image_tokens} tokens an image (no tokenizer at "
+        f"'{config.model.path}' on this machine)"
+    )  # fmt: skip
+    return PlannedData(planned, how + (f", from {MEASURED:,} records of each larger task" if sampled else ""))
+
+
+def _by_characters(record: Record, image_tokens: int, max_length: int, overlong: str) -> Planned:
+    answers = sum(len(turn.answer) for turn in record.turns) / _CHARACTERS_PER_TOKEN + len(record.turns)
+    questions = sum(len(turn.question) for turn in record.turns) / _CHARACTERS_PER_TOKEN
+    tokens = round(answers + questions) + 2 * _TOKENS_PER_TURN * len(record.turns) + image_tokens * len(record.images)
+    if tokens > max_length and overlong == "drop":
+        return Planned(0, 0, len(record.images))
+    return Planned(min(tokens, max_length), min(round(answers), max_length), len(record.images))

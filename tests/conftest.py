@@ -1,4 +1,12 @@
-"""Order of the whole suite."""
+"""Threads and order of the whole suite."""
+
+import os
+
+# Test processes share the cores: threads of one that wait spinning for those of another cost more than they compute.
+# Before torch is imported, and for the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 import pytest
 

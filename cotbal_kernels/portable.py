@@ -132,7 +132,7 @@ class _LinearGradients:
 
     def add(self, rows_C: Tensor, hidden_CD: Tensor, dlogits_CV: Tensor) -> None:
         if self.need_hidden:
-            self.hidden_MD[rows_C] = _product_with_weight(dlogits_CV, self.weight_VD).to(self.dtypes[0])
+            _put_rows(self.hidden_MD, rows_C, _product_with_weight(dlogits_CV, self.weight_VD))
         if self.need_weight:
             if self.sum_weight_VD is None:  # cheaper than adding to zeros
                 self.sum_weight_VD = torch.mm(dlogits_CV.t(), hidden_CD)
@@ -253,7 +253,7 @@ def logits_rows_backward(
     for rows_C in _row_chunks(*_all_rows(targets_M), logits_MV.shape[1], chunk_size, CACHE_BYTES):
         logits_CV = _gather(logits_MV, rows_C, wide)
         _gradient_in_blocks(logits_CV, rows_C, targets_M, grad_M, stats_2M, spec)
-        grad_logits_MV[rows_C] = logits_CV.to(logits_MV.dtype)
+        _put_rows(grad_logits_MV, rows_C, logits_CV)
     return grad_logits_MV[: targets_M.shape[0]]
 
 
@@ -298,6 +298,14 @@ def _gather(source_MX: Tensor, rows_C: Tensor, wide: torch.dtype) -> Tensor:
         return source_MX.index_select(0, rows_C).to(wide)  # whole rows: faster than an index
     last = source_MX.shape[0] - 1
     return source_MX[rows_C.clamp(max=last)].to(wide).masked_fill_((rows_C > last)[:, None], 0)
+
+
+def _put_rows(out_MX: Tensor, rows_C: Tensor, values_CX: Tensor) -> None:
+    """``out[rows] = values``; on a CPU consecutive rows are one copy, several times as fast as an index."""
+    if rows_C.device.type == "cpu" and int(rows_C[-1]) - int(rows_C[0]) + 1 == rows_C.shape[0]:
+        out_MX[int(rows_C[0]) : int(rows_C[-1]) + 1] = values_CX
+    else:
+        out_MX[rows_C] = values_CX.to(out_MX.dtype)
 
 
 def _blocks(size: int, row_numel: int, limit: int = WORKSPACE_BYTES) -> Iterator[tuple[int, int]]:

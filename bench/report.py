@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from bench.cases import PRESETS
 from bench.peers import OURS, all_peers
 from bench.peers.base import Peer
 from bench.results import FAILED, OK, UNAVAILABLE, UNSUPPORTED, Entry, Row, Run
@@ -87,6 +88,9 @@ def facts(run: Run) -> list[str]:
         lines.append(f"clocks and power before the run: {where['clocks']}; after it: {where.get('clocks after')}")
     if where.get("minutes") is not None:
         lines.append(f"took {where['minutes']} minutes")
+    planned = len(PRESETS[run.preset].cases) if run.preset in PRESETS else 0
+    if len(run.rows) < planned:
+        lines.append(f"{len(run.rows)} of the preset's {planned} cases: the run was stopped, or chose some of them")
     return lines
 
 

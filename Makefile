@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+comma := ,
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .PHONY: demo test install lint clean
@@ -15,16 +16,21 @@ test: $(VENV)/.developed
 install: $(VENV)/.developed
 
 # torch comes first and alone: deepspeed's build imports it, and nothing later may pick another one.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt requirements-demo.txt
+NEEDS := pyproject.toml setup.py constraints.txt requirements-demo.txt
+define install
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools
-	$(PIP) -e ".[trainer]"
+	$(PIP) -e ".[$(1)]"
 	$(PIP) --no-deps -r requirements-demo.txt
+endef
+
+$(VENV)/.installed: $(NEEDS)
+	$(call install,trainer)
 	touch $@
 
-$(VENV)/.developed: $(VENV)/.installed
-	$(PIP) -e ".[trainer,dev]"
-	touch $@
+$(VENV)/.developed: $(NEEDS)
+	$(call install,trainer$(comma)dev)
+	touch $(VENV)/.installed $@
 
 lint: $(VENV)/.developed
 	$(BIN)/ruff check .

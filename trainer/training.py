@@ -342,3 +342,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # Everything is written. Threads of native libraries can abort an ordinary exit ("terminate called without an active
+    # exception"), and a training that has succeeded would be reported as failed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

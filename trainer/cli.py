@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from trainer.data.commands import add_commands
 from trainer.errors import UserError
 from trainer.evaluation.commands import add_commands as add_evaluation_commands
+from trainer.settings import parse_settings
 
 app = typer.Typer(
     help="CoTBal: comprehensive task balancing for multi-task visual instruction tuning.",
@@ -49,9 +49,7 @@ def demo(
 ) -> None:
     """Run the whole of Algorithm 1 on built-in tasks and write a report. Run it again to continue."""
     preset = Path(__file__).parent / "configs" / ("demo_small.yaml" if small else "demo.yaml")
-    _run(
-        preset, {"output_dir": str(output), **_final_trainings(methods, seeds), **_parse_overrides(overrides)}, dry_run
-    )
+    _run(preset, {"output_dir": str(output), **_final_trainings(methods, seeds), **parse_settings(overrides)}, dry_run)
 
 
 @app.command()
@@ -69,7 +67,7 @@ def run(
     overrides: Overrides = None,
 ) -> None:
     """Run the pipeline of CONFIG. Run it again after an interruption: it continues where it was."""
-    _run(config, {**_final_trainings(methods, seeds), **_parse_overrides(overrides)}, dry_run, tflops, mfu)
+    _run(config, {**_final_trainings(methods, seeds), **parse_settings(overrides)}, dry_run, tflops, mfu)
 
 
 @app.command()
@@ -88,7 +86,7 @@ def train(
     from trainer.config import load_config
     from trainer.single import train_once
 
-    train_once(load_config(config, _parse_overrides(overrides)), output.absolute(), method, weights)
+    train_once(load_config(config, parse_settings(overrides)), output.absolute(), method, weights)
 
 
 @app.command()
@@ -149,7 +147,7 @@ def check(
     if all(path.suffix in (".json", ".jsonl") for path in paths):
         check_records(paths, image_root, tokenizer, max_length, batch_size, epochs)
     elif len(paths) == 1:
-        typer.echo(check_config(load_config(paths[0], _parse_overrides(overrides))))
+        typer.echo(check_config(load_config(paths[0], parse_settings(overrides))))
     else:
         raise UserError("`check` takes one CONFIG.yaml, or files of records (.json, .jsonl)")
 
@@ -212,19 +210,6 @@ def _final_trainings(methods: str | None, seeds: int | None) -> dict[str, Any]:
         names = [name.strip() for name in methods.split(",") if name.strip()]
         overrides["comparisons"] = ["stl", *(name for name in names if name != "stl")]
     return overrides
-
-
-def _parse_overrides(overrides: list[str] | None) -> dict[str, Any]:
-    parsed: dict[str, Any] = {}
-    for item in overrides or []:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"--set takes KEY=VALUE, got '{item}'")
-        try:
-            parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {item}: the value is not valid YAML ({' '.join(str(error).split())})") from error
-    return parsed
 
 
 def _read_json(path: Path) -> Any:

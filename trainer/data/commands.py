@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from trainer.errors import UserError
+from trainer.settings import parse_settings
 
 
 def convert(
@@ -40,7 +40,7 @@ def convert(
         return
     if source is None or output is None:
         raise UserError(f"`convert {name}` takes SOURCE and OUTPUT; '{name}' needs {get_converter(name).files}")
-    options: dict[str, Any] = {"seed": seed, **_settings(settings)}
+    options: dict[str, Any] = {"seed": seed, **parse_settings(settings)}
     if limit is not None:
         options["limit"] = limit
     if image_root is not None:
@@ -96,16 +96,3 @@ def check_records(
 def add_commands(app: typer.Typer) -> None:
     """Adds ``convert`` to the command line."""
     app.command()(convert)
-
-
-def _settings(items: list[str] | None) -> dict[str, Any]:
-    parsed: dict[str, Any] = {}
-    for item in items or []:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"--set takes KEY=VALUE, got '{item}'")
-        try:
-            parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {item}: the value is not valid YAML ({' '.join(str(error).split())})") from error
-    return parsed

@@ -84,7 +84,9 @@ def adapted_layers(model: nn.Module, config: ModelConfig) -> list[str]:
         if last not in found or not isinstance(module, nn.Linear):
             continue
         if module is head:
-            raise UserError(f"model.lora.target_modules: '{last}' is the model's head, whose loss takes plain weights")
+            raise UserError(
+                f"model.lora.target_modules: '{last}' is the model's head; to train it, name it in train_whole"
+            )
         if not any(part in f"{name}.weight" for part in config.freeze):
             found[last].append(name)
     for target, names in found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -188,7 +189,7 @@ class Context:
     cache: dict[str, Any] = field(default_factory=dict)
 
 
-class Converter:
+class Converter(ABC):
     """One data set. Subclasses say which files there are and what one raw record becomes."""
 
     name: ClassVar[str]
@@ -214,13 +215,13 @@ class Converter:
         chosen = dict(self.paper) if preset else {}
         return Options.build({**chosen, **values}, (*usable, *self.option_names), self.name)
 
+    @abstractmethod
     def sources(self, folder: Path, options: Options) -> list[Source]:
         """The raw files under `folder`, in a fixed order.
 
         Raises:
             UserError: none of them is there.
         """
-        raise NotImplementedError
 
     def pools(self, options: Options, names: Sequence[str]) -> dict[str, Pool]:
         """How each pool becomes output files."""
@@ -242,16 +243,16 @@ class Converter:
         return elements(source.path, source.container, source.member)
 
     def side_rows(self, side: Side, value: Any) -> Iterator[tuple[str, Any]]:
-        """Key and value of one element of a side file, as ``Context.lookup`` will find it."""
-        raise NotImplementedError
+        """Key and value of one element of a side file, as ``Context.lookup`` will find it, where there are any."""
+        raise NotImplementedError(f"{type(self).__name__} names the side file {side} and does not read it")
 
+    @abstractmethod
     def items(self, element: Element, context: Context) -> list[Item]:
         """What one raw record becomes; nothing when the data set itself marks it as left out (note why).
 
         Raises:
             Rejected: it cannot be used.
         """
-        raise NotImplementedError
 
 
 def conversation(item: Item, prompt: str, prompt_turns: str) -> list[dict[str, str]]:

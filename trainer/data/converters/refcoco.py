@@ -7,6 +7,7 @@ COCO's ``instances.json``. One turn is one sentence about one box; test sets kee
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,9 @@ class _RefCoco(Converter):
         pool = f"{_SPLITS[split]}_{name}" if split.startswith("test") else _SPLITS[split]
         return self._turns(f"{name}-{ref}", sentences, place, image, pool)
 
+    @abstractmethod
     def _turns(self, name: str, sentences: list[str], box: str, image: str, pool: str) -> list[Item]:
-        raise NotImplementedError
+        """The items of one reference: its sentences and its box as text."""
 
 
 def _finite(number: Any) -> bool:

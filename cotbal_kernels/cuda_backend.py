@@ -216,13 +216,12 @@ class CudaBackend:
         self._kernels().saved_gradient(logits_MV, out_MV, None, where, spec, stats_2M.contiguous())
         return out_MV
 
-    def scale_gradient(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """One pass over ``grad``, which stays as it is for a second backward."""
-        if torch.float64 in (grad.dtype, dtype):
-            return portable.scale_gradient(grad, factor, dtype)
-        out = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-        self._kernels().scale_gradient(grad.contiguous(), factor.to(torch.float32), out)
-        return out
+    def scale_gradient(self, grad: Tensor, factor: Tensor, out: Tensor) -> None:
+        """One pass, none in place where the factor is 1."""
+        if torch.float64 in (grad.dtype, out.dtype):
+            portable.scale_gradient(grad, factor, out)
+        else:
+            self._kernels().scale_gradient(grad, factor.to(torch.float32), out)
 
     def _chunks(self, hidden_MD: Tensor, weight_VD: Tensor, rows_N: Tensor, chunk_size: int) -> Iterator[Chunk]:
         """Yield the logits of at most C rows at a time, all in the same workspace."""

@@ -118,7 +118,10 @@ class KernelLibrary:
         return loss_K, hit_K
 
     def scale_gradient(self, grad: Tensor, factor: Tensor, out: Tensor) -> None:
-        """``out = grad * factor``, the product in float32; both contiguous, ``factor`` one float32."""
+        """``out = grad * factor``, the product in float32; both contiguous, ``factor`` one float32.
+
+        ``out`` may be ``grad``, which is not touched where the factor is 1.
+        """
         if not grad.is_contiguous() or not out.is_contiguous():
             raise ValueError("grad and out must be contiguous")
         self._require_vectors((factor.reshape(1),))

@@ -162,6 +162,9 @@ class Backend(Protocol):
         """Gradient of the logits in their dtype; zero rows where not computed."""
         ...
 
-    def scale_gradient(self, grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return ``grad * factor`` in ``dtype``, the product in float32, ``grad`` unchanged."""
+    def scale_gradient(self, grad: Tensor, factor: Tensor, out: Tensor) -> None:
+        """``out = grad * factor``, the product in float32; both contiguous, ``factor`` a float32 or float64 scalar.
+
+        ``out`` may be ``grad`` itself, and then costs nothing where the factor is 1.
+        """
         ...

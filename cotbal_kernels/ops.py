@@ -164,7 +164,7 @@ def _linear_task_ce_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tup
     task_loss_K, *gradients = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] and need for i, need in enumerate(ctx.need)]
     grad_hidden, grad_weight, grad_bias = (
-        scale_gradient(saved, grad_loss, ctx.dtype, ctx.backend) if want else None
+        _scaled(saved, grad_loss, ctx.dtype, ctx.backend) if want else None
         for saved, want in zip(gradients, wanted, strict=True)
     )
     # scale_K is float32 also in a float64 gradient check
@@ -175,6 +175,19 @@ def _linear_task_ce_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tup
 linear_task_ce.register_autograd(_linear_task_ce_backward, setup_context=_linear_task_ce_setup)
 
 
+def _scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """The gradient that waited, times the upstream one: in its own memory if nobody can ask for it again.
+
+    A second V x D beside dW would be as large as everything else together. ``loss.backward()`` has the factor 1
+    and touches nothing; under ``retain_graph=True`` what waits must stay as it is.
+    """
+    plain = type(saved) is Tensor  # a compiler, which traces with tensors of its own, plans the memory itself
+    if plain and saved.dtype == dtype and not torch._C._autograd._get_current_graph_task_keep_graph():
+        scale_gradient_(saved, factor, backend)
+        return saved
+    return scale_gradient(saved, factor, dtype, backend)
+
+
 @torch.library.custom_op(
     "cotbal::scale_gradient",
     mutates_args=(),
@@ -182,12 +195,27 @@ linear_task_ce.register_autograd(_linear_task_ce_backward, setup_context=_linear
 )
 def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """Return ``grad * factor`` in ``dtype``, the product in float32."""
-    return BACKENDS[backend].scale_gradient(grad, factor, dtype)
+    out = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
+    BACKENDS[backend].scale_gradient(grad.contiguous(), factor, out)
+    return out
 
 
 @scale_gradient.register_fake
 def _(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return grad.new_empty(grad.shape, dtype=dtype)
+
+
+@torch.library.custom_op(
+    "cotbal::scale_gradient_", mutates_args=("grad",), schema="(Tensor(a!) grad, Tensor factor, str backend) -> ()"
+)
+def scale_gradient_(grad: Tensor, factor: Tensor, backend: str) -> None:
+    """``grad *= factor`` of a contiguous gradient, the product in float32; nothing is touched where it is 1."""
+    BACKENDS[backend].scale_gradient(grad, factor, grad)
+
+
+@scale_gradient_.register_fake
+def _(grad: Tensor, factor: Tensor, backend: str) -> None:
+    return None
 
 
 # --- loss per row of a linear head, recomputed in backward ------------------------------------------------

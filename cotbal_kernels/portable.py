@@ -257,17 +257,20 @@ def logits_rows_backward(
     return grad_logits_MV[: targets_M.shape[0]]
 
 
-def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Out of place, so that a second backward finds ``grad`` unchanged.
+def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> None:
+    """The product is float32 on every device, whatever type promotion does with a 0-dimensional factor.
 
-    The product is float32 on every device, whatever type promotion does with a 0-dimensional factor. Blocks of
-    rows keep the widened copy within the workspace.
+    Blocks of rows keep the widened copy within the workspace.
     """
-    out = torch.empty_like(grad, dtype=dtype)
+    if out is grad and factor.device.type == "cpu" and factor.item() == 1:
+        return
     wide = compute_dtype(grad.dtype)
+    factor = factor.to(wide)
+    if grad.dtype == out.dtype == wide:
+        torch.mul(grad, factor, out=out)
+        return
     for start, stop in _blocks(grad.shape[0], grad[0].numel() if grad.shape[0] else 1):
-        out[start:stop] = grad[start:stop].to(wide) * factor.to(wide)
-    return out
+        out[start:stop] = grad[start:stop].to(wide) * factor
 
 
 def _with_spare(targets_M: Tensor) -> int:

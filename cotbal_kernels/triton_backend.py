@@ -28,9 +28,11 @@ from torch import Tensor
 from . import portable
 from .interface import LinearOutput, Need, Targets, TokenLoss, saved_grad_dtypes
 from .triton_kernels.compact import compact_kernel
+from .triton_kernels.configs import programs_for
 from .triton_kernels.head import Head, RowResults, Scale, TileStatistics, num_blocks, on_device
-from .triton_kernels.logits import logits_backward_kernel, logits_forward_kernel, scale_kernel
+from .triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
 from .triton_kernels.row_losses import task_sums_kernel
+from .triton_kernels.scale import scale_kernel
 from .triton_kernels.slices import Slices
 from .validation import check_capacity, check_target_values, checks_requested
 
@@ -335,19 +337,17 @@ def logits_rows_backward(
     return out_MV
 
 
-def scale_gradient(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """One pass."""
+def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> None:
+    """One pass, none in place where the factor is 1."""
     if grad.dtype == torch.float64:
-        return portable.scale_gradient(grad, factor, dtype)
-    grad = grad.contiguous()
-    out = torch.empty_like(grad, dtype=dtype)
-    if grad.numel():
+        portable.scale_gradient(grad, factor, out)
+    elif grad.numel():
         block = 4096 if grad.is_cuda else 256
+        programs = min(num_blocks(grad.numel(), block), 8 * programs_for(grad.device))
         with on_device(grad):
-            scale_kernel[(num_blocks(grad.numel(), block),)](
-                grad, factor.to(torch.float32), out, grad.numel(), BLOCK=block, num_warps=8
+            scale_kernel[(programs,)](
+                grad, factor.to(torch.float32), out, grad.numel(), IN_PLACE=out is grad, BLOCK=block, num_warps=8
             )
-    return out
 
 
 def _new_gradients(

@@ -62,7 +62,8 @@ template <typename In>
 cudaError_t scale_to(const void* grad, const float* factor, void* out, int out_dtype, int64_t count,
                      cudaStream_t stream) {
     const In* const from = static_cast<const In*>(grad);
-    const int64_t blocks = (count + kScalePerBlock<In> - 1) / kScalePerBlock<In>;
+    const int64_t needed = (count + kScalePerBlock<In> - 1) / kScalePerBlock<In>;
+    const int64_t blocks = needed < kScaleMostBlocks ? needed : kScaleMostBlocks;
     const auto to = [&](auto* typed) {
         using Out = std::remove_pointer_t<decltype(typed)>;
         return launch(scale_gradient_kernel<In, Out>, blocks, kScaleThreads, stream, from, factor, typed, count);
@@ -125,7 +126,7 @@ int cotbal_task_sums(const float* loss, const int64_t* hit, const int64_t* tasks
                   hit_sums);
 }
 
-// Kernel D. `grad` and `out` have `count` elements each and do not overlap; `factor` is one float32.
+// Kernel D. `grad` and `out` have `count` elements each and are the same or do not overlap; `factor` is one float32.
 int cotbal_scale_gradient(const void* grad, int grad_dtype, const float* factor, void* out, int out_dtype,
                           int64_t count, cudaStream_t stream) {
     if (grad_dtype == kFloat32) return scale_to<float>(grad, factor, out, out_dtype, count, stream);

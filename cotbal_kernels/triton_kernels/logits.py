@@ -124,17 +124,3 @@ def logits_backward_kernel(
     if HAS_SCALE:
         scale *= logit_scale
     tl.store(out_at, (out * scale).to(out_ptr.dtype.element_ty), mask=inside_B)
-
-
-@triton.jit
-def scale_kernel(
-    grad_ptr,  # [size]
-    factor_ptr,  # [] float32
-    out_ptr,  # [size]
-    size,
-    BLOCK: tl.constexpr,
-):
-    """``out = grad * factor`` in float32, rounded once."""
-    at_B = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    grad_B = tl.load(grad_ptr + at_B, mask=at_B < size, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at_B, (grad_B * tl.load(factor_ptr)).to(out_ptr.dtype.element_ty), mask=at_B < size)

@@ -263,10 +263,11 @@ def test_one_input_requires_grad(only: str, recompute: bool) -> None:
 
 
 def test_a_second_backward_finds_the_same() -> None:
+    """The third one is told that it is the last, and scales in place."""
     p = make_problem(dtype=torch.bfloat16)
     out = linear_loss(*p.tensors)
-    first, second = (torch.autograd.grad(3 * out.loss, (p.hidden, p.weight), retain_graph=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    found = [torch.autograd.grad(3 * out.loss, (p.hidden, p.weight), retain_graph=keep) for keep in (True, True, False)]
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -350,7 +351,7 @@ def test_nothing_is_read_back_to_the_host(cuda_on_cpu: CudaBackend, dtype: torch
     logits, grad_M = torch.randn(51, 67).to(dtype), torch.rand(51)
     with Watch() as watch:
         out = cuda_on_cpu.linear_forward(*inputs, targets.targets_M, targets.tasks_M, *rows, lam, need, spec, 7)
-        cuda_on_cpu.scale_gradient(out.grad_weight_VD, torch.tensor(2.0), dtype)
+        cuda_on_cpu.scale_gradient(out.grad_weight_VD, torch.tensor(2.0), out.grad_weight_VD.to(dtype))
         *_, stats = cuda_on_cpu.linear_rows_forward(*inputs, targets.targets_M, *rows, spec, 7)
         for into in (None, torch.zeros(67, 24), torch.zeros(67, 24, dtype=dtype)):
             cuda_on_cpu.linear_rows_backward(
@@ -520,6 +521,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for op, args in (
         (ops.linear_task_ce, (hidden, weight, bias, where, targets.tasks_M, *rows, lam, every, spec, *end)),
         (ops.scale_gradient, (weight, torch.tensor(3.0), torch.float32, "cuda_on_cpu")),
+        (ops.scale_gradient_, (weight.detach().clone(), torch.tensor(3.0), "cuda_on_cpu")),
         (ops.linear_task_ce_rows_backward, (*backward, None, every, spec, *end, torch.float32)),
         (ops.linear_task_ce_rows_backward, (*backward, torch.zeros(11, 8), every, spec, *end, dtype)),
         (ops.task_ce_rows, (logits, where, spec, *end)),

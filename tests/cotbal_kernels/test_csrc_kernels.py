@@ -396,6 +396,19 @@ def test_scale_gradient(in_dtype: torch.dtype, out_dtype: torch.dtype) -> None:
             assert bool((whole[count + misaligned :] == SENTINEL).all())
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_scale_gradient_in_place(dtype: torch.dtype) -> None:
+    """A block takes several turns where there are more values than 4096 blocks take; a factor of 1 writes nothing."""
+    per_block = 16384 // dtype.itemsize
+    grad = torch.randn(4096 * per_block + per_block + 5).to(dtype)
+    scaled, factor = grad.clone(), torch.tensor(1.003)
+    cpu_kernels().scale_gradient(scaled, factor, scaled)
+    assert torch.equal(scaled, (grad.float() * factor).to(dtype))
+    before = torch.tensor([math.nan, 1.0, -0.0]).to(dtype)
+    cpu_kernels().scale_gradient(before, torch.ones(()), before)
+    torch.testing.assert_close(before, torch.tensor([math.nan, 1.0, -0.0]).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_conversions_of_the_cpu_build(dtype: torch.dtype) -> None:
     """All 65536 values widened; ties, subnormals, overflow and their neighbours rounded, as torch does."""

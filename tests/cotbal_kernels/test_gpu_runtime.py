@@ -134,6 +134,7 @@ def test_opcheck(backend: str) -> None:
             (p.hidden, frozen, None, targets, tasks, rows, count, lam, (True, False, False), spec, *end),
         ),
         (ops.scale_gradient, (frozen, torch.tensor(3.0, device="cuda"), torch.float32, backend)),
+        (ops.scale_gradient_, (frozen.clone(), torch.tensor(3.0, device="cuda"), backend)),
         (ops.linear_task_ce_rows, (p.hidden, p.weight, p.bias, *common, None, spec, *end)),
         (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end)),
         (ops.linear_task_ce_rows_backward, (*backward, buffer, (True, True, False), spec, *end)),
@@ -198,7 +199,10 @@ def test_float16_survives_a_late_loss_scale(backend: str) -> None:
 
 
 def test_memory_beside_inputs_and_outputs_is_bounded() -> None:
-    """A head of 1.05 GB and logits of 0.8 GB: beside dX and dW there is a workspace, neither N x V nor V x D."""
+    """A head of 1.05 GB and logits of 0.8 GB: beside dX and dW there is a workspace, neither N x V nor V x D.
+
+    In the backward pass too: dW is handed over, and only the narrow dX comes beside the one that waited.
+    """
     require("triton")
     require_memory(6)
     M, width, vocab_size = 3072, 4096, 128_256
@@ -210,8 +214,9 @@ def test_memory_beside_inputs_and_outputs_is_bounded() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = linear_task_cross_entropy(hidden, weight, labels, tasks, lam, backend="triton", chunk_size=512)
+    out.loss.backward()
     assert bool(torch.isfinite(out.loss))
-    outputs = 4 * M * width + 2 * vocab_size * width
+    outputs = (4 + 2) * M * width + 2 * vocab_size * width
     packed, statistics = 2 * M * width, 8 * M * (vocab_size // 128 + 1)
     # 512 rows of logits in 16 bits, or as much of all rows; 16 MiB of small change.
     assert (

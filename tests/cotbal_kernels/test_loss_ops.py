@@ -39,6 +39,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         (ops.linear_task_ce, (hidden, weight, bias, targets, tasks, *rows, scale, (True,) * 3, spec, *end)),
         (ops.linear_task_ce, (hidden, frozen, None, targets, tasks, *rows, scale, (True, False, False), spec, *end)),
         (ops.scale_gradient, (frozen, torch.tensor(3.0), torch.float32, "portable")),
+        (ops.scale_gradient_, (frozen.clone(), torch.tensor(3.0), "portable")),
         (ops.linear_task_ce_rows, (hidden, weight, bias, targets, *rows, None, spec, *end)),
         (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end, torch.float32)),
         (ops.linear_task_ce_rows_backward, (*backward, torch.zeros(11, 8), (True,) * 3, spec, *end, dtype)),
@@ -47,6 +48,37 @@ def test_opcheck(dtype: torch.dtype) -> None:
     ]
     for op, arguments in samples:
         torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gradient_that_waited_is_handed_over(dtype: torch.dtype, factor: float) -> None:
+    """``backward()`` makes no second V x D: the memory is that of the forward pass, whatever comes upstream.
+
+    float16 waits in float32, so there its gradient has to be another tensor.
+    """
+    p = make_problem((2, 6), D=8, V=11, K=3, dtype=dtype)
+    hidden, targets, tasks, *rows = flat(p)
+    inputs = (hidden, p.weight, p.bias, targets, tasks, *rows, p.task_weights)
+    loss, *_, grad_weight, _ = ops.linear_task_ce(*inputs, (True,) * 3, (0.0,) * 3, 5, "portable")
+    waits, place = grad_weight.clone(), grad_weight.data_ptr()
+    del grad_weight, _
+    (factor * loss).backward()
+    assert (p.weight.grad.data_ptr() == place) == (dtype != torch.float16)
+    assert torch.equal(p.weight.grad, (waits.float() * factor).to(dtype))
+    assert p.hidden.grad is None
+    assert hidden.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scaling_in_place(dtype: torch.dtype) -> None:
+    """The values of scaling into another tensor; a factor of 1 does not even write."""
+    grad = torch.randn(37, 11, dtype=torch.float64).to(dtype)
+    scaled, untouched = grad.clone(), grad.clone()
+    ops.scale_gradient_(scaled, torch.tensor(0.7), "portable")
+    assert torch.equal(scaled, ops.scale_gradient(grad, torch.tensor(0.7), dtype, "portable"))
+    ops.scale_gradient_(untouched, torch.tensor(1.0), "portable")
+    assert torch.equal(untouched, grad)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "none"])

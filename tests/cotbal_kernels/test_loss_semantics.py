@@ -193,15 +193,18 @@ def test_fp16_gradients_survive_a_late_loss_scale() -> None:
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_graph_used_twice(function: str) -> None:
-    """A second backward, and one loss used twice, see the gradients unchanged (no scaling in place)."""
+    """A second backward, and one loss used twice, see the gradients unchanged; the last may scale them in place."""
     p = make_problem()
     out, leaves = call(function, p)
     first = torch.autograd.grad(out.loss * 3, leaves, retain_graph=True)
     second = torch.autograd.grad(out.loss * 3, leaves, retain_graph=True)
+    once = torch.autograd.grad(out.loss, leaves, retain_graph=True)
     twice = torch.autograd.grad(out.loss + 2 * out.loss, leaves)
-    for a, b, c in zip(first, second, twice, strict=True):
+    again, leaves = call(function, p)
+    for a, b, c, d, e in zip(first, second, twice, once, torch.autograd.grad(again.loss, leaves), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+        assert torch.equal(d, e)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -1,26 +1,74 @@
-"""Shared by the tests that need a GPU: problems on the device, and the error of the materialised path beside ours."""
+"""Shared by the tests of a GPU: problems on the device, and the error of the materialised path beside ours.
 
-from typing import Any
+Where there is no GPU the same tests are rehearsed at small sizes, with Triton's interpreter and the CPU build of
+csrc/: a test that nobody can run would not be right on the day that somebody can.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cuda_on_cpu import cpu_backend
 from loss_problems import Problem, error, make_problem
 from torch import Tensor
+from triton_on_cpu import INTERPRETED
 
 from cotbal_kernels import backends
 from cotbal_kernels.reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-BACKENDS = ["triton", "cuda", "portable"]
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+BACKENDS = ["triton", "cuda", "portable"] if ON_GPU else ["interpreter", "cuda_on_cpu"]
 ALL = {"logit_softcap": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3}
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 
 
-def require(backend: str) -> None:
+class Sizes(NamedTuple):
+    """Several tiles and ragged edges everywhere; D rows is where dW's memory ends for 16-bit exponentials."""
+
+    shape: tuple[int, int]
+    D: int
+    V: int
+    many: int  # a vocabulary of many slices
+    chunk: int  # rows of logits that make the slices
+
+
+# Tiles are up to 128 x 256 (x 64 in D) on a GPU, 16 x 64 (x 32) in the interpreter.
+SIZES = Sizes((7, 111), 520, 1003, 32003, 64) if ON_GPU else Sizes((3, 17), 36, 203, 331, 6)
+
+
+@pytest.fixture(autouse=True)
+def rehearsal() -> Iterator[None]:
+    """Without a GPU: the backends that stand in for it."""
+    if ON_GPU:
+        yield
+        return
+    backends.register_backend("interpreter", INTERPRETED)
+    backends.register_backend("cuda_on_cpu", cpu_backend())
+    yield
+    del backends.BACKENDS["interpreter"], backends.BACKENDS["cuda_on_cpu"]
+
+
+def narrow(backend: str) -> torch.dtype:
+    """bfloat16; float16 in Triton's interpreter, which multiplies bfloat16 wrongly."""
+    return torch.float16 if backend == "interpreter" else torch.bfloat16
+
+
+def require(backend: str, dtype: torch.dtype | None = None) -> None:
     """Skip, with the reason that a user would be given, where a backend cannot run."""
-    if backend != "portable":
+    if dtype == torch.bfloat16 and narrow(backend) != dtype:
+        pytest.skip("Triton's interpreter multiplies and rounds bfloat16 wrongly")
+    if backend in ("triton", "cuda"):
         reason = backends.unavailable_reason(backend)
         if reason is not None:
             pytest.skip(f"{backend}: {reason}")
+
+
+def require_unread_values(backend: str) -> None:
+    """Skip where bad values are an error at once, since they are known without a wait."""
+    if backend == "cuda_on_cpu":
+        pytest.skip("values on a CPU are checked, and raise")
 
 
 def require_memory(gibibytes: float) -> None:
@@ -32,7 +80,7 @@ def require_memory(gibibytes: float) -> None:
 def gpu_problem(*args: Any, **kwargs: Any) -> Problem:
     """``make_problem`` on the device; every floating-point tensor is a leaf."""
     p = make_problem(*args, **kwargs)
-    moved = {name: value.detach().cuda() for name, value in vars(p).items()}
+    moved = {name: value.detach().to(DEVICE) for name, value in vars(p).items()}
     return Problem(**{name: value.requires_grad_(value.is_floating_point()) for name, value in moved.items()})
 
 

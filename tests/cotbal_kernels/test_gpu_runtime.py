@@ -1,20 +1,36 @@
-"""What a training step needs of the loss on a GPU: determinism, CUDA graphs, no host waits, compile, streams."""
+"""What a training step needs of the loss on a GPU: determinism, CUDA graphs, no host waits, compile, streams.
+
+On a CPU those that need no device are rehearsed, see gpu_case.
+"""
 
 from typing import Any
 
 import pytest
 import torch
-from gpu_case import ALL, BACKENDS, gpu_problem, gradients, needs_gpu, require, require_memory
+from gpu_case import (
+    ALL,
+    BACKENDS,
+    DEVICE,
+    ON_GPU,
+    SIZES,
+    gpu_problem,
+    gradients,
+    narrow,
+    needs_gpu,
+    rehearsal,  # noqa: F401 (a fixture)
+    require,
+    require_memory,
+)
 from loss_problems import Problem, error
 
 from cotbal_kernels import linear_task_cross_entropy, ops, task_cross_entropy
 
-pytestmark = needs_gpu
+pytestmark = pytest.mark.gpu
 
 MODES: list[dict[str, Any]] = [
-    {"chunk_size": 64},
-    {"recompute": True, "chunk_size": 64},
-    {"aggregation": "none", "chunk_size": 64, **ALL},
+    {"chunk_size": SIZES.chunk},
+    {"recompute": True, "chunk_size": SIZES.chunk},
+    {"aggregation": "none", "chunk_size": SIZES.chunk, **ALL},
 ]
 
 
@@ -22,8 +38,9 @@ def name(options: dict[str, Any]) -> str:
     return "+".join(options)
 
 
-def problem(**kwargs: Any) -> Problem:
-    return gpu_problem((7, 111), **{"D": 520, "V": 4003, "dtype": torch.bfloat16, "ignored": 0.2, **kwargs})
+def problem(backend: str, **kwargs: Any) -> Problem:
+    sizes = {"D": SIZES.D, "V": 4003 if ON_GPU else SIZES.V}
+    return gpu_problem(SIZES.shape, **{**sizes, "dtype": narrow(backend), "ignored": 0.2, **kwargs})
 
 
 def step(p: Problem, labels: torch.Tensor, backend: str, options: dict[str, Any]) -> list[torch.Tensor]:
@@ -40,18 +57,19 @@ def step(p: Problem, labels: torch.Tensor, backend: str, options: dict[str, Any]
 def test_ten_runs_are_bitwise_the_same(backend: str, options: dict[str, Any]) -> None:
     """The gradient of lambda among them."""
     require(backend)
-    p = problem()
+    p = problem(backend)
     first = step(p, p.labels, backend, options)
-    for _ in range(9):
+    for _ in range(9 if ON_GPU else 1):
         for a, b in zip(step(p, p.labels, backend, options), first, strict=True):
             assert torch.equal(a, b)
 
 
+@needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", MODES, ids=name)
 def test_no_host_synchronisation(backend: str, options: dict[str, Any]) -> None:
     require(backend)
-    p = problem()
+    p = problem(backend)
     wanted = step(p, p.labels, backend, options)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -62,12 +80,13 @@ def test_no_host_synchronisation(backend: str, options: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+@needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", MODES, ids=name)
 def test_cuda_graph_replays_with_other_labels(backend: str, options: dict[str, Any]) -> None:
     """Forward and backward of one capture serve any number of supervised positions, none included."""
     require(backend)
-    p = problem()
+    p = problem(backend)
     labels = p.labels.clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -93,14 +112,14 @@ def test_compile_in_one_graph(backend: str, aggregation: str) -> None:
     """Inductor, forward and backward; other labels of the same shape do not compile again."""
     require(backend)
     torch._dynamo.reset()
-    p = problem()
+    p = problem(backend)
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
         arguments = (hidden * 2, weight, labels, p.task_ids, lam)
         out = linear_task_cross_entropy(*arguments, shift=True, aggregation=aggregation, backend=backend)
         return out.loss * 3
 
-    compiled = torch.compile(loss, fullgraph=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
     inputs = [p.hidden, p.weight, p.task_weights]
     for labels in (p.labels, p.labels.flip(0).contiguous()):
         with torch._dynamo.config.patch(error_on_recompile=labels is not p.labels):
@@ -116,14 +135,14 @@ def test_compile_in_one_graph(backend: str, aggregation: str) -> None:
 def test_opcheck(backend: str) -> None:
     """Schema, fake kernels and autograd registration of every op agree with what it does on this device."""
     require(backend)
-    p = gpu_problem((12,), D=16, V=24, K=3, dtype=torch.bfloat16)
-    ones, lam = torch.ones(3, device="cuda"), p.task_weights.detach().clone().requires_grad_()
+    p = gpu_problem((12,), D=16, V=24, K=3, dtype=narrow(backend))
+    ones, lam = torch.ones(3, device=DEVICE), p.task_weights.detach().clone().requires_grad_()
     prepared = ops.prepare_targets(p.labels, p.task_ids, ones, 24, -100, True, False, 12, backend)
     targets, tasks, _, _, rows, count = prepared
-    spec, end, frozen = (0.0, 0.1, 0.01), (5, backend), p.weight.detach()
-    stats = torch.rand(2, 12, device="cuda")
-    backward = (torch.rand(12, device="cuda"), p.hidden.detach(), frozen, None, targets, rows, count, stats)
-    buffer = torch.zeros(24, 16, device="cuda")
+    spec, end, frozen = (0.0, 0.1, 0.01, 1.5, 0.1 / 24), (5, backend), p.weight.detach()
+    stats = torch.rand(2, 12, device=DEVICE)
+    backward = (torch.rand(12, device=DEVICE), p.hidden.detach(), frozen, None, targets, rows, count, stats)
+    buffer = torch.zeros(24, 16, device=DEVICE)
     logits = (p.hidden @ p.weight.t()).detach().requires_grad_()
     common = (targets, rows, count)
     samples = [
@@ -133,11 +152,11 @@ def test_opcheck(backend: str) -> None:
             ops.linear_task_ce,
             (p.hidden, frozen, None, targets, tasks, rows, count, lam, (True, False, False), spec, *end),
         ),
-        (ops.scale_gradient, (frozen, torch.tensor(3.0, device="cuda"), torch.float32, backend)),
-        (ops.scale_gradient_, (frozen.clone(), torch.tensor(3.0, device="cuda"), backend)),
+        (ops.scale_gradient, (frozen, torch.tensor(3.0, device=DEVICE), torch.float32, backend)),
+        (ops.scale_gradient_, (frozen.clone(), torch.tensor(3.0, device=DEVICE), backend)),
         (ops.linear_task_ce_rows, (p.hidden, p.weight, p.bias, *common, None, spec, *end)),
-        (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end)),
-        (ops.linear_task_ce_rows_backward, (*backward, buffer, (True, True, False), spec, *end)),
+        (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end, torch.float32)),
+        (ops.linear_task_ce_rows_backward, (*backward, buffer, (True, True, False), spec, *end, narrow(backend))),
         (ops.task_ce_rows, (logits, targets, spec, *end)),
         (ops.task_ce_rows_backward, (backward[0], logits.detach(), targets, stats, spec, *end)),
     ]
@@ -145,12 +164,13 @@ def test_opcheck(backend: str) -> None:
         torch.library.opcheck(op, arguments)
 
 
+@needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", MODES[:2], ids=name)
 def test_on_another_stream(backend: str, options: dict[str, Any]) -> None:
     """Everything is launched on the current stream: the inputs are produced there, late."""
     require(backend)
-    p = problem()
+    p = problem(backend)
     wanted = step(p, p.labels, backend, options)
     ready = p.hidden.detach().clone()
     slow = torch.randn(4096, 4096, device="cuda")
@@ -172,10 +192,10 @@ def test_on_another_stream(backend: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", MODES[:2], ids=name)
 def test_autocast_is_casting_by_hand(backend: str, options: dict[str, Any]) -> None:
     require(backend)
-    p = problem(dtype=torch.float32)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    p = problem(backend, dtype=torch.float32)
+    with torch.autocast(DEVICE, dtype=narrow(backend)):
         found = linear_task_cross_entropy(*p.tensors, bias=p.bias, backend=backend, **options)
-    cast = [tensor.bfloat16() for tensor in (p.hidden, p.weight, p.bias)]
+    cast = [tensor.to(narrow(backend)) for tensor in (p.hidden, p.weight, p.bias)]
     by_hand = linear_task_cross_entropy(*cast[:2], *p.tensors[2:], bias=cast[2], backend=backend, **options)
     assert torch.equal(found.loss, by_hand.loss)
     inputs = [p.hidden, p.weight, p.bias]
@@ -187,10 +207,10 @@ def test_autocast_is_casting_by_hand(backend: str, options: dict[str, Any]) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float16_survives_a_late_loss_scale(backend: str) -> None:
     require(backend)
-    p = problem(dtype=torch.float16, V=1003)
+    p = problem(backend, dtype=torch.float16, V=SIZES.V)
     scale = 65536.0
     expected = linear_task_cross_entropy(*p.tensors, normalizer=1e6, backend="reference")
-    found = linear_task_cross_entropy(*p.tensors, normalizer=1e6, chunk_size=64, backend=backend)
+    found = linear_task_cross_entropy(*p.tensors, normalizer=1e6, chunk_size=SIZES.chunk, backend=backend)
     inputs = (p.hidden, p.weight)
     wanted = torch.autograd.grad(expected.loss * scale, inputs)
     for a, b in zip(torch.autograd.grad(found.loss * scale, inputs), wanted, strict=True):
@@ -198,6 +218,7 @@ def test_float16_survives_a_late_loss_scale(backend: str) -> None:
         assert error(a, b) <= 3 * 2**-11 + 2**-24 / float(b.abs().max())
 
 
+@needs_gpu
 def test_memory_beside_inputs_and_outputs_is_bounded() -> None:
     """A head of 1.05 GB and logits of 0.8 GB: beside dX and dW there is a workspace, neither N x V nor V x D.
 
@@ -224,10 +245,11 @@ def test_memory_beside_inputs_and_outputs_is_bounded() -> None:
     )
 
 
+@needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_existing_logits_in_a_graph(backend: str) -> None:
     require(backend)
-    p = problem()
+    p = problem(backend)
     logits = (p.hidden @ p.weight.t()).detach().requires_grad_()
     labels = p.labels.clone()
 

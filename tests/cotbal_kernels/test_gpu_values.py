@@ -1,4 +1,4 @@
-"""Losses and gradients on a GPU, with tiles of real size: ``pytest -m gpu``."""
+"""Losses and gradients on a GPU, with tiles of real size: ``pytest -m gpu``. On a CPU a rehearsal, see gpu_case."""
 
 from typing import Any
 
@@ -7,13 +7,19 @@ import torch
 from gpu_case import (
     ALL,
     BACKENDS,
+    DEVICE,
+    ON_GPU,
+    SIZES,
     assert_gradients,
     exact_and_ordinary,
     gpu_problem,
     gradients,
+    narrow,
     needs_gpu,
+    rehearsal,  # noqa: F401 (a fixture)
     require,
     require_memory,
+    require_unread_values,
 )
 from loss_problems import error
 from vocabulary_shards import check_shards
@@ -21,28 +27,27 @@ from vocabulary_shards import check_shards
 from cotbal_kernels import backends, linear_task_cross_entropy, task_cross_entropy
 from cotbal_kernels.reference import reference_task_cross_entropy
 
-pytestmark = needs_gpu
+pytestmark = pytest.mark.gpu
 
-# Several tiles of up to 128 x 256 (x 64 in D) and ragged edges everywhere; 520 rows of D is where dW's memory ends.
-SHAPE, D = (7, 111), 520
+SHAPE, D, V, MANY, CHUNK = SIZES
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES: list[tuple[torch.dtype, int, bool, dict[str, Any]]] = [
-    (BF16, 1003, False, {}),
-    (BF16, 32003, True, {"chunk_size": 64}),  # kept in dW's memory, the rows beyond 520 computed again
-    (BF16, 32003, False, {"chunk_size": 64, "label_smoothing": 0.1}),
-    (BF16, 1003, True, {"chunk_size": 64, "logit_softcap": 5.0, "aggregation": "task"}),
-    (BF16, 1003, True, {"chunk_size": 64, "aggregation": "sum", **ALL}),
-    (BF16, 1003, False, {"aggregation": "none", **ALL}),
-    (BF16, 32003, False, {"chunk_size": 64, "logit_scale": 0.0625}),
-    (BF16, 1003, True, {"aggregation": "none", "logit_scale": 1.3, **ALL}),
-    (BF16, 32003, False, {"recompute": True, "chunk_size": 64}),
-    (FP16, 1003, False, {}),
-    (FP16, 32003, True, {"chunk_size": 64}),
-    (FP16, 1003, False, {"aggregation": "none", "label_smoothing": 0.1}),
-    (FP16, 1003, False, {"chunk_size": 64, "logit_scale": 0.7}),
-    (FP32, 1003, True, {"chunk_size": 64}),
-    (FP32, 32003, False, {"chunk_size": 64}),
-    (FP32, 1003, False, {"aggregation": "none", **ALL}),
+    (BF16, V, False, {}),
+    (BF16, MANY, True, {"chunk_size": CHUNK}),  # kept in dW's memory, the rows beyond D computed again
+    (BF16, MANY, False, {"chunk_size": CHUNK, "label_smoothing": 0.1}),
+    (BF16, V, True, {"chunk_size": CHUNK, "logit_softcap": 5.0, "aggregation": "task"}),
+    (BF16, V, True, {"chunk_size": CHUNK, "aggregation": "sum", **ALL}),
+    (BF16, V, False, {"aggregation": "none", **ALL}),
+    (BF16, MANY, False, {"chunk_size": CHUNK, "logit_scale": 0.0625}),
+    (BF16, V, True, {"aggregation": "none", "logit_scale": 1.3, **ALL}),
+    (BF16, MANY, False, {"recompute": True, "chunk_size": CHUNK}),
+    (FP16, V, False, {}),
+    (FP16, MANY, True, {"chunk_size": CHUNK}),
+    (FP16, V, False, {"aggregation": "none", "label_smoothing": 0.1}),
+    (FP16, V, False, {"chunk_size": CHUNK, "logit_scale": 0.7}),
+    (FP32, V, True, {"chunk_size": CHUNK}),
+    (FP32, MANY, False, {"chunk_size": CHUNK}),
+    (FP32, V, False, {"aggregation": "none", **ALL}),
 ]
 
 
@@ -61,7 +66,7 @@ def own(options: dict[str, Any]) -> dict[str, Any]:
 def test_as_good_as_materialising(
     backend: str, dtype: torch.dtype, vocab_size: int, with_bias: bool, options: dict[str, Any]
 ) -> None:
-    require(backend)
+    require(backend, dtype)
     p = gpu_problem(SHAPE, D=D, V=vocab_size, sharpness=2.0, dtype=dtype, ignored=0.1)
     assert D < int((p.labels >= 0).sum()) < p.labels.numel()
     expected, exact, ordinary = exact_and_ordinary(p, with_bias, **own(options))
@@ -82,16 +87,16 @@ def test_as_good_as_materialising(
     ids=name,
 )
 def test_shards_of_a_vocabulary(backend: str, dtype: torch.dtype, options: dict[str, float]) -> None:
-    """Targets elsewhere, statistics of the whole; 300 columns, one, and 702."""
-    require(backend)
-    p = gpu_problem(SHAPE, D=D, V=1003, sharpness=2.0, dtype=dtype, ignored=0.1)
+    """Targets elsewhere, statistics of the whole; three tenths of the columns, one, and the others."""
+    require(backend, dtype)
+    p = gpu_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=dtype, ignored=0.1)
     rounding = 0.0 if dtype == FP32 else torch.finfo(dtype).eps / 2
     check_shards(
         *(backends.BACKENDS[backend], p, options),
         with_bias=bool(options),
-        chunk_size=64,
+        chunk_size=CHUNK,
         rounding=rounding,
-        bounds=(0, 300, 301, 1003),
+        bounds=(0, 3 * V // 10, 3 * V // 10 + 1, V),
         fp32=1.1e-5,  # as gpu_case.assert_gradients
     )
 
@@ -99,26 +104,28 @@ def test_shards_of_a_vocabulary(backend: str, dtype: torch.dtype, options: dict[
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
 def test_frozen_sides(backend: str, frozen: str) -> None:
-    """Frozen head: windows of 300 rows with the whole vocabulary. Frozen trunk: dW alone."""
+    """Frozen head: windows of rows with the whole vocabulary. Frozen trunk: dW alone."""
     require(backend)
-    p = gpu_problem(SHAPE, D=D, V=1003, sharpness=2.0, dtype=BF16, ignored=0.1)
+    p = gpu_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=narrow(backend), ignored=0.1)
     _, exact, ordinary = exact_and_ordinary(p, True)
     getattr(p, frozen).requires_grad_(False)
-    out = linear_task_cross_entropy(*p.tensors, bias=p.bias, backend=backend, chunk_size=300)
+    out = linear_task_cross_entropy(*p.tensors, bias=p.bias, backend=backend, chunk_size=5 * CHUNK)
     keep = [index for index, side in enumerate(("hidden", "weight", "bias")) if side != frozen]
     inputs = [(p.hidden, p.weight, p.bias)[index] for index in keep]
     actual = gradients(out.loss, inputs)
-    assert_gradients(actual, [exact[index] for index in keep], [ordinary[index] for index in keep], BF16)
+    assert_gradients(actual, [exact[index] for index in keep], [ordinary[index] for index in keep], narrow(backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 16, 1003), (130, 7, 17), (300, 63, 129)], ids=str)  # M, D, V
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 1), (1, 16, 1003), (130, 7, 17), (300, 63, 129)][: None if ON_GPU else 3], ids=str
+)  # M, D, V
 @pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=name)
 def test_extreme_sizes(backend: str, sizes: tuple[int, int, int], options: dict[str, Any]) -> None:
     """One of everything; widths that no 16-byte load, tile or descriptor fits."""
     require(backend)
     M, width, vocab_size = sizes
-    p = gpu_problem((M,), D=width, V=vocab_size, K=1, dtype=BF16, ignored=0.0)
+    p = gpu_problem((M,), D=width, V=vocab_size, K=1, dtype=narrow(backend), ignored=0.0)
     p.task_ids.zero_()
     _, exact, ordinary = exact_and_ordinary(p, True)
     out = linear_task_cross_entropy(*p.tensors, bias=p.bias, backend=backend, **options)
@@ -134,7 +141,7 @@ def test_extreme_sizes(backend: str, sizes: tuple[int, int, int], options: dict[
 @pytest.mark.parametrize("size", [0, 5])
 def test_nothing_supervised(backend: str, options: dict[str, Any], size: int) -> None:
     require(backend)
-    p = gpu_problem((size, 3), D=64, V=300, dtype=BF16, ignored=1.1)
+    p = gpu_problem((size, 3), D=64, V=300, dtype=narrow(backend), ignored=1.1)
     out = linear_task_cross_entropy(*p.tensors, bias=p.bias, backend=backend, **options)
     out.loss.sum().backward()
     assert bool((out.loss == 0).all())
@@ -142,17 +149,18 @@ def test_nothing_supervised(backend: str, options: dict[str, Any], size: int) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=name)
-def test_gradient_buffer(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("wide", [True, False])
+def test_gradient_buffer(backend: str, wide: bool) -> None:
     require(backend)
-    p = gpu_problem(SHAPE, D=D, V=1003, sharpness=2.0, dtype=BF16, ignored=0.1)
+    dtype = FP32 if wide else narrow(backend)
+    p = gpu_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=narrow(backend), ignored=0.1)
     _, exact, _ = exact_and_ordinary(p, False)
-    buffer = torch.randn(1003, D, device="cuda").mul_(float(exact[1].abs().max())).to(dtype)
+    buffer = torch.randn(V, D, device=DEVICE).mul_(float(exact[1].abs().max())).to(dtype)
     before = buffer.double()
-    linear_task_cross_entropy(*p.tensors, grad_weight_out=buffer, chunk_size=64, backend=backend).loss.backward()
+    linear_task_cross_entropy(*p.tensors, grad_weight_out=buffer, chunk_size=CHUNK, backend=backend).loss.backward()
     wanted = before - exact[1]  # upstream_like of a scalar is -1
     # One rounding of the gradient of the logits to 8 bits, and one of the sum.
-    allowed = 2**-8 * exact[1].abs().max() + wanted.abs() * (2**-8 if dtype == BF16 else 2**-22)
+    allowed = 2**-8 * exact[1].abs().max() + wanted.abs() * (2**-22 if wide else 2**-8)
     assert bool(((buffer.double() - wanted).abs() <= allowed).all())
     assert p.weight.grad is None
 
@@ -160,7 +168,8 @@ def test_gradient_buffer(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_max_tokens(backend: str) -> None:
     require(backend)
-    p = gpu_problem(SHAPE, D=D, V=1003, dtype=BF16, ignored=0.8)
+    require_unread_values(backend)
+    p = gpu_problem(SHAPE, D=D, V=V, dtype=narrow(backend), ignored=0.8)
     count = int((p.labels >= 0).sum())
     plain = linear_task_cross_entropy(*p.tensors, backend=backend)
     bounded = linear_task_cross_entropy(*p.tensors, max_tokens=count, backend=backend)
@@ -175,8 +184,9 @@ def test_max_tokens(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_values_are_nan(backend: str) -> None:
     require(backend)
+    require_unread_values(backend)
     for field, value in (("labels", 300), ("labels", -3), ("task_ids", 4), ("task_weights", float("inf"))):
-        p = gpu_problem((40,), D=64, V=300, dtype=BF16, ignored=0.0)
+        p = gpu_problem((40,), D=64, V=300, dtype=narrow(backend), ignored=0.0)
         getattr(p, field).data[3] = value
         assert bool(linear_task_cross_entropy(*p.tensors, backend=backend).loss.isnan())
         with pytest.raises(ValueError, match=field):
@@ -186,17 +196,17 @@ def test_bad_values_are_nan(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ignored_positions_may_hold_anything(backend: str) -> None:
     require(backend)
-    p = gpu_problem(SHAPE, D=D, V=1003, dtype=BF16, ignored=0.5)
+    p = gpu_problem(SHAPE, D=D, V=V, dtype=narrow(backend), ignored=0.5)
     ignored = p.labels == -100
     for options in ({}, {"aggregation": "none"}):
         p.hidden.data[ignored] = 0
-        clean = linear_task_cross_entropy(*p.tensors, backend=backend, chunk_size=64, **options)
+        clean = linear_task_cross_entropy(*p.tensors, backend=backend, chunk_size=CHUNK, **options)
         upstream = torch.ones_like(clean.loss)
         wanted = torch.autograd.grad(clean.loss, [p.hidden, p.weight], upstream)
         p.hidden.data[ignored] = float("nan")
         if clean.loss.dim():
             upstream = upstream.masked_fill(ignored, float("nan"))
-        out = linear_task_cross_entropy(*p.tensors, backend=backend, chunk_size=64, **options)
+        out = linear_task_cross_entropy(*p.tensors, backend=backend, chunk_size=CHUNK, **options)
         for a, b in zip(torch.autograd.grad(out.loss, [p.hidden, p.weight], upstream), wanted, strict=True):
             assert torch.equal(a, b)
 
@@ -204,8 +214,8 @@ def test_ignored_positions_may_hold_anything(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=name)
 def test_existing_logits(backend: str, dtype: torch.dtype) -> None:
-    require(backend)
-    p = gpu_problem((3, 41), D=64, V=32003, sharpness=2.0, dtype=dtype)
+    require(backend, dtype)
+    p = gpu_problem((3, 41), D=64, V=MANY, sharpness=2.0, dtype=dtype)
     logits = (p.hidden @ p.weight.t()).detach().requires_grad_()
     expected = reference_task_cross_entropy(logits, *p.tensors[2:], aggregation="none", **ALL)
     out = task_cross_entropy(logits, *p.tensors[2:], aggregation="none", backend=backend, **ALL)
@@ -217,6 +227,7 @@ def test_existing_logits(backend: str, dtype: torch.dtype) -> None:
 # --- more than 2^31 elements --------------------------------------------------------------------------------
 
 
+@needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_loss_of_more_logits_than_int32(backend: str) -> None:
     require(backend)
@@ -232,6 +243,7 @@ def test_loss_of_more_logits_than_int32(backend: str) -> None:
             assert error(out.loss[rows], expected.loss) <= 5e-6
 
 
+@needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=name)
 def test_gradients_of_more_weights_than_int32(backend: str, options: dict[str, Any]) -> None:
@@ -270,6 +282,7 @@ def test_gradients_of_more_weights_than_int32(backend: str, options: dict[str, A
     assert error(grad_hidden, exact) <= 2**-7
 
 
+@needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_existing_logits_than_int32(backend: str) -> None:
     require(backend)

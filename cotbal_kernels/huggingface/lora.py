@@ -1,6 +1,4 @@
-"""A head inside PEFT: LoRA around it, or a trainable copy of it (``modules_to_save``).
-
-LoRA on the head is exact through one product, dropout included:
+"""A head inside PEFT's LoRA, exact through one product, dropout included:
 
     x W^T + s (dropout(x) A^T) B^T  =  [x, s dropout(x) A^T] [W, B]^T
 
@@ -17,10 +15,9 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
-from .head import FusedHead, FusedLinear, classify
+from .head import FusedHead
 
 # Rows of the widened operands stay multiples of 16 bytes, which GPU kernels load by.
 _ALIGNMENT = 16
@@ -63,23 +60,3 @@ class FusedLoraLinear(FusedHead, LoraLinear):  # type: ignore[misc]  # forward t
             features.append(hidden.new_zeros(*hidden.shape[:-1], missing))
             columns.append(weight.new_zeros(weight.shape[0], missing))
         return torch.cat(features, dim=-1), torch.cat(columns, dim=1), bias
-
-
-def classify_peft(head: nn.Module, model_name: str) -> list[tuple[nn.Module, type[FusedHead]]]:
-    """The part of :func:`classify` for PEFT's modules."""
-    if isinstance(head, ModulesToSaveWrapper):
-        parts = (head.original_module, *head.modules_to_save.values())
-        return [found for part in parts for found in classify(part, model_name)]
-    if isinstance(head, FusedLoraLinear) or type(head) is LoraLinear:
-        base = head.base_layer
-        if type(base) in (nn.Linear, FusedLinear) and not head.fan_in_fan_out:
-            return [(head, FusedLoraLinear)]
-        raise ValueError(
-            f"model {model_name} has LoRA around a head of {type(base).__module__}.{type(base).__qualname__}, and "
-            "only torch.nn.Linear is supported there: leave a quantised head out of target_modules, or keep it in "
-            "16 bit with llm_int8_skip_modules=['lm_head']"
-        )
-    raise ValueError(
-        f"model {model_name} has a head wrapped by {type(head).__module__}.{type(head).__qualname__}; of PEFT, LoRA "
-        "(lora.Linear) and modules_to_save are supported on the head: leave it out of target_modules"
-    )

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .. import validation
 from ..backends import check_backend_name
 from ..results import TaskLoss
-from .head import FusedHead, FusedLoss, Targets, checked_weights, classify, fuse_head, probe_for, unfuse
+from .fusing import classify, fuse_head, unfuse
+from .head import FusedHead, FusedLoss, Targets, checked_weights, probe_for
 from .scaling import calls_loss_function, configured_scaling
 
 Model = TypeVar("Model", bound=nn.Module)

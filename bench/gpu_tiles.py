@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cotbal_kernels.interface import TokenLoss
+from cotbal_kernels.interface import LinearProblem, TokenLoss
 from cotbal_kernels.triton_kernels.head import Head, RowResults, Scale, TileStatistics, num_blocks
 from cotbal_kernels.triton_kernels.project import WRITE_EXP
 from cotbal_kernels.triton_kernels.tiles import Tile
@@ -67,7 +67,7 @@ class Bench:
         self.shape, self.device = shape, device
         rows = torch.arange(shape.N, device=device)
         hidden, weight = normal(shape.N, shape.D), normal(shape.V, shape.D) / shape.D**0.5
-        self.head = Head(hidden, weight, None, rows % shape.V, rows, rows[-1:] + 1, TokenLoss(0.0, 0.0, 0.0), 0)
+        self.head = Head(LinearProblem(hidden, weight, None, rows % shape.V, rows, rows[-1:] + 1), TokenLoss(), 0)
         self.scale = Scale.of(torch.ones(shape.N, device=device))
         self.results = RowResults.zeros(rows)
         self.logits = normal(shape.N, self.head.padded)

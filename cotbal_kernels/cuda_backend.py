@@ -27,7 +27,7 @@ from . import portable
 from .cuda_gradients import Chunk, LinearGradients, lift_for
 from .cuda_kernels import ChunkRows, RowResults, load
 from .cuda_products import LibraryProducts, Products
-from .interface import LinearOutput, Need, Targets, TokenLoss, saved_grad_dtypes
+from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, saved_grad_dtypes
 from .rows import at_rows
 
 # Bound on what a chunk takes: float32 logits, hidden rows and their gradient.
@@ -93,23 +93,17 @@ class CudaBackend:
 
     def linear_forward(
         self,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
+        problem: LinearProblem,
         tasks_M: Tensor,
-        rows_N: Tensor,
-        num_rows: Tensor,
         scale_K: Tensor,
         need: Need,
         spec: TokenLoss,
         chunk_size: int,
     ) -> LinearOutput:
         """Gradients in forward: 1F for the loss and 1F for each of dX and dW, over the capacity."""
+        hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows = problem
         if hidden_MD.dtype == torch.float64:
-            return portable.linear_forward(
-                *(hidden_MD, weight_VD, bias_V, targets_M, tasks_M, rows_N, num_rows, scale_K, need, spec, chunk_size)
-            )
+            return portable.linear_forward(problem, tasks_M, scale_K, need, spec, chunk_size)
         kernels = self._kernels()
         results, stats_2M = _new_results(targets_M)
         lift = lift_for(scale_K, hidden_MD.dtype, spec.scale)
@@ -130,20 +124,14 @@ class CudaBackend:
 
     def linear_rows_forward(
         self,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
-        rows_N: Tensor,
-        num_rows: Tensor,
+        problem: LinearProblem,
         spec: TokenLoss,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """1F over the capacity."""
+        hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows = problem
         if hidden_MD.dtype == torch.float64:
-            return portable.linear_rows_forward(
-                hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size
-            )
+            return portable.linear_rows_forward(problem, spec, chunk_size)
         kernels, wide_bias_V = self._kernels(), _float_vector(bias_V)
         results, stats_2M = _new_results(targets_M)
         for chunk in self._chunks(hidden_MD, weight_VD, rows_N, chunk_size):
@@ -153,13 +141,8 @@ class CudaBackend:
 
     def linear_rows_backward(
         self,
+        problem: LinearProblem,
         grad_M: Tensor,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
-        rows_N: Tensor,
-        num_rows: Tensor,
         stats_2M: Tensor,
         grad_weight_out: Tensor | None,
         need: Need,
@@ -168,10 +151,10 @@ class CudaBackend:
         grad_hidden_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """1F to compute the logits again, 1F for each of dX and dW, over the capacity."""
+        hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows = problem
         if hidden_MD.dtype == torch.float64:
             return portable.linear_rows_backward(
-                *(grad_M, hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, stats_2M, grad_weight_out),
-                *(need, spec, chunk_size, grad_hidden_dtype),
+                problem, grad_M, stats_2M, grad_weight_out, need, spec, chunk_size, grad_hidden_dtype
             )
         kernels, wide_bias_V = self._kernels(), _float_vector(bias_V)
         grad_M = grad_M.to(torch.float32)

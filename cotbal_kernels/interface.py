@@ -40,6 +40,17 @@ class Targets(NamedTuple):
     num_rows: Tensor  # int64 [1]: how many of rows_N are positions
 
 
+class LinearProblem(NamedTuple):
+    """A linear head, the hidden states that it projects, and the rows of them whose loss is wanted."""
+
+    hidden_MD: Tensor
+    weight_VD: Tensor  # [V, D], dtype of hidden
+    bias_V: Tensor | None
+    targets_M: Tensor  # int64; -1: the row has no target among these logits
+    rows_N: Tensor  # int64: positions to compute in ascending order, then M
+    num_rows: Tensor  # int64 [1]: how many of rows_N are positions
+
+
 class LinearOutput(NamedTuple):
     """What ``linear_forward`` returns; a gradient that was not asked for is an empty tensor."""
 
@@ -92,13 +103,8 @@ class Backend(Protocol):
 
     def linear_forward(
         self,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
+        problem: LinearProblem,
         tasks_M: Tensor,
-        rows_N: Tensor,
-        num_rows: Tensor,
         scale_K: Tensor,
         need: Need,
         spec: TokenLoss,
@@ -108,28 +114,15 @@ class Backend(Protocol):
         ...
 
     def linear_rows_forward(
-        self,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
-        rows_N: Tensor,
-        num_rows: Tensor,
-        spec: TokenLoss,
-        chunk_size: int,
+        self, problem: LinearProblem, spec: TokenLoss, chunk_size: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss_M, hit_M (int64, 0 or 1) and stats_2M."""
         ...
 
     def linear_rows_backward(
         self,
+        problem: LinearProblem,
         grad_M: Tensor,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
-        rows_N: Tensor,
-        num_rows: Tensor,
         stats_2M: Tensor,
         grad_weight_out: Tensor | None,
         need: Need,

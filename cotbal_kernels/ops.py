@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .interface import Need, Spec, TokenLoss, compute_dtype, saved_grad_dtypes
+from .interface import LinearProblem, Need, Spec, TokenLoss, compute_dtype, saved_grad_dtypes
 
 
 def refuse_double_backward(op: str) -> None:
@@ -106,13 +106,8 @@ def linear_task_ce(
     with torch.autocast(hidden_MD.device.type, enabled=False):
         return tuple(
             BACKENDS[backend].linear_forward(
-                hidden_MD,
-                weight_VD,
-                bias_V,
-                targets_M,
+                LinearProblem(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows),
                 tasks_M,
-                rows_N,
-                num_rows,
                 scale_K,
                 need,
                 TokenLoss(*spec),
@@ -244,9 +239,8 @@ def linear_task_ce_rows(
     The backward pass adds the gradient of the weight to ``grad_weight_out`` if that is given.
     """
     with torch.autocast(hidden_MD.device.type, enabled=False):
-        return BACKENDS[backend].linear_rows_forward(
-            hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, TokenLoss(*spec), chunk_size
-        )
+        problem = LinearProblem(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows)
+        return BACKENDS[backend].linear_rows_forward(problem, TokenLoss(*spec), chunk_size)
 
 
 @linear_task_ce_rows.register_fake
@@ -297,13 +291,8 @@ def linear_task_ce_rows_backward(
     """Return dX, dW, db, empty where not needed; dW is empty too where it went into ``grad_weight_out``."""
     with torch.autocast(hidden_MD.device.type, enabled=False):
         return BACKENDS[backend].linear_rows_backward(
+            LinearProblem(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows),
             grad_M,
-            hidden_MD,
-            weight_VD,
-            bias_V,
-            targets_M,
-            rows_N,
-            num_rows,
             stats_2M,
             grad_weight_out,
             need,

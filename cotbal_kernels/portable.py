@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .interface import LinearOutput, Need, Targets, TokenLoss, compute_dtype, saved_grad_dtypes
+from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, compute_dtype, saved_grad_dtypes
 from .per_task import sum_by_task
 from .portable_softmax import Rows, logits_to_gradient, row_losses, scale_and_cap
 from .rows import at_rows
@@ -114,17 +114,16 @@ class _LinearGradients:
 
     def __init__(
         self,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        targets_M: Tensor,
+        problem: LinearProblem,
         need: Need,
         dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
         into: Tensor | None = None,
     ) -> None:
+        hidden_MD, weight_VD, *_ = problem
         wide = compute_dtype(hidden_MD.dtype)
         self.need_hidden, self.need_weight, self.need_bias = need
         self.dtypes, self.weight_VD, self.into = dtypes, weight_VD, into
-        size = _with_spare(targets_M)
+        size = _with_spare(problem.targets_M)
         self.positions = hidden_MD.shape[0]
         self.hidden_MD = hidden_MD.new_zeros((size, hidden_MD.shape[1]) if self.need_hidden else (0,), dtype=dtypes[0])
         self.sum_weight_VD = into if into is not None and into.dtype == wide else None
@@ -156,28 +155,21 @@ class _LinearGradients:
 
 
 def linear_forward(
-    hidden_MD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    targets_M: Tensor,
+    problem: LinearProblem,
     tasks_M: Tensor,
-    rows_N: Tensor,
-    num_rows: Tensor,
     scale_K: Tensor,
     need: Need,
     spec: TokenLoss,
     chunk_size: int,
 ) -> LinearOutput:
     """1F for the loss and 1F for each of dX and dW."""
-    wide = compute_dtype(hidden_MD.dtype)
-    results = _Results(targets_M, wide)
-    gradients = _LinearGradients(hidden_MD, weight_VD, targets_M, need, saved_grad_dtypes(hidden_MD.dtype))
+    dtype, wide = problem.hidden_MD.dtype, compute_dtype(problem.hidden_MD.dtype)
+    results = _Results(problem.targets_M, wide)
+    gradients = _LinearGradients(problem, need, saved_grad_dtypes(dtype))
     scale_M = scale_K[tasks_M].to(wide)
-    for rows_C in _row_chunks(rows_N, num_rows, weight_VD.shape[0], chunk_size):
-        hidden_CD = _gather(hidden_MD, rows_C, wide)
-        logits_CV = _project(hidden_CD, weight_VD, bias_V)
+    for rows_C, hidden_CD, logits_CV in _chunks(problem, chunk_size):
         scale_C = at_rows(scale_M, rows_C) if any(need) else None
-        _softmax_in_blocks(logits_CV, rows_C, targets_M, scale_C, spec, results)
+        _softmax_in_blocks(logits_CV, rows_C, problem.targets_M, scale_C, spec, results)
         if any(need):
             gradients.add(rows_C, hidden_CD, logits_CV)
     loss_M, hit_M, stats_2M = results.of_positions()
@@ -188,32 +180,20 @@ def linear_forward(
 
 
 def linear_rows_forward(
-    hidden_MD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    targets_M: Tensor,
-    rows_N: Tensor,
-    num_rows: Tensor,
+    problem: LinearProblem,
     spec: TokenLoss,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1F."""
-    wide = compute_dtype(hidden_MD.dtype)
-    results = _Results(targets_M, wide)
-    for rows_C in _row_chunks(rows_N, num_rows, weight_VD.shape[0], chunk_size):
-        logits_CV = _project(_gather(hidden_MD, rows_C, wide), weight_VD, bias_V)
-        _softmax_in_blocks(logits_CV, rows_C, targets_M, None, spec, results)
+    results = _Results(problem.targets_M, compute_dtype(problem.hidden_MD.dtype))
+    for rows_C, _, logits_CV in _chunks(problem, chunk_size):
+        _softmax_in_blocks(logits_CV, rows_C, problem.targets_M, None, spec, results)
     return results.of_positions()
 
 
 def linear_rows_backward(
+    problem: LinearProblem,
     grad_M: Tensor,
-    hidden_MD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    targets_M: Tensor,
-    rows_N: Tensor,
-    num_rows: Tensor,
     stats_2M: Tensor,
     grad_weight_out: Tensor | None,
     need: Need,
@@ -222,13 +202,10 @@ def linear_rows_backward(
     grad_hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1F to compute the logits again, 1F for each of dX and dW."""
-    wide = compute_dtype(hidden_MD.dtype)
-    dtypes = (grad_hidden_dtype, weight_VD.dtype, weight_VD.dtype)
-    gradients = _LinearGradients(hidden_MD, weight_VD, targets_M, need, dtypes, grad_weight_out)
-    for rows_C in _row_chunks(rows_N, num_rows, weight_VD.shape[0], chunk_size):
-        hidden_CD = _gather(hidden_MD, rows_C, wide)
-        logits_CV = _project(hidden_CD, weight_VD, bias_V)
-        _gradient_in_blocks(logits_CV, rows_C, targets_M, grad_M, stats_2M, spec)
+    dtype = problem.weight_VD.dtype
+    gradients = _LinearGradients(problem, need, (grad_hidden_dtype, dtype, dtype), grad_weight_out)
+    for rows_C, hidden_CD, logits_CV in _chunks(problem, chunk_size):
+        _gradient_in_blocks(logits_CV, rows_C, problem.targets_M, grad_M, stats_2M, spec)
         gradients.add(rows_C, hidden_CD, logits_CV)
     return gradients.rounded()
 
@@ -295,6 +272,19 @@ def _row_chunks(
         yield rows_N[start : start + size]
 
 
+def _chunks(problem: LinearProblem, chunk_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the indices, the widened hidden states and the logits of some rows, all logits in the same memory."""
+    hidden_MD, weight_VD, bias_V, _, rows_N, num_rows = problem
+    buffer_CV: Tensor | None = None
+    for rows_C in _row_chunks(rows_N, num_rows, weight_VD.shape[0], chunk_size):
+        hidden_CD = _gather(hidden_MD, rows_C, compute_dtype(hidden_MD.dtype))
+        if buffer_CV is None:  # the first chunk is the largest
+            buffer_CV = hidden_CD.new_empty(rows_C.shape[0], weight_VD.shape[0])
+        logits_CV = buffer_CV[: rows_C.shape[0]]
+        _project(hidden_CD, weight_VD, bias_V, logits_CV)
+        yield rows_C, hidden_CD, logits_CV
+
+
 def _gather(source_MX: Tensor, rows_C: Tensor, wide: torch.dtype) -> Tensor:
     """Rows of a chunk in float32, a copy; zeros behind the last one, where a NaN would survive a factor of 0."""
     if source_MX.device.type == "cpu":
@@ -318,13 +308,13 @@ def _blocks(size: int, row_numel: int, limit: int = WORKSPACE_BYTES) -> Iterator
         yield start, min(start + step, size)
 
 
-def _project(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+def _project(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, logits_CV: Tensor) -> None:
     """Logits ``hidden @ weight.T + bias``, products and sums in the dtype of ``hidden_CD``."""
-    logits_CV = hidden_CD.new_empty(hidden_CD.shape[0], weight_VD.shape[0])
     for start, stop in _blocks(*weight_VD.shape):
         weight_BD = weight_VD[start:stop].to(hidden_CD.dtype)
         torch.mm(hidden_CD, weight_BD.t(), out=logits_CV[:, start:stop])
-    return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+    if bias_V is not None:
+        logits_CV.add_(bias_V)
 
 
 def _product_with_weight(dlogits_CV: Tensor, weight_VD: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import portable
-from .interface import LinearOutput, Need, Targets, TokenLoss, saved_grad_dtypes
+from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, saved_grad_dtypes
 from .triton_kernels.compact import compact_kernel
 from .triton_kernels.configs import programs_for
 from .triton_kernels.head import Head, RowResults, Scale, TileStatistics, num_blocks, on_device
@@ -134,24 +134,18 @@ def prepare_targets(
 
 
 def linear_forward(
-    hidden_MD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    targets_M: Tensor,
+    problem: LinearProblem,
     tasks_M: Tensor,
-    rows_N: Tensor,
-    num_rows: Tensor,
     scale_K: Tensor,
     need: Need,
     spec: TokenLoss,
     chunk_size: int,
 ) -> LinearOutput:
     """Gradients in forward: 1F to 4F, see the module."""
+    hidden_MD, weight_VD, _, targets_M, *_ = problem
     if hidden_MD.dtype == torch.float64:  # gradient checks: no tile is made for it
-        return portable.linear_forward(
-            hidden_MD, weight_VD, bias_V, targets_M, tasks_M, rows_N, num_rows, scale_K, need, spec, chunk_size
-        )
-    head = Head(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size)
+        return portable.linear_forward(problem, tasks_M, scale_K, need, spec, chunk_size)
+    head = Head(problem, spec, chunk_size)
     dtypes = saved_grad_dtypes(hidden_MD.dtype)
     rows = RowResults.zeros(targets_M)
     gradients = _new_gradients(hidden_MD, weight_VD, need, dtypes[1])
@@ -210,33 +204,23 @@ def _slices_of_vocabulary(head: Head, gradients: _Gradients, rows: RowResults, s
 
 
 def linear_rows_forward(
-    hidden_MD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    targets_M: Tensor,
-    rows_N: Tensor,
-    num_rows: Tensor,
+    problem: LinearProblem,
     spec: TokenLoss,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1F."""
-    if hidden_MD.dtype == torch.float64:
-        return portable.linear_rows_forward(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size)
-    head = Head(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size)
-    rows = RowResults.zeros(targets_M)
-    with on_device(hidden_MD):
+    if problem.hidden_MD.dtype == torch.float64:
+        return portable.linear_rows_forward(problem, spec, chunk_size)
+    head = Head(problem, spec, chunk_size)
+    rows = RowResults.zeros(problem.targets_M)
+    with on_device(problem.hidden_MD):
         head.forward((0, head.capacity), rows)
     return rows.loss_M.clone(), rows.hit_M, rows.stats_2M.clone()
 
 
 def linear_rows_backward(
+    problem: LinearProblem,
     grad_M: Tensor,
-    hidden_MD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    targets_M: Tensor,
-    rows_N: Tensor,
-    num_rows: Tensor,
     stats_2M: Tensor,
     grad_weight_out: Tensor | None,
     need: Need,
@@ -245,24 +229,13 @@ def linear_rows_backward(
     grad_hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1F to compute the logits again, 1F for each of dX and dW."""
-    if hidden_MD.dtype == torch.float64:
-        return portable.linear_rows_backward(
-            grad_M,
-            hidden_MD,
-            weight_VD,
-            bias_V,
-            targets_M,
-            rows_N,
-            num_rows,
-            stats_2M,
-            grad_weight_out,
-            need,
-            spec,
-            chunk_size,
-            grad_hidden_dtype,
-        )
-    head = Head(hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows, spec, chunk_size)
+    hidden_MD, weight_VD, *_ = problem
     dtype = hidden_MD.dtype
+    if dtype == torch.float64:
+        return portable.linear_rows_backward(
+            problem, grad_M, stats_2M, grad_weight_out, need, spec, chunk_size, grad_hidden_dtype
+        )
+    head = Head(problem, spec, chunk_size)
     gradients = _new_gradients(hidden_MD, weight_VD, need, dtype, grad_weight_out)
     slices = head.slices(head.capacity, 0)
     again = head.workspace(head.capacity, slices.stride)
@@ -270,7 +243,7 @@ def linear_rows_backward(
     counts = (0, head.capacity)
     accumulate = grad_weight_out is not None
     with on_device(hidden_MD):
-        scale = Scale.of(grad_M, spec.scale, rows_N)
+        scale = Scale.of(grad_M, spec.scale, problem.rows_N)
         gradients.add(head, 0, slices, counts, views, again, None, stats_2M, scale, accumulate)
     grad_VD = None if accumulate else gradients.weight_VD
     exact = ((gradients.hidden_MD, grad_hidden_dtype), (grad_VD, dtype), (gradients.bias_V, dtype))

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..interface import TokenLoss
+from ..interface import LinearProblem, TokenLoss
 from ..rows import at_rows
 from .compact import pack_kernel
 from .configs import Tiles, can_use_tma, programs_for, tiles_for
@@ -87,17 +87,8 @@ class Scale(NamedTuple):
 class Head:
     """One linear head with its packed rows: what every launch has in common."""
 
-    def __init__(
-        self,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_M: Tensor,
-        rows_N: Tensor,
-        num_rows: Tensor,
-        spec: TokenLoss,
-        chunk_size: int,
-    ) -> None:
+    def __init__(self, problem: LinearProblem, spec: TokenLoss, chunk_size: int) -> None:
+        hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows = problem
         self.weight_VD = weight_VD if weight_VD.stride(1) == 1 else weight_VD.contiguous()
         self.bias_V = None if bias_V is None else bias_V.contiguous()
         self.targets_M, self.rows_N, self.num_rows, self.spec = targets_M, rows_N, num_rows, spec

@@ -16,7 +16,7 @@ from cotbal_kernels import backends, cuda_backend, cuda_gradients, cuda_products
 from cotbal_kernels import linear_task_cross_entropy as any_linear_loss
 from cotbal_kernels import task_cross_entropy as any_logits_loss
 from cotbal_kernels.cuda_backend import CudaBackend
-from cotbal_kernels.interface import Backend, TokenLoss
+from cotbal_kernels.interface import Backend, LinearProblem, Targets, TokenLoss
 from cotbal_kernels.reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler: CXX, g++, c++")
@@ -333,30 +333,27 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def arguments(p: Problem) -> tuple:
+def arguments(p: Problem) -> tuple[LinearProblem, Targets, Tensor]:
     """What the ops hand to a backend."""
     lam = p.task_weights.detach()
     sizes = (p.weight.shape[0], -100, True, False, p.labels.numel())
     targets = portable.prepare_targets(p.labels.flatten(), p.task_ids.flatten(), lam, *sizes)
-    hidden, weight, bias = p.hidden.detach().flatten(0, 1), p.weight.detach(), p.bias.detach()
-    return (hidden, weight, bias), targets, lam
+    head = p.hidden.detach().flatten(0, 1), p.weight.detach(), p.bias.detach()
+    return LinearProblem(*head, targets.targets_M, targets.rows_N, targets.num_rows), targets, lam
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nothing_is_read_back_to_the_host(cuda_on_cpu: CudaBackend, dtype: torch.dtype) -> None:
     p = make_problem(dtype=dtype)
-    inputs, targets, lam = arguments(p)
-    rows = (targets.rows_N, targets.num_rows)
+    problem, targets, lam = arguments(p)
     spec, need = TokenLoss(2.0, 0.1, 0.01, 0.7, 0.1 / 67), (True,) * 3
     logits, grad_M = torch.randn(51, 67).to(dtype), torch.rand(51)
     with Watch() as watch:
-        out = cuda_on_cpu.linear_forward(*inputs, targets.targets_M, targets.tasks_M, *rows, lam, need, spec, 7)
+        out = cuda_on_cpu.linear_forward(problem, targets.tasks_M, lam, need, spec, 7)
         cuda_on_cpu.scale_gradient(out.grad_weight_VD, torch.tensor(2.0), out.grad_weight_VD.to(dtype))
-        *_, stats = cuda_on_cpu.linear_rows_forward(*inputs, targets.targets_M, *rows, spec, 7)
+        *_, stats = cuda_on_cpu.linear_rows_forward(problem, spec, 7)
         for into in (None, torch.zeros(67, 24), torch.zeros(67, 24, dtype=dtype)):
-            cuda_on_cpu.linear_rows_backward(
-                grad_M, *inputs, targets.targets_M, *rows, stats, into, need, spec, 7, dtype
-            )
+            cuda_on_cpu.linear_rows_backward(problem, grad_M, stats, into, need, spec, 7, dtype)
         *_, stats = cuda_on_cpu.logits_rows_forward(logits, targets.targets_M, spec, 0)
         cuda_on_cpu.logits_rows_backward(grad_M, logits, targets.targets_M, stats, spec, 0)
     assert watch.synchronised == []
@@ -370,10 +367,9 @@ def test_the_workspace_is_bounded(cuda_on_cpu: CudaBackend, monkeypatch: pytest.
     """No result beyond the workspace: M x V in float32 would be 30 times larger."""
     monkeypatch.setattr(cuda_backend, "WORKSPACE_BYTES", 2**16)
     p = make_problem((1, 400), D=4, V=1000, ignored=0.0, dtype=torch.bfloat16)
-    inputs, targets, lam = arguments(p)
-    where = (targets.targets_M, targets.tasks_M, targets.rows_N, targets.num_rows)
+    problem, targets, lam = arguments(p)
     with Watch() as watch:
-        cuda_on_cpu.linear_forward(*inputs, *where, lam, (True,) * 3, TokenLoss(), 0)
+        cuda_on_cpu.linear_forward(problem, targets.tasks_M, lam, (True,) * 3, TokenLoss(), 0)
     assert 2**15 < watch.largest <= 2**16
     expected = reference_linear_task_cross_entropy(*p.tensors)
     assert error(linear_loss(*p.tensors).loss, expected.loss) <= FP32
@@ -425,25 +421,23 @@ def test_products_and_buffers() -> None:
         ),
     ):
         p = make_problem((1, 30), D=D, V=V, dtype=dtype)
-        inputs, targets, lam = arguments(p)
-        where = (targets.targets_M, targets.tasks_M, targets.rows_N, targets.num_rows)
+        problem, targets, lam = arguments(p)
         products = NotedProducts()
         backend = CudaBackend(cpu_kernels, products)
-        out = backend.linear_forward(*inputs, *where, lam, need, TokenLoss(), chunk_size)
+        out = backend.linear_forward(problem, targets.tasks_M, lam, need, TokenLoss(), chunk_size)
         assert products.calls == expected
         found = (out.grad_hidden_MD, out.grad_weight_VD, out.grad_bias_V)
         full = (30 * D, V * D, V)
         assert [g.numel() for g in found] == [n if wanted else 0 for n, wanted in zip(full, need, strict=True)]
     # Into a float32 buffer there is no other one, whatever the number of chunks.
     p = make_problem((1, 30), D=D, V=V, dtype=bf16)
-    inputs, targets, _ = arguments(p)
-    rows = (targets.targets_M, targets.rows_N, targets.num_rows)
+    problem, *_ = arguments(p)
     products = NotedProducts()
     backend, spec = CudaBackend(cpu_kernels, products), TokenLoss()
-    *_, stats = backend.linear_rows_forward(*inputs, *rows, spec, 20)
+    *_, stats = backend.linear_rows_forward(problem, spec, 20)
     products.calls.clear()
     need = (False, True, False)
-    backend.linear_rows_backward(torch.ones(30), *inputs, *rows, stats, torch.zeros(V, D), need, spec, 20, bf16)
+    backend.linear_rows_backward(problem, torch.ones(30), stats, torch.zeros(V, D), need, spec, 20, bf16)
     add = ("add", (V, D), f32)
     assert products.calls == [("wide", (20, V), f32), add, ("wide", (10, V), f32), add]
 
@@ -512,9 +506,8 @@ def test_library_products_through_the_ops() -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     """What comes back has the shapes, strides and aliases that the ops promise to a compiler."""
     p = make_problem((2, 6), D=8, V=11, K=3, dtype=dtype)
-    (hidden, weight, bias), targets, lam = arguments(p)
+    (hidden, weight, bias, where, *rows), targets, lam = arguments(p)
     hidden.requires_grad_()
-    where, rows = targets.targets_M, (targets.rows_N, targets.num_rows)
     spec, end, every = (0.0, 0.1, 0.01, 0.7, 0.1 / 11), (5, "cuda_on_cpu"), (True,) * 3
     grad, stats, logits = torch.rand(12), torch.rand(2, 12), torch.randn(12, 11).to(dtype).requires_grad_()
     backward = (grad, hidden.detach(), weight, bias, where, *rows, stats)
@@ -532,13 +525,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 def test_the_whole_backend_calls_products_as_cublas_takes_them() -> None:
     p = make_problem(dtype=torch.bfloat16)
-    inputs, targets, lam = arguments(p)
-    where = (targets.targets_M, targets.tasks_M, targets.rows_N, targets.num_rows)
+    problem, targets, lam = arguments(p)
     found = []
     for products in (WideningProducts(), cuda_products.LibraryProducts()):
         backend = CudaBackend(cpu_kernels, products)
         with CublasOverloads(True):
-            found.append(backend.linear_forward(*inputs, *where, lam, (True,) * 3, TokenLoss(), 7))
+            found.append(backend.linear_forward(problem, targets.tasks_M, lam, (True,) * 3, TokenLoss(), 7))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -10,7 +10,7 @@ from loss_problems import FP32, Problem, error, make_problem
 from torch.utils.flop_counter import FlopCounterMode
 
 from cotbal_kernels import backends, linear_task_cross_entropy, portable, task_cross_entropy
-from cotbal_kernels.interface import TokenLoss
+from cotbal_kernels.interface import LinearProblem, TokenLoss
 from cotbal_kernels.reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 
 AGGREGATIONS = ["token", "task", "sum", "none"]
@@ -341,19 +341,9 @@ def test_frozen_side_has_no_gradient_buffer(frozen: str) -> None:
     need = [frozen != "hidden", frozen != "weight", False]
     lam = p.task_weights.detach()
     targets = portable.prepare_targets(p.labels.flatten(), p.task_ids.flatten(), lam, 67, -100, True, False, 51)
-    out = portable.linear_forward(
-        p.hidden.detach().flatten(0, 1),
-        p.weight.detach(),
-        None,
-        targets.targets_M,
-        targets.tasks_M,
-        targets.rows_N,
-        targets.num_rows,
-        lam,
-        need,
-        TokenLoss(0.0, 0.0, 0.0),
-        0,
-    )
+    where = (targets.targets_M, targets.rows_N, targets.num_rows)
+    problem = LinearProblem(p.hidden.detach().flatten(0, 1), p.weight.detach(), None, *where)
+    out = portable.linear_forward(problem, targets.tasks_M, lam, need, TokenLoss(), 0)
     sizes = (out.grad_hidden_MD.numel(), out.grad_weight_VD.numel(), out.grad_bias_V.numel())
     full = (p.hidden.numel(), p.weight.numel(), p.bias.numel())
     assert sizes == tuple(n if wanted else 0 for n, wanted in zip(full, need, strict=True))

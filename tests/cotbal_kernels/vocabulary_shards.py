@@ -13,7 +13,7 @@ import torch
 from loss_problems import Problem, error
 from torch import Tensor
 
-from cotbal_kernels.interface import TokenLoss
+from cotbal_kernels.interface import LinearProblem, TokenLoss
 
 BOUNDS = (0, 37, 38, 150)  # ragged: 37 columns, one, and 112
 
@@ -81,13 +81,13 @@ def check_shards(
     grad_M = grad_M.masked_fill(~computed_M, 1e30 if dtype == torch.float16 else float("nan"))
     z_MV, loss_M, (exact_X, exact_W, *exact_b) = exact(p, spec, grad_M, with_bias)
 
-    arguments, losses, stats, has = [], [], [], []
+    shards, losses, stats, has = [], [], [], []
     for start, stop in pairwise(bounds):
         inside_M = (labels_M >= start) & (labels_M < stop)
         head = (p.weight.detach()[start:stop], p.bias.detach()[start:stop] if with_bias else None)
         where = (torch.where(inside_M, labels_M - start, -1), rows_N, num_rows)
-        arguments.append((hidden_MD, *head, *where))
-        loss, hit, shard_stats = backend.linear_rows_forward(*arguments[-1], spec, chunk_size)
+        shards.append(LinearProblem(hidden_MD, *head, *where))
+        loss, hit, shard_stats = backend.linear_rows_forward(shards[-1], spec, chunk_size)
         z = z_MV[:, start:stop]
         here = torch.stack([z.amax(1), (z - z.amax(1, keepdim=True)).logsumexp(1)]) * computed_M
         assert error(shard_stats, here) <= fp32
@@ -102,8 +102,8 @@ def check_shards(
     whole_2M = (torch.stack([z_MV.amax(1), lse_M - z_MV.amax(1)]) * computed_M).float()
     end, every = (spec, chunk_size), (True, True, with_bias)
     sum_X = torch.zeros_like(exact_X)
-    for shard, (start, stop) in zip(arguments, pairwise(bounds), strict=True):
-        dX, dW, db = backend.linear_rows_backward(grad_M, *shard, whole_2M, None, every, *end, torch.float32)
+    for shard, (start, stop) in zip(shards, pairwise(bounds), strict=True):
+        dX, dW, db = backend.linear_rows_backward(shard, grad_M, whole_2M, None, every, *end, torch.float32)
         assert (dX.dtype, dW.dtype, db.dtype) == (torch.float32, dtype, dtype)
         sum_X += dX
         for found, wanted in ((dW, exact_W), *((db, b) for b in exact_b)):
@@ -111,13 +111,13 @@ def check_shards(
             assert float((found - wanted[start:stop]).abs().max()) <= (2 * rounding + fp32) * float(wanted.abs().max())
     # Of dX only the gradient of the logits has been rounded.
     assert error(sum_X, exact_X) <= rounding + fp32
-    narrow = backend.linear_rows_backward(grad_M, *shard, whole_2M, None, (True, False, False), *end, dtype)[0]
+    narrow = backend.linear_rows_backward(shard, grad_M, whole_2M, None, (True, False, False), *end, dtype)[0]
     assert torch.equal(narrow, dX.to(dtype))
     assert rounding == 0 or not torch.equal(narrow.float(), dX)
 
     # A shard far below the largest logit, which is elsewhere: nothing is left of it, and nothing is NaN.
-    nowhere = (*shard[:3], torch.full_like(labels_M, -1), *shard[4:])
+    nowhere = shard._replace(targets_M=torch.full_like(labels_M, -1))
     plain = spec._replace(smoothing=0.0, even=0.0)
     far_2M = whole_2M + torch.tensor([[500.0], [0.0]], device=device)
-    far = backend.linear_rows_backward(grad_M, *nowhere, far_2M, None, every, plain, chunk_size, torch.float32)
+    far = backend.linear_rows_backward(nowhere, grad_M, far_2M, None, every, plain, chunk_size, torch.float32)
     assert all(bool((gradient == 0).all()) for gradient in far)

@@ -15,6 +15,7 @@ from trainer.config import LaunchConfig
 from trainer.errors import UserError
 
 ERROR_FILE = "error.txt"  # where a training process leaves the reason of its end
+PARENT = "COTBAL_PARENT"  # environment of a process that is to end with its parent: the parent's process id
 _PR_SET_PDEATHSIG = 1
 
 
@@ -26,11 +27,14 @@ def die_with_parent(parent: int | None = None) -> None:
     """Asks the kernel to end this process when its parent ends, however that happens (Linux; else does nothing).
 
     Args:
-        parent: its process id, for ending now if it is gone already: a process takes seconds to get here.
+        parent: its process id, for ending now if it is gone already: a process takes seconds to get here. None:
+            what ``PARENT`` in the environment says, if anything.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if parent is not None and os.getppid() != parent:
+        if parent is None:
+            parent = int(os.environ.get(PARENT, os.getppid()))
+        if os.getppid() != parent:
             os._exit(1)
 
 
@@ -92,6 +96,7 @@ def run_training(
         "OMP_NUM_THREADS": str(threads_per_process(launch)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        PARENT: str(os.getpid()),
     }
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
@@ -130,6 +135,7 @@ def run_training(
 def main() -> None:
     """torchrun that ends with the process that started it."""
     die_with_parent()
+    os.environ[PARENT] = str(os.getpid())  # of the processes that torchrun starts
     from torch.distributed.run import main as torchrun
 
     torchrun(sys.argv[1:])

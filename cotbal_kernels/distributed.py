@@ -136,9 +136,9 @@ def shift_targets_across_ranks(
     if not (dist.is_available() and dist.is_initialized()):
         return shifted_labels, shifted_ids
     first = torch.full((3, *labels.shape[:-1]), ignore_index, dtype=torch.int64, device=labels.device)
-    first[2] = 0  # whether there is a position at all
+    first[2:] = 0  # whether there is a position at all; a number is filled into a slice, but copied to an element
     if labels.shape[-1]:
-        first[:2], first[2] = parts[..., 0], 1
+        first[:2], first[2:] = parts[..., 0], 1
     firsts = [torch.empty_like(first) for _ in range(dist.get_world_size(group))]
     dist.all_gather(firsts, first, group=group)
     if labels.shape[-1]:

@@ -307,7 +307,11 @@ def _task_scale(
 
 def _divide_or_zero(numerator: Tensor, denominator: Tensor | float) -> Tensor:
     """``numerator / denominator``, and 0 with zero gradients where the denominator is 0."""
-    denominator = torch.as_tensor(denominator, dtype=torch.float32, device=numerator.device)
+    # Filled where it is used: a copy of a number to a GPU waits for the device, and no CUDA graph can capture it.
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(numerator.device, torch.float32)
+    else:
+        denominator = torch.full((), denominator, dtype=torch.float32, device=numerator.device)
     # The inner where keeps 0/0 out of the backward pass, the outer one out of the result.
     empty = denominator == 0
     return torch.where(empty, 0, numerator / torch.where(empty, 1, denominator))

@@ -57,7 +57,8 @@ def can_use_tma(weight_VD: Tensor) -> bool:
         return False
     row = weight_VD.stride(0) * weight_VD.element_size()
     packed = weight_VD.shape[1] * weight_VD.element_size()
-    return row % 16 == 0 and packed % 16 == 0 and weight_VD.data_ptr() % 16 == 0
+    # Rows that overlap (a weight expanded from one row) have no descriptor.
+    return row % 16 == 0 and packed % 16 == 0 and row >= packed and weight_VD.data_ptr() % 16 == 0
 
 
 def programs_for(device: torch.device) -> int:

@@ -151,7 +151,8 @@ def _weights(alpha, absolute_logits, divergence, num_tasks, mask, MFTCODER: tl.c
     return weights * tasks
 
 
-@triton.jit
+# Numbers stay run-time arguments: an argument of 1 would become a constant, which has no type to convert.
+@triton.jit(do_not_specialize=["stride", "num_tasks", "window", "history", "warmup", "slopes_kept"])
 def convergence_step_kernel(
     losses_ptr,  # [K] floating point, any stride
     stride,

@@ -147,6 +147,12 @@ def test_compiles_without_spills(capability: int, variant: str, tasks: int, wind
     assert resources.stack == 0
 
 
+def test_one_task_compiles_like_any_other_number() -> None:
+    """An argument of 1 would be a constant, which the kernel does not compile with: no number is one."""
+    general = {parameter.name for parameter in convergence_step_kernel.params if parameter.do_not_specialize}
+    assert general == {name for name, kind in SIGNATURE.items() if kind == "i32"}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,8 +1,9 @@
 """One pass over labels and task ids: validation, counts per task, and the packed index of the rows to compute.
 
 Cost: 16 M bytes read, 16 M + 8 N written. One program walks over the positions, since the place of a row is a
-running count: about 4 positions per nanosecond are needed to stay invisible beside the product, and one program
-has them. Everything is an integer, so the counts are exact in any order.
+running count. It is bound by latency, a chain of loads, sums and barriers that should take a few microseconds per 4096
+positions; the products over as many rows take milliseconds. Everything is an integer, so the counts are exact in any
+order.
 """
 
 # Shapes: M positions, N capacity of the packed index, K tasks.

@@ -13,7 +13,10 @@ import triton.language as tl
 from .tiles import rows_here
 
 
-@triton.jit(do_not_specialize=["row_start", "row_count", "vocab_start", "vocab_stop", "first_tile"])
+@triton.jit(
+    do_not_specialize=["row_start", "row_count", "vocab_start", "vocab_stop", "first_tile"],
+    do_not_specialize_on_alignment=["max_ptr", "log_sum_ptr"],
+)
 def dlogits_kernel(
     exp_ptr,  # [row_count, stride], in and out
     part_max_ptr,  # [T, row_count] float32

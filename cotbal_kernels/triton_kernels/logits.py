@@ -12,7 +12,7 @@ import triton.language as tl
 from .project import softcapped
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["max_ptr", "log_sum_ptr"])
 def logits_forward_kernel(
     logits_ptr,  # [M, stride]
     targets_ptr,  # [M] int64, -1 where not computed
@@ -80,7 +80,7 @@ def logits_forward_kernel(
     tl.store(log_sum_ptr + position, log_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["max_ptr", "log_sum_ptr"])
 def logits_backward_kernel(
     logits_ptr,  # [M, stride]
     out_ptr,  # [M, out_stride]

@@ -123,7 +123,11 @@ def _finish(
         tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=keep_M[:, None])
 
 
-@triton.jit(do_not_specialize=["row_start", "row_count", "vocab_start", "vocab_stop", "first_tile"])
+# Statistics of positions are rows of one matrix: where they are aligned depends on the number of positions.
+@triton.jit(
+    do_not_specialize=["row_start", "row_count", "vocab_start", "vocab_stop", "first_tile"],
+    do_not_specialize_on_alignment=["max_ptr", "log_sum_ptr"],
+)
 def project_kernel(
     hidden_ptr,  # [N, D] packed rows, or their tensor descriptor
     weight_ptr,  # [V, D], or its tensor descriptor

@@ -13,7 +13,10 @@ import triton.language as tl
 from .tiles import rows_here
 
 
-@triton.jit(do_not_specialize=["row_start", "row_count", "num_tiles", "narrow"])
+@triton.jit(
+    do_not_specialize=["row_start", "row_count", "num_tiles", "narrow"],
+    do_not_specialize_on_alignment=["max_ptr", "log_sum_ptr"],
+)
 def row_losses_kernel(
     part_max_ptr,  # [T, row_count] float32
     part_sum_ptr,

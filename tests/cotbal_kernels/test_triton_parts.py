@@ -15,7 +15,11 @@ from triton_on_cpu import INTERPRETED
 
 from cotbal_kernels import triton_backend
 from cotbal_kernels.interface import saved_grad_dtypes
+from cotbal_kernels.triton_kernels.dlogits import dlogits_kernel
 from cotbal_kernels.triton_kernels.head import TileStatistics
+from cotbal_kernels.triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
+from cotbal_kernels.triton_kernels.project import project_kernel
+from cotbal_kernels.triton_kernels.row_losses import row_losses_kernel
 from cotbal_kernels.triton_kernels.slices import Slices, plan_slices
 
 
@@ -75,6 +79,13 @@ def test_task_sums_bit_by_bit(size: int) -> None:
             lanes[: len(here)] += here
         assert sums_K[task].numpy() == np.float32(lanes.sum())
         assert correct_K[task] == hit[tasks == task].sum()
+
+
+def test_any_number_of_positions_is_served_by_one_compiled_kernel() -> None:
+    """The rows of the statistics lie at 16-byte boundaries or not, as M has it: no reason to compile again."""
+    for kernel in (project_kernel, row_losses_kernel, dlogits_kernel, logits_forward_kernel, logits_backward_kernel):
+        any_alignment = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
+        assert any_alignment == {"max_ptr", "log_sum_ptr"}
 
 
 class Memory:

@@ -156,12 +156,13 @@ def test_one_task_compiles_like_any_other_number() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_on_a_gpu_and_in_a_graph(variant: str) -> None:
-    losses, present = sequence(seed=9, steps=40, tasks=5, held=0.2, absent=0.2)
-    reference = ConvergenceBalancer(5, window=8, warmup=3, variant=variant, device="cpu")
+@pytest.mark.parametrize("tasks", [1, 5])
+def test_on_a_gpu_and_in_a_graph(tasks: int, variant: str) -> None:
+    losses, present = sequence(seed=9, steps=40, tasks=tasks, held=0.2, absent=0.2)
+    reference = ConvergenceBalancer(tasks, window=8, warmup=3, variant=variant, device="cpu")
     expected = [reference.step(row, here) for row, here in zip(losses, present, strict=True)]
     for backend in ("triton", "portable"):
-        balancer = ConvergenceBalancer(5, window=8, warmup=3, variant=variant, device="cuda", backend=backend)
+        balancer = ConvergenceBalancer(tasks, window=8, warmup=3, variant=variant, device="cuda", backend=backend)
         row, here = losses[0].cuda(), present[0].cuda()
         balancer.step(row, here)  # compiles the kernel
         torch.cuda.set_sync_debug_mode("error")
@@ -169,7 +170,7 @@ def test_on_a_gpu_and_in_a_graph(variant: str) -> None:
             balancer.step(row, here)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        fresh = ConvergenceBalancer(5, window=8, warmup=3, variant=variant, device="cuda", backend=backend)
+        fresh = ConvergenceBalancer(tasks, window=8, warmup=3, variant=variant, device="cuda", backend=backend)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             weights = fresh.step(row, here)

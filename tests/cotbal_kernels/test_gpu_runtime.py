@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gpu
 MODES: list[dict[str, Any]] = [
     {"chunk_size": SIZES.chunk},
     {"recompute": True, "chunk_size": SIZES.chunk},
-    {"aggregation": "none", "chunk_size": SIZES.chunk, **ALL},
+    {"aggregation": "none", "normalizer": 1000.0, "chunk_size": SIZES.chunk, **ALL},
 ]
 
 

@@ -23,6 +23,7 @@ from cotbal_kernels.huggingface import apply_fused_loss, fused_loss, remove_fuse
 from cotbal_kernels.reference import reference_task_cross_entropy  # noqa: E402
 
 TWO_LAYERS = 1e-5  # float32 roundings of another order in the head, carried through the trunk's backward pass
+OLDEST = transformers.__version__.startswith("5.17.")
 SCALINGS = {
     "gemma2": (1.0, 0.5),
     "gemma3_text": (1.0, 0.7),
@@ -54,7 +55,8 @@ def test_equals_the_model_unpatched(kind: str) -> None:
             assert error(out.loss, own.loss) <= FP32
             assert_same_gradients(gradients(model), wanted, TWO_LAYERS)
         scaling = fused_loss(model).scaling
-        assert (scaling.scale, scaling.softcap) == SCALINGS.get(kind, (1.0, None))
+        left_out = OLDEST and kind == "paligemma"  # 5.17 does not apply the cap of its config
+        assert (scaling.scale, scaling.softcap) == ((1.0, None) if left_out else SCALINGS.get(kind, (1.0, None)))
         remove_fused_loss(model)
 
 
@@ -98,6 +100,8 @@ def test_tied(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mixtral", "granitemoe"])
 def test_router_loss_is_added(kind: str) -> None:
+    if OLDEST and kind == "granitemoe":
+        pytest.skip("granitemoe of transformers 5.17 has no router loss and fails when asked for one")
     model = build(kind, output_router_logits=True, router_aux_loss_coef=0.3)
     batch = batch_for(kind)
     own = model(**batch, labels=labels_for(batch))

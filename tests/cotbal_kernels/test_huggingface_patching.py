@@ -356,6 +356,7 @@ def test_resized_vocabulary() -> None:
 
 def test_accelerate_hooks() -> None:
     """device_map="auto" replaces the bound forward of every module, the head's too."""
+    pytest.importorskip("accelerate")
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     model = build("llama")

@@ -14,6 +14,7 @@ import torch
 from loss_problems import FP32, error
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")  # Trainer needs it
 
 from hf_models import build, one_thread  # noqa: E402, F401
 

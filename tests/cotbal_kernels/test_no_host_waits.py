@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cotbal_kernels import functional, linear_task_cross_entropy, portable, task_cross_entropy
-from cotbal_kernels.interface import TokenLoss
+from cotbal_kernels.interface import LinearProblem, TokenLoss
 
 M, D, V, K = 24, 16, 40, 3
 
@@ -82,19 +82,19 @@ def run_backend(backend: ModuleType, dtype: torch.dtype, spec: TokenLoss, chunk_
     """Every function of a backend once; frozen sides too."""
     hidden, weight, labels, task_ids, task_weights = (tensor.detach() for tensor in tensors(dtype))
     targets = backend.prepare_targets(labels, task_ids, task_weights, V, -100, True, False, M - 3)
-    rows = (targets.rows_N, targets.num_rows)
-    head = (hidden, weight, weight[:, 0].clone(), targets.targets_M)
+    where = (targets.targets_M, targets.rows_N, targets.num_rows)
+    problem = LinearProblem(hidden, weight, weight[:, 0].clone(), *where)
     for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, False)):
-        backend.linear_forward(*head, targets.tasks_M, *rows, task_weights, need, spec, chunk_size)
-    _, _, stats_2M = backend.linear_rows_forward(*head, *rows, spec, chunk_size)
+        backend.linear_forward(problem, targets.tasks_M, task_weights, need, spec, chunk_size)
+    _, _, stats_2M = backend.linear_rows_forward(problem, spec, chunk_size)
     grad_M = torch.empty(M)
     for into in (None, torch.empty(V, D), torch.empty_like(weight)):
-        upstream = (*rows, stats_2M, into, (True, True, True), spec, chunk_size, dtype)
-        backend.linear_rows_backward(grad_M, *head, *upstream)
+        backend.linear_rows_backward(problem, grad_M, stats_2M, into, (True, True, True), spec, chunk_size, dtype)
     logits = hidden @ weight.t()
     _, _, stats_2M = backend.logits_rows_forward(logits, targets.targets_M, spec, chunk_size)
     backend.logits_rows_backward(grad_M, logits, targets.targets_M, stats_2M, spec, chunk_size)
-    backend.scale_gradient(logits, grad_M.sum(), torch.float32)
+    for out in (torch.empty_like(logits, dtype=torch.float32), logits):
+        backend.scale_gradient(logits, grad_M.sum(), out)
 
 
 SPECS = [TokenLoss(), TokenLoss(softcap=5.0, smoothing=0.1, z_loss=1e-3, scale=0.7, even=0.1 / V)]

@@ -28,7 +28,7 @@ from torch import Tensor
 from . import portable
 from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, saved_grad_dtypes
 from .triton_kernels.compact import compact_kernel
-from .triton_kernels.configs import programs_for
+from .triton_kernels.configs import blocks_for, programs_for
 from .triton_kernels.head import Head, RowResults, Scale, TileStatistics, num_blocks, on_device
 from .triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
 from .triton_kernels.row_losses import task_sums_kernel
@@ -124,7 +124,7 @@ def prepare_targets(
             ignore_index,
             capacity,
             SKIP_ZERO=skip_zero,
-            BLOCK=4096 if labels_M.is_cuda else 32,
+            BLOCK=blocks_for(labels_M.device).compact,
             BLOCK_K=256,
             num_warps=16,
         )
@@ -315,7 +315,7 @@ def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> None:
     if grad.dtype == torch.float64:
         portable.scale_gradient(grad, factor, out)
     elif grad.numel():
-        block = 4096 if grad.is_cuda else 256
+        block = blocks_for(grad.device).scale
         programs = min(num_blocks(grad.numel(), block), 8 * programs_for(grad.device))
         with on_device(grad):
             scale_kernel[(programs,)](
@@ -346,11 +346,10 @@ def _task_sums(rows: RowResults, tasks_M: Tensor, like_K: Tensor) -> tuple[Tenso
         task_loss_K,
         task_correct_K,
         tasks_M.shape[0],
-        BLOCK=1024 if tasks_M.is_cuda else 16,
+        BLOCK=blocks_for(tasks_M.device).task_sums,
     )
     return task_loss_K, task_correct_K
 
 
 def _logits_block(logits_MV: Tensor) -> int:
-    limit = 4096 if logits_MV.is_cuda else 32
-    return min(limit, max(16, 2 ** math.ceil(math.log2(logits_MV.shape[1]))))
+    return min(blocks_for(logits_MV.device).logits, max(16, 2 ** math.ceil(math.log2(logits_MV.shape[1]))))

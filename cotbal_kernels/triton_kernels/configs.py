@@ -29,6 +29,20 @@ SINGLE = Tiles(Tile(64, 64, 16, warps=4, stages=3), *(Tile(64, 64, 32, warps=4, 
 INTERPRETED = Tiles(Tile(16, 64, 32, 1, 1, 2, 2), Tile(16, 64, 32, 1, 1, 2, 2), Tile(32, 64, 16, 1, 1, 2))
 
 
+class Blocks(NamedTuple):
+    """Elements that one program of the other kernels takes at a time."""
+
+    compact: int
+    pack: int
+    task_sums: int
+    scale: int
+    logits: int  # at most
+
+
+GPU_BLOCKS = Blocks(compact=4096, pack=1024, task_sums=1024, scale=4096, logits=4096)
+INTERPRETED_BLOCKS = Blocks(compact=32, pack=64, task_sums=16, scale=256, logits=32)
+
+
 class DeviceLimits(NamedTuple):
     """What decides the tiles."""
 
@@ -50,6 +64,11 @@ def tiles_for(device: torch.device, dtype: torch.dtype) -> Tiles:
     found = torch.cuda.get_device_properties(device)
     shared = int(found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
     return choose_tiles(DeviceLimits(10 * found.major + found.minor, shared), dtype)
+
+
+def blocks_for(device: torch.device) -> Blocks:
+    """Block sizes on ``device``; on a CPU those of the interpreter, where every tensor takes several."""
+    return GPU_BLOCKS if device.type == "cuda" else INTERPRETED_BLOCKS
 
 
 def can_use_tma(weight_VD: Tensor) -> bool:

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..interface import LinearProblem, TokenLoss
 from ..rows import at_rows
 from .compact import pack_kernel
-from .configs import Tiles, can_use_tma, programs_for, tiles_for
+from .configs import Tiles, blocks_for, can_use_tma, programs_for, tiles_for
 from .dlogits import dlogits_kernel
 from .grad_hidden import grad_hidden_kernel
 from .grad_weight import grad_bias_kernel, grad_weight_kernel
@@ -131,7 +131,7 @@ class Head:
             self.width,
             hidden_MD.stride(0),
             PAD_ROWS=self.tiles.grad_weight.depth,
-            BLOCK=1024 if hidden_MD.is_cuda else 64,
+            BLOCK=blocks_for(hidden_MD.device).pack,
         )
         return packed_ND
 

@@ -18,11 +18,11 @@ INSTRUCTIONS = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 # (sm_89: 128 x 128 x 32) tiles.
 STAGE = {80: 49_152, 89: 16_384, 90: 49_152, 100: 49_152}
 STAGES = {80: 2, 89: 3, 90: 3, 100: 3}  # mma.sync keeps one of its 3 (sm_89: 4) stages in registers
-# Bytes a thread may spill, stores and loads together. An epilogue with gradient, bias, soft cap or smoothing needs
-# more than 255 registers beside the 128 accumulators. It runs once per tile, after some 64 steps of D: there a few
-# hundred bytes out of the first-level cache do not show.
+# Bytes a thread may spill in an epilogue, stores and loads together. With gradient, bias, soft cap or smoothing it
+# needs more than 255 registers beside the 128 accumulators. It runs once per tile, after some 64 steps of D: there a
+# few hundred bytes out of the first-level cache do not show. In the loop of those steps nothing may spill.
 EPILOGUE = 512
-# The plain recomputation on sm_90, and on sm_80 the kept exponentials and dX: some ten registers.
+# Without options: some ten registers.
 FEW = 48
 
 
@@ -53,13 +53,13 @@ def _compile(capability: int, variants: str, index: int) -> Resources:
     ],
 )
 def test_training_step_compiles(capability: int, variants: str) -> None:
-    """Machine code, the device's own matrix instructions, operands of all stages in flight, no spills to speak of."""
+    """The device's own matrix instructions, operands of all stages in flight, no spills in the main loops."""
     found = compiled(capability, variants)
     kernels = {name.split(" ")[0] for name in found}
     assert kernels >= {"compact", "pack", "project", "row_losses", "dlogits", *PRODUCTS, "task_sums", "scale"}
+    assert kernels >= {"logits_forward", "logits_backward"}
     for name, used in found.items():
-        kernel, _, rest = name.partition(" ")
-        written = {feature.strip("[],") for feature in rest.split()}
+        kernel = name.split(" ")[0]
         if kernel not in PRODUCTS:
             assert used.spills == used.stack == 0, name
             assert used.matrix_instructions == "none", name
@@ -67,12 +67,8 @@ def test_training_step_compiles(capability: int, variants: str) -> None:
         assert used.matrix_instructions == INSTRUCTIONS[capability], name
         if kernel == "project" or capability >= 90:
             assert used.shared >= STAGE[capability] * STAGES[capability], name
-        if variants == "features" and kernel == "project":
-            assert used.spills <= EPILOGUE, name
-        elif (kernel == "project" and "gradient" in written) or (capability == 80 and kernel != "grad_weight"):
-            assert used.spills <= FEW, name
-        else:
-            assert used.spills == 0, name
+        assert used.loop_spills == 0, name
+        assert used.spills <= (EPILOGUE if variants == "features" and kernel == "project" else FEW), name
 
 
 @pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
@@ -97,4 +93,6 @@ def test_a_spill_is_seen() -> None:
     crowded = {**launch.constexprs, "BLOCK_V": 128, "BLOCK_D": 256, "BLOCK_M": 32}
     options = {"num_warps": 4, "num_stages": 2}
     too_large = ahead_of_time.Launch(launch.kernel, launch.signature, crowded, launch.aligned, options)
-    assert ahead_of_time.compile_launch(too_large, 80).spills > 0
+    used = ahead_of_time.compile_launch(too_large, 80)
+    assert used.spills > 0
+    assert used.loop_spills > 100  # far beyond what an epilogue could be mistaken for

@@ -1,0 +1,140 @@
+"""Reads machine code: what spills in the loop that a kernel spends its time in.
+
+A product has one loop over the summed dimension inside the loop over tiles. What an epilogue spills costs a few loads
+per tile; what that loop spills, it spills at every step.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+
+# HMMA (mma.sync), HGMMA (wgmma), UTCHMMA (tcgen05.mma) and the same for other formats.
+_MATRIX = re.compile(r"(UTC)?[A-Z]?G?MMA$")
+_SPILL = ("STL", "LDL")  # stores and loads of local memory
+_LABEL = re.compile(r"^\s*(\.L\w*|\.text[\w.$]*):")
+_INSTRUCTION = re.compile(
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);"
+)
+_TARGET = re.compile(r"`\((\.L\w+)\)")
+_ALWAYS = ("PT", "UPT")  # predicates that are true
+
+
+@dataclass
+class Block:
+    """Instructions that run one after the other, by the names of their operations, and where they lead."""
+
+    operations: list[str] = field(default_factory=list)
+    successors: set[int] = field(default_factory=set)
+
+
+def disassemble(cubin: Path) -> str:
+    """Machine code with labels, by the disassembler that comes with Triton."""
+    command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def spills_in_main_loops(code: str) -> int:
+    """Instructions that store or load spilled registers in the innermost loops that hold matrix instructions.
+
+    Without matrix instructions (float32): in the innermost loop with the most multiply-adds. 0 without a loop.
+    """
+    blocks = parse(code)
+    loops = find_loops(blocks)
+
+    def count(loop: frozenset[int], wanted: "re.Pattern[str]") -> int:
+        return sum(bool(wanted.match(name)) for at in loop for name in blocks[at].operations)
+
+    def innermost(wanted: "re.Pattern[str]") -> list[frozenset[int]]:
+        holding = [loop for loop in loops if count(loop, wanted)]
+        return [loop for loop in holding if not any(other < loop for other in holding)]
+
+    main = innermost(_MATRIX)
+    if not main:
+        multiply_add = re.compile("FFMA")
+        main = sorted(innermost(multiply_add), key=lambda loop: count(loop, multiply_add))[-1:]
+    return sum(name in _SPILL for at in frozenset().union(*main) for name in blocks[at].operations)
+
+
+def parse(code: str) -> list[Block]:
+    """Basic blocks of a kernel in the order of their addresses; the first is the entry."""
+    blocks, labels, branches = [Block()], dict[str, int](), list[tuple[int, str]]()
+    falls_through = True
+
+    def begin() -> None:
+        if blocks[-1].operations:
+            blocks.append(Block())
+            if falls_through:
+                blocks[-2].successors.add(len(blocks) - 1)
+
+    for line in code.splitlines():
+        if label := _LABEL.match(line):
+            begin()
+            falls_through = True
+            labels[label[1]] = len(blocks) - 1
+            continue
+        found = _INSTRUCTION.match(line)
+        if found is None:
+            continue
+        if not falls_through:  # code that no label leads to
+            begin()
+            falls_through = True
+        operation, rest = found["opcode"].split(".")[0], found["rest"]
+        blocks[-1].operations.append(operation)
+        if operation in ("BRA", "JMP", "CALL", "EXIT", "RET", "BRX", "JMX"):
+            if target := _TARGET.search(rest):
+                branches.append((len(blocks) - 1, target[1]))
+            falls_through = operation == "CALL" or _conditional(found["predicate"], rest)
+            begin()
+            if falls_through:
+                continue
+    for source, label_name in branches:
+        blocks[source].successors.add(labels[label_name])
+    return blocks
+
+
+def _conditional(predicate: str | None, rest: str) -> bool:
+    """Whether a branch may not be taken: ``@P0 BRA``, or ``BRA.U UP0, ...`` and ``BRA P0, ...``."""
+    if predicate is not None and predicate.strip().lstrip("@") not in _ALWAYS:
+        return True
+    operand = rest.split("`")[0].strip().rstrip(",").strip()
+    return bool(re.match(r"^!?U?P(\d+|T)", operand)) and operand not in _ALWAYS
+
+
+def find_loops(blocks: list[Block]) -> list[frozenset[int]]:
+    """The blocks of every natural loop; loops with the same header are one."""
+    predecessors: list[set[int]] = [set() for _ in blocks]
+    for at, block in enumerate(blocks):
+        for successor in block.successors:
+            predecessors[successor].add(at)
+    dominators = _dominators(blocks, predecessors)
+    loops: dict[int, set[int]] = {}
+    for at, block in enumerate(blocks):
+        for header in block.successors & dominators.get(at, set()):
+            body, waiting = loops.setdefault(header, {header}), [at]
+            while waiting:
+                inside = waiting.pop()
+                if inside not in body:
+                    body.add(inside)
+                    waiting.extend(predecessors[inside] & dominators.keys())
+    return [frozenset(body) for body in loops.values()]
+
+
+def _dominators(blocks: list[Block], predecessors: list[set[int]]) -> dict[int, set[int]]:
+    """Of every block that can be reached: the blocks that every way to it goes through, itself included."""
+    reached, waiting = {0}, [0]
+    while waiting:
+        for successor in blocks[waiting.pop()].successors - reached:
+            reached.add(successor)
+            waiting.append(successor)
+    found = {at: {0} if at == 0 else set(reached) for at in reached}
+    changed = True
+    while changed:
+        changed = False
+        for at in sorted(reached - {0}):
+            new = {at} | set.intersection(*(found[before] for before in predecessors[at] & reached))
+            changed |= new != found[at]
+            found[at] = new
+    return found

@@ -180,7 +180,8 @@ def compile_for(
 def training_launches(capability: int, dtype: torch.dtype, variants: list[dict[str, Any]]) -> list[Launch]:
     """Every distinct launch of training steps on a device of this capability, as the backend would make them.
 
-    Each of ``variants`` holds keyword arguments of ``linear_task_cross_entropy``; a ``bias`` of True stands for one.
+    Each of ``variants`` holds keyword arguments of ``linear_task_cross_entropy``; a ``bias`` of True stands for one,
+    and with ``logits`` of True they are those of ``task_cross_entropy``.
     """
     from .. import backends, linear_task_cross_entropy, portable, task_cross_entropy, triton_backend
     from . import head
@@ -204,16 +205,15 @@ def training_launches(capability: int, dtype: torch.dtype, variants: list[dict[s
             bias = torch.zeros(4096, dtype=dtype, requires_grad=True)
             labels, tasks = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
             for variant in variants:
-                options = variant | {"bias": bias if variant.get("bias") else None}
-                out = linear_task_cross_entropy(
-                    hidden, weight, labels, tasks, torch.ones(2), backend="recorded", **options
-                )
-                out.loss.sum().backward()
-                if "recompute" not in variant:
-                    del options["bias"]
+                options = {name: value for name, value in variant.items() if name not in ("bias", "logits")}
+                where = (labels, tasks, torch.ones(2))
+                if variant.get("logits"):
                     logits = torch.zeros(256, 4096, dtype=dtype, requires_grad=True)
-                    out = task_cross_entropy(logits, labels, tasks, torch.ones(2), backend="recorded", **options)
-                    out.loss.sum().backward()
+                    out = task_cross_entropy(logits, *where, backend="recorded", **options)
+                else:
+                    options["bias"] = bias if variant.get("bias") else None
+                    out = linear_task_cross_entropy(hidden, weight, *where, backend="recorded", **options)
+                out.loss.sum().backward()
             before[triton_backend, "prepare_targets"](labels, tasks, torch.ones(2), 4096, -100, True, False, 256)
     finally:
         for (module, name), value in before.items():
@@ -222,7 +222,7 @@ def training_launches(capability: int, dtype: torch.dtype, variants: list[dict[s
     return list({launch.key: launch for launch in launches}.values())
 
 
-PLAIN: list[dict[str, Any]] = [{}, {"recompute": True}]
+PLAIN: list[dict[str, Any]] = [{}, {"recompute": True}, {"logits": True}]
 FEATURES: list[dict[str, Any]] = [
     {"bias": True, "logit_softcap": 30.0},
     {"label_smoothing": 0.1},
@@ -230,6 +230,7 @@ FEATURES: list[dict[str, Any]] = [
     {"recompute": True, "bias": True, "logit_softcap": 30.0},
     {"logit_scale": 0.0625},
     {"recompute": True, "logit_scale": 0.0625},
+    {"logits": True, "logit_softcap": 30.0, "label_smoothing": 0.1, "logit_scale": 0.0625},
 ]
 # Shared memory that one block can have, by compute capability (CUDA C++ Programming Guide, table of capabilities).
 _SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.cases import BalancerCase, Preset
-from bench.linear import record
 from bench.peers import OURS
+from bench.record import record
 from bench.results import FAILED, OK, UNAVAILABLE, Entry, Row
 from bench.timing import Timings, Variant, clock_for, describe, interleaved
 from cotbal_kernels import ConvergenceBalancer
@@ -104,7 +104,7 @@ def measure(case: BalancerCase, preset: Preset, device: torch.device) -> Row:
         entries[GRAPH] = _judged(GRAPH, 0.0)
         variants[GRAPH] = _graph(case, warmup, losses_TK[-1])
     timed = {name: variant for name, variant in variants.items() if entries[name].status == OK}
-    timings = interleaved(timed, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_case)
+    timings = interleaved(timed, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_variant)
     per_step = {name: [value / STEPS for value in values] for name, values in timings.samples.items()}
     for name in timed:
         record(entries[name], Timings(per_step, timings.errors))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.peers.base import IGNORED
+from bench.peers.base import IGNORED, Peer
 from bench.problems import Problem
+from bench.results import FAILED, OK, Entry
 
 # The upstream gradient while checking: a kernel that takes gradients in its forward pass must still multiply by it.
 UPSTREAM = 0.5
@@ -121,3 +122,12 @@ def require_equal(found: dict[str, float], allowed: dict[str, float]) -> None:
     ]
     if wrong:
         raise NotEqualError("computes another function: " + ", ".join(wrong))
+
+
+def judged(peer: Peer, found: dict[str, float], allowed: dict[str, float]) -> Entry:
+    """The peer's entry with its deviations: "ok" and a time of zero rounds, or failed."""
+    try:
+        require_equal(found, allowed)
+    except NotEqualError as error:
+        return Entry(peer.name, FAILED, str(error), peer.version(), deviations=found, allowed=allowed)
+    return Entry(peer.name, OK, version=peer.version(), seconds=[0.0] * 3, deviations=found, allowed=allowed)

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import equality, floors, memory
 from bench.cases import DTYPES, LinearCase, LogitsCase, Preset
-from bench.peers import MATERIALISED, OURS, all_peers
+from bench.peers import MATERIALISED
 from bench.peers.base import Peer, UnsupportedError
 from bench.problems import Problem, make
+from bench.record import as_list, record
 from bench.results import FAILED, OK, UNAVAILABLE, UNSUPPORTED, Entry, Row
-from bench.timing import Spread, Timings, Variant, clock_for, describe, interleaved, paired_ratio
-
-
-def by_name(name: str) -> Peer:
-    """The peer of this name."""
-    for peer in all_peers():
-        if peer.name == name:
-            return peer
-    raise ValueError(f"there is no peer {name!r}; there are {', '.join(peer.name for peer in all_peers())}")
+from bench.timing import Spread, Variant, clock_for, describe, interleaved
 
 
 def loss_of(peer: Peer, problem: Problem) -> Tensor:
@@ -77,7 +69,7 @@ def measure(case: LinearCase | LogitsCase, preset: Preset, device: torch.device,
     if isinstance(case, LinearCase) and (products := floors.product_floor(case, device)) is not None:
         variants[floors.PRODUCTS] = products
     variants[floors.COPY], copied = floors.copy_floor(floors.copy_size(case), DTYPES[case.dtype], device)
-    timings = interleaved(variants, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_case)
+    timings = interleaved(variants, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_variant)
     for peer in ready:
         record(entries[peer.name], timings)
     products_seconds = timings.samples.get(floors.PRODUCTS)
@@ -98,53 +90,36 @@ def check(case: LinearCase | LogitsCase, problem: Problem, peers: Sequence[Peer]
     """Compare every peer with float64. Entries that are "ok" have their deviations and a time of zero rounds."""
     expected = equality.exact(problem)
     names = ["loss", *expected.gradients]
-    materialised = _deviations_of_materialised(problem, expected, peers)
-    allowed = equality.limits(materialised, DTYPES[case.dtype], names)
-    entries: dict[str, Entry] = {}
+    found: dict[str, Entry | dict[str, float]] = {}
     for peer in peers:
-        entries[peer.name] = _checked(peer, case, problem, expected, allowed)
+        found[peer.name] = _deviations(peer, case, problem, expected)
         release(problem)
-    return entries
+    # Without the materialised path what rounding explains remains as the limit.
+    materialised = found.get(MATERIALISED)
+    limits = equality.limits(materialised if isinstance(materialised, dict) else None, DTYPES[case.dtype], names)
+    return {
+        peer.name: entry if isinstance(entry := found[peer.name], Entry) else equality.judged(peer, entry, limits)
+        for peer in peers
+    }
 
 
-def _deviations_of_materialised(
-    problem: Problem, expected: equality.Values, peers: Sequence[Peer]
-) -> dict[str, float] | None:
-    """None without that path: what rounding explains remains as the limit."""
-    eager = next((peer for peer in peers if peer.name == MATERIALISED), None)
-    if eager is None:
-        return None
-    try:
-        return equality.deviations(equality.evaluate(problem, lambda: loss_of(eager, problem)), expected)
-    except torch.cuda.OutOfMemoryError:
-        return None
-    finally:
-        release(problem)
-
-
-def _checked(
-    peer: Peer,
-    case: LinearCase | LogitsCase,
-    problem: Problem,
-    expected: equality.Values,
-    allowed: dict[str, float],
-) -> Entry:
+def _deviations(
+    peer: Peer, case: LinearCase | LogitsCase, problem: Problem, expected: equality.Values
+) -> Entry | dict[str, float]:
+    """How far the peer is from float64, or the entry that says why it cannot be known."""
     device = problem.scores.device
     if reason := peer.unavailable(device):
         return Entry(peer.name, UNAVAILABLE, reason)
     if reason := _too_large(peer, case, device):
         return Entry(peer.name, FAILED, reason, peer.version())
-    deviations: dict[str, float] | None = None
     try:
-        deviations = equality.deviations(equality.evaluate(problem, lambda: loss_of(peer, problem)), expected)
-        equality.require_equal(deviations, allowed)
+        return equality.deviations(equality.evaluate(problem, lambda: loss_of(peer, problem)), expected)
     except UnsupportedError as error:
         return Entry(peer.name, UNSUPPORTED, str(error), peer.version())
     except equality.NotEqualError as error:
-        return Entry(peer.name, FAILED, str(error), peer.version(), deviations=deviations, allowed=allowed)
+        return Entry(peer.name, FAILED, str(error), peer.version())
     except Exception as error:
         return Entry(peer.name, FAILED, describe(error), peer.version())
-    return Entry(peer.name, OK, version=peer.version(), seconds=[0.0, 0.0, 0.0], deviations=deviations, allowed=allowed)
 
 
 def _too_large(peer: Peer, case: LinearCase | LogitsCase, device: torch.device) -> str | None:
@@ -170,42 +145,9 @@ def _measure_memory(peer: Peer, problem: Problem, case: LinearCase, entry: Entry
     release(problem)
 
 
-def record(entry: Entry, timings: Timings, tokens: int | None = None) -> None:
-    """Put times and ratios of a timed variant into its entry; an error in the rounds makes it a failure."""
-    if entry.name not in timings.samples:
-        entry.status, entry.seconds = FAILED, None
-        entry.error = timings.errors.get(entry.name, "was not timed")
-        return
-    samples = timings.samples[entry.name]
-    spread = Spread.of(samples)
-    entry.seconds, entry.samples = as_list(spread), [float(f"{sample:.5g}") for sample in samples]
-    if OURS in timings.samples:
-        entry.ratio = as_list(paired_ratio(samples, timings.samples[OURS]))
-    if tokens:
-        entry.tokens_per_second = tokens / spread.median
-
-
-def as_list(spread: Spread) -> list[float]:
-    return [float(f"{value:.5g}") for value in (spread.low, spread.median, spread.high)]
-
-
 def release(problem: Problem) -> None:
     """Free gradients and what the allocator keeps, so that peers do not run in each other's memory."""
     problem.clear()
     gc.collect()
     if problem.scores.is_cuda:
         torch.cuda.empty_cache()
-
-
-def report_progress(row: Row, say: Callable[[str], Any]) -> None:
-    """One line per entry."""
-    say(row.label + (f": not run, {row.skipped}" if row.skipped else ""))
-    for entry in row.entries:
-        if entry.seconds is None:
-            say(f"    {entry.name:38} {entry.status}: {entry.error}")
-            continue
-        ratio = f"{entry.ratio[1]:6.2f} x ours" if entry.ratio else ""
-        floor = f"{entry.seconds[1] / row.floor:6.2f} x floor" if row.floor else ""
-        used = f"{entry.memory / 2**20:8.0f} MiB" if entry.memory is not None else ""
-        rate = f"{entry.tokens_per_second:9.0f} tokens/s" if entry.tokens_per_second else ""
-        say(f"    {entry.name:38} {1e3 * entry.seconds[1]:10.3f} ms  {ratio:14} {floor:15} {used} {rate}")

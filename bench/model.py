@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from bench import equality, memory
 from bench.cases import DTYPES, ModelCase, Preset
 from bench.equality import Values
-from bench.linear import record
 from bench.peers import MATERIALISED
 from bench.peers.base import IGNORED, Peer, Weighting
 from bench.problems import Problem
+from bench.record import record
 from bench.results import FAILED, OK, UNAVAILABLE, Entry, Row
 from bench.timing import Variant, clock_for, describe, interleaved
 
@@ -158,25 +158,17 @@ def measure(case: ModelCase, preset: Preset, device: torch.device, peers: Sequen
     allowed = equality.limits(found.get(MATERIALISED), DTYPES[case.dtype], names)
     for peer in peers:
         if peer.name in found:
-            entries[peer.name] = _judged(peer, found[peer.name], allowed)
+            entries[peer.name] = equality.judged(peer, found[peer.name], allowed)
     del expected
     ready = [peer for peer in peers if entries[peer.name].status == OK]
     for peer in ready if case.memory else ():
         _measure_memory(peer, training, case, entries[peer.name])
     variants = {peer.name: variant_of(peer, training, case) for peer in ready}
-    timings = interleaved(variants, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_case)
+    timings = interleaved(variants, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_variant)
     for peer in ready:
         record(entries[peer.name], timings, tokens=case.batch * case.sequence)
     ordered = [entries[peer.name] for peer in peers]
     return Row(suite=case.suite, label=case.label, case=asdict(case), entries=ordered)
-
-
-def _judged(peer: Peer, found: dict[str, float], allowed: dict[str, float]) -> Entry:
-    try:
-        equality.require_equal(found, allowed)
-    except equality.NotEqualError as error:
-        return Entry(peer.name, FAILED, str(error), peer.version(), deviations=found, allowed=allowed)
-    return Entry(peer.name, OK, version=peer.version(), seconds=[0.0] * 3, deviations=found, allowed=allowed)
 
 
 def _evaluate(training: Training, case: ModelCase, peer: Peer) -> Values:

@@ -57,7 +57,7 @@ def run_preset(
             except Exception as error:  # out of memory, a missing package: the other cases still count
                 row = _skipped(case, describe(error))
         run.rows.append(row)
-        linear.report_progress(row, say)
+        report_progress(row, say)
         if path is not None:
             run.environment["minutes"] = round((time.monotonic() - started) / 60, 2)
             run.environment["clocks after"] = environment.clocks(device)
@@ -71,3 +71,17 @@ def run_preset(
 def _skipped(case: Case, reason: str) -> Row:
     extra = {"V": case.V, "D": case.D, "N": case.N} if isinstance(case, LinearCase) else {}
     return Row(case.suite, case.label, asdict(case) | extra, [], skipped=reason)
+
+
+def report_progress(row: Row, say: Callable[[str], Any]) -> None:
+    """One line per entry."""
+    say(row.label + (f": not run, {row.skipped}" if row.skipped else ""))
+    for entry in row.entries:
+        if entry.seconds is None:
+            say(f"    {entry.name:38} {entry.status}: {entry.error}")
+            continue
+        ratio = f"{entry.ratio[1]:6.2f} x ours" if entry.ratio else ""
+        floor = f"{entry.seconds[1] / row.floor:6.2f} x floor" if row.floor else ""
+        used = f"{entry.memory / 2**20:8.0f} MiB" if entry.memory is not None else ""
+        rate = f"{entry.tokens_per_second:9.0f} tokens/s" if entry.tokens_per_second else ""
+        say(f"    {entry.name:38} {1e3 * entry.seconds[1]:10.3f} ms  {ratio:14} {floor:15} {used} {rate}")

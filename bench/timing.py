@@ -55,7 +55,7 @@ def clock_for(device: torch.device) -> Clock:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of every round of each variant; rounds at the same place were taken one after the other."""
+    """Seconds of every round of each variant, from the first round on: samples at the same place are of one round."""
 
     samples: dict[str, list[float]]
     errors: dict[str, str]
@@ -71,19 +71,19 @@ def interleaved(
 ) -> Timings:
     """Take turns: each round runs every variant once, beginning one further along than the round before.
 
-    A variant that raises is taken out and its error kept. Rounds end early after ``seconds``, but not before ``least``.
+    A variant that raises is taken out and its error kept. One that has used its ``seconds``, preparation included, takes
+    no further rounds, but everybody takes the first ``least``: slow variants are measured less often, and never alone.
     """
     samples: dict[str, list[float]] = {name: [] for name in variants}
     errors: dict[str, str] = {}
+    spent = dict.fromkeys(variants, 0.0)
     active = list(variants)
-    started = time.perf_counter()
     for number in range(-warmup, rounds):
-        if number == 0:
-            started = time.perf_counter()
-        if number >= least and time.perf_counter() - started > seconds:
-            break
+        if number >= least:
+            active = [name for name in active if spent[name] <= seconds]
         for name in rotated(active, number):
             variant = variants[name]
+            started = time.perf_counter()
             try:
                 prepared = variant.prepare()
                 duration = clock.time(lambda variant=variant, prepared=prepared: variant.run(prepared))  # type: ignore[misc]
@@ -92,9 +92,10 @@ def interleaved(
                 continue
             if number >= 0:
                 samples[name].append(duration)
+                spent[name] += time.perf_counter() - started
             del prepared
         active = [name for name in active if name not in errors]
-    return Timings({name: samples[name] for name in active if samples[name]}, errors)
+    return Timings({name: values for name, values in samples.items() if values and name not in errors}, errors)
 
 
 def rotated(names: Sequence[str], by: int) -> list[str]:
@@ -131,5 +132,5 @@ class Spread:
 
 
 def paired_ratio(values: Sequence[float], reference: Sequence[float]) -> Spread:
-    """Ratios within each round, which both variants met under the same conditions."""
-    return Spread.of([value / other for value, other in zip(values, reference, strict=True)])
+    """Ratios within each round that both took part in, under the same conditions: the first ones of either."""
+    return Spread.of([value / other for value, other in zip(values, reference, strict=False)])

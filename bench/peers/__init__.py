@@ -34,3 +34,11 @@ def all_peers() -> list[Peer]:
         Liger("liger (fp32 dW)", accumulate_float32=True),
         Quack(),
     ]
+
+
+def by_name(name: str) -> Peer:
+    """The peer of this name."""
+    for peer in all_peers():
+        if peer.name == name:
+            return peer
+    raise ValueError(f"there is no peer {name!r}; there are {', '.join(peer.name for peer in all_peers())}")

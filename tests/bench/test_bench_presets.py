@@ -73,8 +73,8 @@ def estimated_seconds(case: LinearCase, variants: int) -> float:
     products = 3 if case.mode in ("forward", "backward") else case.flops / (2.0 * case.N * case.V * case.D)
     all_rows = products * 2.0 * case.M * case.V * case.D
     step = all_rows / (35e12 if case.dtype == "float32" else 350e12)
-    untimed = 3 + H200.warmup  # twice for equality, once for memory
-    timed = max(3 * variants * step, min(H200.rounds * variants * step, H200.seconds_per_case))
+    untimed = 2 + H200.warmup  # for equality and for memory
+    timed = variants * max(3 * step, min(H200.rounds * step, H200.seconds_per_variant))
     return untimed * variants * step + timed + 6.0 * case.N * case.V * case.D / 40e12 + 0.5 * variants
 
 

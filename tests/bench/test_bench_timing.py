@@ -1,5 +1,6 @@
 """Statistics and the order of turns, with a clock whose readings are known."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +46,8 @@ def test_ratio_is_taken_within_rounds() -> None:
     assert paired_ratio([3 * value for value in reference], reference) == Spread(3.0, 3.0, 3.0)
     disturbed = [3.0, 6.0, 100.0, 24.0, 48.0]
     assert paired_ratio(disturbed, reference).median == 3.0
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
-        paired_ratio([1.0, 2.0], [1.0])
+    # Whoever left earlier has its last samples compared with those of its own rounds.
+    assert paired_ratio([3.0, 6.0], reference) == paired_ratio([3.0, 6.0, 12.0], [1.0, 2.0]) == Spread(3.0, 3.0, 3.0)
 
 
 def test_variants_take_turns_and_each_begins_once() -> None:
@@ -81,9 +82,15 @@ def test_a_variant_that_raises_is_named_and_the_others_go_on() -> None:
     assert calls == 2
 
 
-def test_rounds_end_when_the_time_is_over_but_not_before_three() -> None:
-    found = interleaved({"a": Variant(lambda _: 1.0)}, ScriptedClock(), rounds=50, warmup=0, seconds=-1.0)
-    assert found.samples == {"a": [1.0, 1.0, 1.0]}
+def test_a_variant_leaves_when_its_time_is_over_but_not_before_three_rounds() -> None:
+    """Its own time alone counts: fast ones go on, and time that preparation takes is time."""
+    slow = Variant(lambda _: 1.0, lambda: time.sleep(0.02))
+    variants = {"slow": slow, "fast": Variant(lambda _: 2.0), "failing": scripted([3.0] * 4, [], "failing")}
+    found = interleaved(variants, ScriptedClock(), rounds=6, warmup=0, seconds=0.015)
+    assert found.samples == {"slow": [1.0] * 3, "fast": [2.0] * 6}
+    assert found.errors == {"failing": "StopIteration"}
+    all_slow = interleaved({"a": slow, "b": slow}, ScriptedClock(), rounds=50, warmup=1, seconds=-1.0)
+    assert all_slow.samples == {"a": [1.0] * 3, "b": [1.0] * 3}  # and nobody is left waiting for
 
 
 def test_rotation_and_description() -> None:

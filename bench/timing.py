@@ -71,8 +71,8 @@ def interleaved(
 ) -> Timings:
     """Take turns: each round runs every variant once, beginning one further along than the round before.
 
-    A variant that raises is taken out and its error kept. One that has used its ``seconds``, preparation included, takes
-    no further rounds, but everybody takes the first ``least``: slow variants are measured less often, and never alone.
+    A variant that raises is taken out and its error kept. One that has used its ``seconds``, preparation included,
+    takes no further rounds, but everybody takes the first ``least``: slow ones are measured less often, never alone.
     """
     samples: dict[str, list[float]] = {name: [] for name in variants}
     errors: dict[str, str] = {}

@@ -8,28 +8,22 @@ executed, so what is compiled is what would be launched.
 """
 
 import argparse
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import configs
-from .sass import disassemble, spills_in_main_loops
+from . import configs, sass
 
 CAPABILITIES = (80, 89, 90, 100)  # A100, RTX 4090 / L40, H100 / H200, B200
 _POINTERS = {
@@ -82,8 +76,9 @@ class Resources:
     """What one program (CTA) of a compiled kernel takes."""
 
     registers: int  # per thread
-    spills: int  # bytes per thread stored to and loaded from local memory because registers ran out
-    loop_spills: int  # instructions that do so in the loop over the summed dimension
+    spills: int  # bytes per thread that are stored to and loaded from local memory because registers ran out
+    main_loops: int  # innermost loops with matrix instructions, or without any with most multiply-adds
+    loop_spills: int  # of the spilled bytes those in main loops
     stack: int  # bytes per thread of local memory, spills included
     shared: int  # bytes of shared memory per program
     matrix_instructions: str  # wgmma, tcgen05, mma or none
@@ -151,13 +146,9 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         options=dict(launch.options),
     )
     ptx = compiled.asm["ptx"]
-    report, code = _assemble(ptx, capability)
     found = (name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx)
     return Resources(
-        registers=_number(r"Used (\d+) registers", report),
-        spills=_number(r"(\d+) bytes spill stores", report) + _number(r"(\d+) bytes spill loads", report),
-        loop_spills=spills_in_main_loops(code),
-        stack=_number(r"(\d+) bytes stack frame", report),
+        **sass.used_by(compiled.asm["cubin"]),
         shared=compiled.metadata.shared,
         matrix_instructions=next(found, "none"),
     )
@@ -234,24 +225,6 @@ FEATURES: list[dict[str, Any]] = [
 ]
 # Shared memory that one block can have, by compute capability (CUDA C++ Programming Guide, table of capabilities).
 _SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-
-
-def _assemble(ptx: str, capability: int) -> tuple[str, str]:
-    """What ``ptxas -v`` says (Triton runs the same assembler but keeps its report to itself), and the machine code."""
-    with tempfile.TemporaryDirectory() as directory:
-        source = Path(directory) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
-        cubin = source.with_suffix(".cubin")
-        command += [str(source), "-o", str(cubin)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr, disassemble(cubin)
-
-
-def _number(pattern: str, report: str) -> int:
-    found = re.findall(pattern, report)
-    if len(found) != 1:
-        raise RuntimeError(f"expected one {pattern!r} in the report of ptxas, found {len(found)}:\n{report}")
-    return int(found[0])
 
 
 def _compile_nth(job: tuple[int, torch.dtype, bool, int]) -> tuple[str, Resources]:

@@ -1,4 +1,4 @@
-"""Reads machine code: what spills in the loop that a kernel spends its time in.
+"""Reads machine code: registers, and what spills in the loop that a kernel spends its time in.
 
 A product has one loop over the summed dimension inside the loop over tiles. What an epilogue spills costs a few loads
 per tile; what that loop spills, it spills at every step.
@@ -6,14 +6,14 @@ per tile; what that loop spills, it spills at every step.
 
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
 
 # HMMA (mma.sync), HGMMA (wgmma), UTCHMMA (tcgen05.mma) and the same for other formats.
-_MATRIX = re.compile(r"(UTC)?[A-Z]?G?MMA$")
-_SPILL = ("STL", "LDL")  # stores and loads of local memory
+_MATRIX = re.compile(r"(UTC)?[A-Z]?G?MMA(\.|$)")
 _LABEL = re.compile(r"^\s*(\.L\w*|\.text[\w.$]*):")
 _INSTRUCTION = re.compile(
     r"^\s*/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>[^;]*);"
@@ -30,16 +30,29 @@ class Block:
     successors: set[int] = field(default_factory=set)
 
 
-def disassemble(cubin: Path) -> str:
-    """Machine code with labels, by the disassembler that comes with Triton."""
-    command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(cubin)]
+def used_by(cubin: bytes) -> dict[str, int]:
+    """``registers`` and ``stack`` of the one kernel in a cubin, and what :func:`spills_in` finds in it."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
+        code = _output(triton.knobs.nvidia.nvdisasm.path, "-c", str(file))
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
+    if len(found) != 1:
+        raise RuntimeError(f"expected the registers of one kernel, found {len(found)}:\n{usage}")
+    registers, stack = map(int, found[0])
+    return {"registers": registers, "stack": stack, **spills_in(code)}
+
+
+def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def spills_in_main_loops(code: str) -> int:
-    """Instructions that store or load spilled registers in the innermost loops that hold matrix instructions.
+def spills_in(code: str) -> dict[str, int]:
+    """Bytes that a thread stores to and loads from local memory: ``spills``, and of those ``loop_spills``.
 
-    Without matrix instructions (float32): in the innermost loop with the most multiply-adds. 0 without a loop.
+    The latter in the ``main_loops``: the innermost loops that hold matrix instructions; without any (float32) those
+    with the most multiply-adds, or more than half as many.
     """
     blocks = parse(code)
     loops = find_loops(blocks)
@@ -53,9 +66,23 @@ def spills_in_main_loops(code: str) -> int:
 
     main = innermost(_MATRIX)
     if not main:
-        multiply_add = re.compile("FFMA")
-        main = sorted(innermost(multiply_add), key=lambda loop: count(loop, multiply_add))[-1:]
-    return sum(name in _SPILL for at in frozenset().union(*main) for name in blocks[at].operations)
+        multiply_adds = {loop: count(loop, re.compile("FFMA")) for loop in innermost(re.compile("FFMA"))}
+        main = [loop for loop, found in multiply_adds.items() if 2 * found > max(multiply_adds.values())]
+    inside = frozenset().union(*main)
+    return {
+        "spills": sum(_spilled_bytes(name) for block in blocks for name in block.operations),
+        "main_loops": len(main),
+        "loop_spills": sum(_spilled_bytes(name) for at in inside for name in blocks[at].operations),
+    }
+
+
+def _spilled_bytes(operation: str) -> int:
+    """Bytes of a load or store of local memory (``STL.64``), 0 of any other operation."""
+    name, *modifiers = operation.split(".")
+    if name not in ("STL", "LDL"):
+        return 0
+    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    return next((widths[modifier] for modifier in modifiers if modifier in widths), 4)
 
 
 def parse(code: str) -> list[Block]:
@@ -82,7 +109,7 @@ def parse(code: str) -> list[Block]:
             begin()
             falls_through = True
         operation, rest = found["opcode"].split(".")[0], found["rest"]
-        blocks[-1].operations.append(operation)
+        blocks[-1].operations.append(found["opcode"])
         if operation in ("BRA", "JMP", "CALL", "EXIT", "RET", "BRX", "JMX"):
             if target := _TARGET.search(rest):
                 branches.append((len(blocks) - 1, target[1]))

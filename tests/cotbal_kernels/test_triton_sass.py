@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from cotbal_kernels.triton_kernels.sass import find_loops, parse, spills_in_main_loops
+from cotbal_kernels.triton_kernels.sass import find_loops, parse, spills_in
 
 
 def program(text: str) -> str:
@@ -42,17 +42,23 @@ PRODUCT = """
 """
 
 
-def spills(**places: str) -> int:
+def spills(**places: str) -> tuple[int, int]:
+    """In all, and in the one main loop."""
     everywhere = dict.fromkeys(("before", "step", "epilogue", "cold"), "")
-    return spills_in_main_loops(program(PRODUCT.format(**everywhere | places)))
+    found = spills_in(program(PRODUCT.format(**everywhere | places)))
+    assert found["main_loops"] == 1
+    return found["spills"], found["loop_spills"]
 
 
-@pytest.mark.parametrize(("place", "counted"), [("before", 0), ("step", 1), ("epilogue", 0), ("cold", 1)])
-@pytest.mark.parametrize("spill", ["STL.64 [R1+0x8], R2", "LDL R2, [R1]", "@P3 LDL.LU R2, [R1+0x10]"])
-def test_only_the_innermost_loop_counts(place: str, counted: int, spill: str) -> None:
+@pytest.mark.parametrize(("place", "in_loop"), [("before", False), ("step", True), ("epilogue", False), ("cold", True)])
+@pytest.mark.parametrize(
+    ("spill", "size"),
+    [("STL.64 [R1+0x8], R2", 8), ("LDL R2, [R1]", 4), ("@P3 LDL.LU.128 R2, [R1+0x10]", 16), ("STL.U8 [R1], R2", 1)],
+)
+def test_only_the_innermost_loop_counts(place: str, in_loop: bool, spill: str, size: int) -> None:
     """Out-of-line code that comes back into the loop is part of it."""
-    assert spills(**{place: spill}) == counted
-    assert spills() == 0
+    assert spills(**{place: spill}) == (size, size * in_loop)
+    assert spills() == (0, 0)
 
 
 def test_loops_are_nested() -> None:
@@ -77,8 +83,10 @@ def test_without_matrix_instructions_the_loop_of_multiply_adds_counts() -> None:
     @P0 BRA `(.L_x_1)
     EXIT
     """
-    assert spills_in_main_loops(program(code.replace("BRA", "@P0 BRA") + busy)) == 2
-    assert spills_in_main_loops(program("FADD R1, R2, R3\nSTL [R1], R2\nEXIT")) == 0
+    found = spills_in(program(code.replace("BRA", "@P0 BRA") + busy))
+    assert found == {"spills": 12, "main_loops": 1, "loop_spills": 8}
+    found = spills_in(program("FADD R1, R2, R3\nSTL [R1], R2\nEXIT"))
+    assert found == {"spills": 4, "main_loops": 0, "loop_spills": 0}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.peers.base import Peer, Weighting, needs_cuda, weighted_mean
+from bench.peers.base import Peer, UnsupportedError, Weighting, needs_cuda, weighted_mean
 
 
 class Quack(Peer):
@@ -22,6 +22,8 @@ class Quack(Peer):
         from quack.linear_cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy_func
 
         if weighting is None:
+            if hidden_MD.dtype == torch.float32 and hidden_MD.requires_grad:
+                raise UnsupportedError("its products for the gradients take 16-bit operands only (on Hopper)")
             return chunked_linear_cross_entropy(hidden_MD, weight_VD, labels_M, reduction="mean")
         losses_M = linear_cross_entropy_func(hidden_MD, weight_VD, None, labels_M, reduction="none")
         return weighted_mean(losses_M, labels_M, weighting)

@@ -9,6 +9,7 @@ python -m bench guard                           counted work against bench/basel
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--preset", choices=["quick", "cpu", "h200"], default="quick")
     run.add_argument("--out", type=Path, required=True, help="folder of the JSON file")
     run.add_argument("--only", default="", metavar="TEXT", help="cases whose label contains this")
+    run.add_argument("--without", action="append", default=[], metavar="PEER", help="leave this peer out")
+    run.add_argument("--resume", action="store_true", help="go on with the cases that the JSON file does not hold")
     report = commands.add_parser("report", help="tables and plots of results")
     report.add_argument("results", type=Path, nargs="*", help="folders; none: the committed ones")
     report.add_argument("--markdown", type=Path, help="default without folders: docs/benchmarks.md")
@@ -43,15 +46,27 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from bench.cases import PRESETS
-    from bench.run import run_preset
+    from bench.peers import by_name
+    from bench.run import LostDeviceError, run_preset
 
     preset = PRESETS[options.preset]
     if preset.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"preset {preset.name} needs a CUDA device and torch sees none; --preset cpu runs here")
     device = torch.device(preset.device, 0) if preset.device == "cuda" else torch.device("cpu")
     command = f"python -m bench run --preset {preset.name}" + (f' --only "{options.only}"' if options.only else "")
+    command += "".join(f' --without "{by_name(name).name}"' for name in options.without)
     path = options.out / f"{preset.name}.json"
-    run_preset(preset, device, command, path, only=options.only)
+    try:
+        run_preset(preset, device, command, path, print, options.only, options.without, options.resume)
+    except LostDeviceError as error:
+        print(f"\nThe device became unusable: {error}", flush=True)
+        if error.culprit is None or error.culprit in options.without:
+            return 1
+        # The same process image cannot use the device again; a new one goes on where this one stopped.
+        again = ["--preset", preset.name, "--out", str(options.out), "--only", options.only, "--resume"]
+        for name in (*options.without, error.culprit):
+            again += ["--without", name]
+        os.execv(sys.executable, [sys.executable, "-m", "bench", "run", *again])
     print(f"\n{path}\npython -m bench report {options.out} --html {options.out / 'report.html'}   # tables and plots")
     return 0
 

@@ -101,8 +101,11 @@ def measure(case: BalancerCase, preset: Preset, device: torch.device) -> Row:
     if device.type != "cuda":
         entries[GRAPH] = Entry(GRAPH, UNAVAILABLE, "runs on CUDA devices only")
     elif entries[OURS].status == OK:
-        entries[GRAPH] = _judged(GRAPH, 0.0)
-        variants[GRAPH] = _graph(case, warmup, losses_TK[-1])
+        try:
+            variants[GRAPH] = _graph(case, warmup, losses_TK[-1])
+            entries[GRAPH] = _judged(GRAPH, 0.0)
+        except Exception as error:
+            entries[GRAPH] = Entry(GRAPH, FAILED, describe(error))
     timed = {name: variant for name, variant in variants.items() if entries[name].status == OK}
     timings = interleaved(timed, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_variant)
     per_step = {name: [value / STEPS for value in values] for name, values in timings.samples.items()}

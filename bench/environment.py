@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -11,7 +12,18 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "cut-cross-entropy", "liger-kernel", "quack-kernels")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "cut-cross-entropy",
+    "liger-kernel",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
+)
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("cotbal_kernels", "bench", "csrc")
+SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -25,7 +37,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         "clocks": clocks(device),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
         "commit": commit(),
+        "sources": sources(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
     }
 
@@ -51,13 +65,21 @@ def clocks(device: torch.device) -> str | None:
 
 
 def commit() -> str | None:
-    """The checked-out commit, marked where files of the packages differ from it."""
-    root = Path(__file__).parent.parent
-    head = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
+    """The checked-out commit, marked where files of the packages differ from it; None in a copy without git."""
+    head = _output(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"])
     if head is None:
         return None
-    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--", "cotbal_kernels", "bench", "csrc"])
+    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--", *FOLDERS])
     return head + (" with changes" if changed else "")
+
+
+def sources() -> str:
+    """Digest of what was run: a copy without git can be told from its commit's files by the same function."""
+    digest = hashlib.sha256()
+    files = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES)
+    for path in sorted(files):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _version(name: str) -> str | None:

@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import environment as provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("environment", "tests", "sanitizer", "targets", "tiles")
@@ -58,11 +64,17 @@ class Budget:
 
 
 class Report:
-    """The JSON file, whole after every result."""
+    """The JSON file, whole after every result; what it holds already stays."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path, self.values = directory / "gpu_check.json", dict[str, Any]()
+        self.reload()
+
+    def reload(self) -> None:
+        """What another process, or an earlier run of other sections, has written."""
+        if self.path.exists():
+            self.values = json.loads(self.path.read_text())
 
     def put(self, *keys_and_value: Any) -> None:
         """Set ``values[key][key]... = value`` and write the file."""
@@ -100,18 +112,29 @@ def outcomes(log: str) -> dict[str, Any]:
     }
 
 
-def _command(arguments: list[str], seconds: float) -> tuple[int | str, str]:
-    """Exit status, or "timeout", and what was printed until then."""
-    try:
-        done = subprocess.run(
-            arguments, cwd=ROOT, timeout=max(seconds, 1), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-        return "timeout", output.decode(errors="replace") if isinstance(output, bytes) else output
-    except OSError as error:
-        return str(error), ""
-    return done.returncode, done.stdout
+def _command(arguments: list[str], seconds: float, log: Path | None = None) -> tuple[int | str, str]:
+    """Exit status, or "timeout", and what was printed until then, which a ``log`` holds at any time.
+
+    A command that takes too long ends with everything that it started: a compiler would go on and hold its output.
+    """
+    with log.open("w+b") if log else tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(
+                arguments, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            return str(error), ""
+        status: int | str
+        try:
+            status = process.wait(max(seconds, 1))
+        except subprocess.TimeoutExpired:
+            status = "timeout"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        return status, output.read().decode(errors="replace")
 
 
 def environment(report: Report, budget: Budget) -> None:
@@ -122,10 +145,10 @@ def environment(report: Report, budget: Budget) -> None:
     report.put("environment", "multiprocessors", device.multi_processor_count)
     report.put("environment", "versions", _versions())
     queried = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,driver_version,persistence_mode"
-    status, output = _command(["nvidia-smi", f"--query-gpu={queried}", "--format=csv,noheader"], 20)
+    _, output = _command(["nvidia-smi", f"--query-gpu={queried}", "--format=csv,noheader"], 20)
     report.put("environment", "nvidia_smi", dict(zip(queried.split(","), output.strip().split(", "), strict=False)))
-    status, output = _command(["git", "rev-parse", "HEAD"], 20)
-    report.put("environment", "commit", output.strip() if status == 0 else "not a git checkout")
+    report.put("environment", "commit", provenance.commit() or "not a git checkout")
+    report.put("environment", "sources", provenance.sources())
 
 
 def _versions() -> dict[str, str]:
@@ -144,8 +167,7 @@ def tests(report: Report, budget: Budget) -> None:
     log = report.path.parent / "gpu_tests.log"
     arguments = [sys.executable, "-m", "pytest", "tests/cotbal_kernels", "-m", "gpu", "-v", "--tb=short"]
     arguments += ["-p", "no:cacheprovider", "-o", "addopts="]
-    status, output = _command(arguments, budget.left())
-    log.write_text(output)
+    status, output = _command(arguments, budget.left(), log)
     report.put("tests", {**outcomes(output), "exit_status": status})
 
 
@@ -182,12 +204,37 @@ def available() -> list[str]:
 
 
 def targets(report: Report, budget: Budget) -> None:
-    from .gpu_measure import measure_targets
-
-    measure_targets(report.put, budget.left, available(), torch.device("cuda"))
+    """All backends side by side. If one makes the device unusable for its process, the others once more without it."""
+    _in_process("targets", report, budget)
+    if "CUDA error" in json.dumps([report.values.get("targets"), report.values.get("errors", {}).get("targets")]):
+        report.put("errors", "targets", "the device became unusable, see targets_before; triton was measured alone")
+        report.put("targets_before", report.values.pop("targets", None))
+        _in_process("targets", report, budget, "triton")
 
 
 def tiles(report: Report, budget: Budget) -> None:
+    _in_process("tiles", report, budget)
+
+
+def _in_process(section: str, report: Report, budget: Budget, *backends: str) -> None:
+    """A section that uses the device, in a process of its own: after an illegal access no process can go on with it."""
+    arguments = ["--out", str(report.path.parent.resolve()), "--minutes", f"{budget.left() / 60:.3f}"]
+    arguments += ["--only", section, "--here", *(["--backends", *backends] if backends else [])]
+    log = report.path.parent / f"gpu_{section}.log"
+    # It stops by itself; a compilation that is under way then, or a kernel that does not end, has some seconds more.
+    status, output = _command([sys.executable, "-m", "bench.gpu_check", *arguments], budget.left() + 15, log)
+    report.reload()
+    if status not in (0, 1):
+        report.put("errors", section, f"exit status {status}: {output.strip()[-500:]}")
+
+
+def targets_here(report: Report, budget: Budget, backends: list[str] | None = None) -> None:
+    from .gpu_measure import measure_targets
+
+    measure_targets(report.put, budget.left, backends or available(), torch.device("cuda"))
+
+
+def tiles_here(report: Report, budget: Budget) -> None:
     from .gpu_tiles import tune
 
     tune(report.put, budget.left, torch.device("cuda"))
@@ -233,12 +280,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory for the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything together")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--backends", nargs="+", choices=("triton", "cuda"), help="of the targets; default: all")
+    parser.add_argument("--here", action="store_true", help="no processes for targets and tiles")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("There is no CUDA device here, and everything that this command checks needs one.")
         return 2
     budget, report = Budget(60 * args.minutes), Report(args.out)
     run = {"environment": environment, "tests": tests, "sanitizer": sanitizer, "targets": targets, "tiles": tiles}
+    if args.here:
+        run |= {"targets": lambda report, budget: targets_here(report, budget, args.backends), "tiles": tiles_here}
+    else:
+        given = sys.argv[1:] if arguments is None else arguments
+        report.put("commands", [*report.values.get("commands", []), "python -m bench.gpu_check " + shlex.join(given)])
     for section in SECTIONS:
         if section not in args.only:
             continue
@@ -249,6 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:  # the next section may still tell something
             report.put("errors", section, f"{type(error).__name__}: {str(error)[:500]}")
         report.put("seconds", section, round(time.monotonic() - started, 1))
+        if section in ("environment", "tests", "targets"):
+            report.put("clocks after", section, provenance.clocks(torch.device("cuda", 0)))
     print(summary(report.values))
     print(f"\nEverything: {report.path}")
     failed = report.values.get("tests", {}).get("failed", 0)

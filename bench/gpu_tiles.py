@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import statistics
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from contextlib import suppress
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -163,16 +165,28 @@ def tune(
                 for (product, tile, _, _), compiled in zip(*waiting, strict=True):
                     if left() <= 0:
                         break
-                    problem = compiled.result(timeout=left() + 60)
+                    try:
+                        problem = compiled.result(timeout=left() + 1)
+                        if problem is None:
+                            row, found = measure(bench, product, tile, expected.get(product))
+                            expected.setdefault(product, found)
+                            tables[product].append(row)
+                    except TimeoutError:  # still compiling, and the time is up
+                        break
+                    except Exception as error:
+                        problem = f"{type(error).__name__}: {str(error)[:200]}"
+                        if "CUDA error" in problem:  # nothing runs in this process any more
+                            raise
                     if problem is not None:
                         tables[product].append({"tile": list(tile), "problem": problem})
-                        continue
-                    row, found = measure(bench, product, tile, expected.get(product))
-                    expected.setdefault(product, found)
-                    tables[product].append(row)
                 for product, rows in tables.items():
                     put("tiles", product, sorted(rows, key=lambda row: -row.get("tflops", 0.0)))
             waiting = following
             if left() <= 0:
                 break
+        # A compilation that is under way would take the pool's end, and this process's, as long as it likes.
+        workers_left = list(getattr(pool, "_processes", None) or {})
         pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers_left:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.cases import PRESETS
 from bench.peers import OURS, all_peers
@@ -81,7 +82,7 @@ def facts(run: Run) -> list[str]:
     where = run.environment
     versions = ", ".join(f"{name} {found}" for name, found in where["versions"].items() if found)
     lines = [
-        f"`{run.command}`, {run.started}, commit {where['commit'] or 'unknown'}",
+        f"`{run.command}`, {run.started}, commit {where['commit'] or _sources(where)}",
         f"{where['device']}, {where['cores']} cores, {where['threads']} threads, load before the run {where['load']}",
         f"python {where['python']}, {versions}",
     ]
@@ -192,6 +193,11 @@ def _ratio(entry: Entry | None, spread: bool = True) -> str:
         return {FAILED: "failed"}.get(entry.status, "")
     low, median, high = (f"{value:.2f}" for value in entry.ratio)
     return f"{median} ({low} to {high})" if spread and entry.name != OURS else median
+
+
+def _sources(where: dict[str, Any]) -> str:
+    """What stands for the commit in a copy without git."""
+    return f"unknown, sources {where['sources']}" if where.get("sources") else "unknown"
 
 
 def _memory(entry: Entry) -> str:

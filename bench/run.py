@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +16,7 @@ from bench import balancer, environment, linear, model
 from bench.cases import BalancerCase, Case, LinearCase, LogitsCase, ModelCase, Preset
 from bench.peers import all_peers
 from bench.peers.base import Peer
-from bench.results import Row, Run
+from bench.results import FAILED, Row, Run
 from bench.timing import describe
 
 
@@ -32,6 +32,27 @@ def measure(case: Case, preset: Preset, device: torch.device, peers: list[Peer])
     return linear.measure(case, preset, device, peers)
 
 
+class LostDeviceError(RuntimeError):
+    """An illegal access: this process cannot use the device any more. ``culprit`` is the peer, where it is known."""
+
+    def __init__(self, row: Row) -> None:
+        # Every peer is waited for before the next one begins, so the first that fails so is the one that did it.
+        lost = (entry for entry in row.entries if entry.status == FAILED and "CUDA error" in str(entry.error))
+        first = next(lost, None)
+        self.culprit = first.name if first else None
+        super().__init__(f"{row.label}: {first.name + ': ' + str(first.error) if first else row.skipped}")
+
+
+class LeftOut(Peer):
+    """Stands for a peer that made the device unusable."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.name, self.about, self.package = peer.name, peer.about, peer.package
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return "left out: it made the device unusable for its process, or was asked to be left out"
+
+
 def run_preset(
     preset: Preset,
     device: torch.device,
@@ -39,14 +60,25 @@ def run_preset(
     path: Path | None = None,
     say: Callable[[str], Any] = print,
     only: str = "",
+    without: Sequence[str] = (),
+    resume: bool = False,
 ) -> Run:
-    """Every case of the preset whose label contains ``only``; written to ``path`` after each, so nothing gets lost."""
-    started = time.monotonic()
+    """Every case of the preset whose label contains ``only``; written to ``path`` after each, so nothing gets lost.
+
+    ``resume`` goes on with what ``path`` holds, and its time counts. ``without`` names peers to leave out.
+
+    Raises:
+        LostDeviceError: a process of its own has to go on, without the culprit; the case's row is not written.
+    """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     run = Run(preset.name, command, now, environment.describe(device))
-    peers = all_peers()
+    if resume and path is not None and path.exists():
+        run = Run.read(path)
+    done = {row.label for row in run.rows}
+    started = time.monotonic() - 60 * run.environment.get("minutes", 0.0)
+    peers = [LeftOut(peer) if peer.name in without else peer for peer in all_peers()]
     for case in preset.cases:
-        if only not in case.label:
+        if only not in case.label or case.label in done:
             continue
         minutes = (time.monotonic() - started) / 60
         if minutes > preset.minutes:
@@ -56,6 +88,8 @@ def run_preset(
                 row = measure(case, preset, device, peers)
             except Exception as error:  # out of memory, a missing package: the other cases still count
                 row = _skipped(case, describe(error))
+        if device.type == "cuda" and not _usable(device):
+            raise LostDeviceError(row)
         run.rows.append(row)
         report_progress(row, say)
         if path is not None:
@@ -66,6 +100,14 @@ def run_preset(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return run
+
+
+def _usable(device: torch.device) -> bool:
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _skipped(case: Case, reason: str) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.peers.base import Peer
 from bench.peers.compiled import Compiled
-from bench.peers.cotbal import Cotbal
+from bench.peers.cotbal import Cotbal, CotbalAllLogits
 from bench.peers.cut_cross_entropy_peer import CutCrossEntropy, CutCrossEntropyCompiled
 from bench.peers.eager import Eager
 from bench.peers.liger import Liger
@@ -22,6 +22,7 @@ def all_peers() -> list[Peer]:
     return [
         Cotbal(OURS),
         Cotbal("cotbal (cuda)", backend="cuda"),
+        CotbalAllLogits("cotbal (all logits)"),
         Eager(),
         Compiled(),
         TorchFused(),

@@ -43,5 +43,25 @@ class Cotbal(Peer):
         return task_cross_entropy(logits_MV, labels_M, ids, weights, backend=self.backend).loss
 
 
+class CotbalAllLogits(Cotbal):
+    """The workspace holds the logits of all supervised rows: 3 F at any M, memory as kernels that keep them take."""
+
+    about = "this repository, workspace for all logits at once: 3 F at any M"
+    loss_of_logits = Peer.loss_of_logits  # logits that exist have no workspace
+
+    def unavailable(self, device: torch.device) -> str | None:
+        # The portable backend computes no logits twice whatever its workspace.
+        if device.type != "cuda":
+            return "runs on CUDA devices only"
+        return super().unavailable(device)
+
+    def loss(self, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weighting: Weighting | None) -> Tensor:
+        ids, weights = weighting or _uniform(labels_M)
+        rows = hidden_MD.shape[0]
+        return linear_task_cross_entropy(
+            hidden_MD, weight_VD, labels_M, ids, weights, backend=self.backend, chunk_size=rows
+        ).loss
+
+
 def _uniform(labels_M: Tensor) -> Weighting:
     return Weighting(torch.zeros_like(labels_M), torch.ones(1, device=labels_M.device))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.peers.base import Peer, Weighting, missing, needs_cuda, weighted_mean
+from bench.peers.base import Peer, UnsupportedError, Weighting, missing, needs_cuda, weighted_mean
 
 
 class CutCrossEntropy(Peer):
@@ -25,6 +25,8 @@ class CutCrossEntropy(Peer):
     def loss(self, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weighting: Weighting | None) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
+        if self.options["impl"] == "cce" and hidden_MD.dtype == torch.float32 and hidden_MD.requires_grad:
+            raise UnsupportedError("its backward pass takes 16-bit hidden states only")
         if weighting is None:
             return linear_cross_entropy(hidden_MD, weight_VD, labels_M, **self.options)
         losses_M = linear_cross_entropy(hidden_MD, weight_VD, labels_M, reduction="none", **self.options)

@@ -1,10 +1,13 @@
 """The list of peers, one case from beginning to end, and memory measured in a process of its own."""
 
+import ast
 import importlib
 import pkgutil
 from dataclasses import replace
+from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +20,9 @@ from bench.cases import HEADS, PRESETS, BalancerCase, Head, LinearCase, ModelCas
 from bench.peers import MATERIALISED, OURS, all_peers, by_name
 from bench.peers.base import Peer, Weighting
 from bench.peers.eager import Eager
+from bench.problems import make
 from bench.timing import Spread
+from cotbal_kernels import linear_task_cross_entropy
 
 CPU = torch.device("cpu")
 PRESET = replace(PRESETS["quick"], rounds=3, warmup=1, seconds_per_variant=0.0)
@@ -64,6 +69,33 @@ def test_every_peer_is_listed_whether_it_can_run_or_not() -> None:
     pinned = (Path(bench.peers.__file__).parent.parent / "peers.txt").read_text()
     for package in packages:
         assert f"\n{package}==" in pinned
+
+
+def test_modules_import_one_another_in_one_direction_only() -> None:
+    root = Path(bench.peers.__file__).parent.parent
+    imports: dict[str, set[str]] = {}
+    for path in root.glob("*.py"):
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").partition(".")[0] == "bench"):
+                module = (node.module or "").removeprefix("bench").removeprefix(".")
+                found |= {module} if module else {alias.name for alias in node.names}
+        imports[path.stem] = {name for name in found if (root / f"{name}.py").exists()}
+    assert imports["memory_process"] == {"cases", "linear", "model", "problems"}
+    tuple(TopologicalSorter(imports).static_order())  # a circle is an error that names it
+
+
+def test_all_logits_at_once_is_the_same_loss() -> None:
+    peer = by_name("cotbal (all logits)")
+    assert peer.unavailable(CPU) == "runs on CUDA devices only"
+    assert type(peer).loss_of_logits is Peer.loss_of_logits
+    problem = make(LinearCase("odd", 50, 0.3, 3, dtype="float32"), CPU)
+    inputs = (problem.scores, problem.weight_VD, problem.labels_M, problem.weighting)
+    seen: list[int] = []
+    with mock.patch("bench.peers.cotbal.linear_task_cross_entropy", wraps=linear_task_cross_entropy) as called:
+        torch.testing.assert_close(peer.loss(*inputs), Eager().loss(*inputs))  # type: ignore[arg-type]
+        seen.append(called.call_args.kwargs["chunk_size"])
+    assert seen == [50]
 
 
 def test_packages_are_imported_only_when_they_are_used() -> None:

@@ -1,15 +1,20 @@
 """The presets hold what the tables need, fit the device, and end in time, all by calculation."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bench import environment, run
 from bench.cases import HEADS, LLAVA_SHARE, PRESETS, BalancerCase, LinearCase, LogitsCase, ModelCase
 from bench.peers import all_peers
 from bench.problems import make
-from bench.run import run_preset
+from bench.results import Entry, Row
+from bench.run import LostDeviceError, run_preset
 
+CPU = torch.device("cpu")
 H200 = PRESETS["h200"]
 MEMORY = 139 * 2**30  # bytes that one H200 offers
 
@@ -118,7 +123,53 @@ def test_a_wrong_case_is_refused(field: str, value: str) -> None:
 def test_a_run_out_of_time_lists_what_it_left_out() -> None:
     preset = replace(PRESETS["quick"], minutes=-1.0)
     said: list[str] = []
-    run = run_preset(preset, torch.device("cpu"), "a command", say=said.append)
-    assert len(run.rows) == len(preset.cases)
-    assert all(row.skipped is not None and row.skipped.startswith("out of time") for row in run.rows)
+    found = run_preset(preset, torch.device("cpu"), "a command", say=said.append)
+    assert len(found.rows) == len(preset.cases)
+    assert all(row.skipped is not None and row.skipped.startswith("out of time") for row in found.rows)
     assert any("not run, out of time" in line for line in said)
+
+
+def test_a_run_goes_on_where_it_stopped_without_the_peer_that_stopped_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def measure(case: Any, preset: Any, device: torch.device, peers: list[Any]) -> Row:
+        asked.append((case.label, next(peer for peer in peers if peer.name == "quack").unavailable(device)))
+        return Row(case.suite, case.label, {}, [])
+
+    monkeypatch.setattr(run, "measure", measure)
+    preset, path, cpu = replace(PRESETS["quick"], cases=PRESETS["quick"].cases[:3]), tmp_path / "quick.json", CPU
+    first = run_preset(preset, cpu, "a command", path, lambda _: None, only=preset.cases[0].label)
+    assert len(first.rows) == 1
+    asked.clear()
+    both = run_preset(preset, cpu, "another", path, lambda _: None, without=["quack"], resume=True)
+    assert [row.label for row in both.rows] == [case.label for case in preset.cases]
+    assert both.command == "a command"
+    assert [label for label, _ in asked] == [case.label for case in preset.cases[1:]]
+    assert all(reason is not None and reason.startswith("left out") for _, reason in asked)
+
+
+def test_who_made_the_device_unusable_is_the_first_with_an_error_of_the_device() -> None:
+    illegal = "AcceleratorError: CUDA error: an illegal memory access was encountered"
+    entries = [
+        Entry("a", "failed", "OutOfMemoryError: CUDA out of memory."),
+        Entry("b", "failed", illegal),
+        Entry("c", "failed", illegal),
+    ]
+    assert LostDeviceError(Row("linear", "case", {}, entries)).culprit == "b"
+    assert LostDeviceError(Row("linear", "case", {}, [], skipped=illegal)).culprit is None
+
+
+def test_what_was_run_is_known_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment.sources() == environment.sources()
+    for folder in environment.FOLDERS:
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bench" / "a.py").write_text("1")
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    before = environment.sources()
+    assert environment.commit() is None
+    (tmp_path / "bench" / "notes.txt").write_text("no source")
+    assert environment.sources() == before
+    (tmp_path / "bench" / "a.py").write_text("2")
+    assert environment.sources() != before

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,9 +77,53 @@ def test_counts_of_a_log_that_was_cut_off_too(end: str) -> None:
     assert found["complete"] == bool(end)
 
 
-def test_command_that_takes_too_long_returns_what_it_printed() -> None:
-    status, output = gpu_check._command(["sh", "-c", "echo begun; sleep 30"], 1)
-    assert (status, output) == ("timeout", "begun\n")
+def test_command_that_takes_too_long_returns_what_it_printed_and_leaves_nothing_running(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    started = time.monotonic()
+    # The child of the child holds the output: waiting for its end would take 30 seconds.
+    status, output = gpu_check._command(["sh", "-c", "echo begun; sleep 30 & echo $!; sleep 30"], 1, log)
+    assert status == "timeout"
+    assert output == log.read_text()
+    begun, child = output.split()
+    assert begun == "begun"
+    assert time.monotonic() - started < 15
+    for _ in range(100):  # a killed process stays until somebody takes note of its end
+        stat = Path(f"/proc/{child}/stat")
+        if not stat.exists() or ") Z " in stat.read_text():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail(f"process {child} still runs")
+    assert gpu_check._command(["no such command"], 1)[1] == ""
+
+
+def test_sections_on_the_device_run_in_processes_whose_end_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the process wrote is read back; an illegal access is followed by a second try with triton alone."""
+    commands: list[list[str]] = []
+
+    def command(arguments: list[str], seconds: float, log: Path | None = None) -> tuple[int, str]:
+        commands.append(arguments)
+        child = gpu_check.Report(tmp_path)
+        if len(commands) == 1:
+            child.put("targets", "case", "cuda", {"error": "AcceleratorError: CUDA error: an illegal memory access"})
+            return -6, "aborted"
+        child.put("targets", "case", "triton", {"milliseconds": 1.0})
+        return 0, ""
+
+    monkeypatch.setattr(gpu_check, "_command", command)
+    report = gpu_check.Report(tmp_path)
+    report.put("environment", "device", "a GPU")
+    budget = gpu_check.Budget(60.0)
+    budget.enter(1.0)
+    gpu_check.targets(report, budget)
+    assert [arguments[-2:] for arguments in commands] == [["targets", "--here"], ["--backends", "triton"]]
+    assert report.values["environment"] == {"device": "a GPU"}
+    assert report.values["targets"] == {"case": {"triton": {"milliseconds": 1.0}}}
+    assert "illegal" in report.values["targets_before"]["case"]["cuda"]["error"]
+    assert "unusable" in report.values["errors"]["targets"]
+    assert json.loads(report.path.read_text()) == report.values
 
 
 def test_a_section_that_fails_does_not_end_the_run(

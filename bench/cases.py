@@ -252,16 +252,16 @@ def _cpu() -> Preset:
         _linear(small, 512, supervised=LLAVA_SHARE, **float32),
         _linear(main, 1024, supervised=LLAVA_SHARE, tasks=8, **float32),
         *(_linear(main, M, supervised=LLAVA_SHARE, **float32) for M in (256, 512, 1024)),
-        *(_linear(main, 1024, supervised=share, **float32) for share in (1.0, 0.25, 0.05)),
+        *(_linear(main, 512, supervised=share, **float32) for share in (1.0, 0.25, 0.05)),
         *(_linear(main, 512, mode=mode, **float32) for mode in ("loss", "forward", "backward", "frozen_head")),
         _linear(main, 512, supervised=LLAVA_SHARE, dtype="bfloat16", memory=False),
         LogitsCase(512, 32000, dtype="float32"),
         LogitsCase(512, 32000, LLAVA_SHARE, 8, "float32"),
         BalancerCase(8, 40),
-        ModelCase("small", 32000, 256, 4, 8, 4, 12, 24, 23, 8, "float32"),
-        ModelCase("small", 32000, 256, 4, 8, 4, 12, 24, 23, 8, "float32", train=False, memory=False),
+        ModelCase("small", 32000, 256, 4, 8, 2, 12, 24, 23, 8, "float32"),
+        ModelCase("small", 32000, 256, 4, 8, 2, 12, 24, 23, 8, "float32", train=False, memory=False),
     ]
-    return Preset("cpu", "cpu", tuple(cases), rounds=7, warmup=0, seconds_per_variant=1.5)
+    return Preset("cpu", "cpu", tuple(cases), rounds=7, warmup=0, seconds_per_variant=1.0)
 
 
 def _quick() -> Preset:

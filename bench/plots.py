@@ -54,14 +54,15 @@ def times(rows: Sequence[Row]) -> dict[str, Points]:
 
 
 def memories(rows: Sequence[Row]) -> dict[str, Points]:
-    """MiB beyond inputs and outputs against M; nothing below 1 MiB can be drawn on this axis."""
+    """MiB beyond inputs and outputs against M, where two sizes were measured; nothing below 1 MiB can be drawn."""
     lines: dict[str, Points] = defaultdict(lambda: ([], []))
     for row in rows:
         for entry in row.entries:
             if entry.memory is not None:
                 lines[entry.name][0].append(row.case["M"])
                 lines[entry.name][1].append(max(1.0, entry.memory / 2**20))
-    return dict(lines)
+    sizes = {size for sizes, _ in lines.values() for size in sizes}
+    return dict(lines) if len(sizes) > 1 else {}
 
 
 def against_size(panels: Mapping[str, Mapping[str, Points]], ylabel: str, label: str) -> str:

@@ -77,6 +77,7 @@ def test_curves_hold_the_medians_and_the_peaks() -> None:
     (rows,) = sweeps(example_run()).values()
     assert times(rows)["eager"] == ([1024, 2048], [97.5, 97.5])
     assert memories(rows)["cotbal"] == ([1024, 2048], [3.0, 3.0])
+    assert memories(rows[:1]) == {}  # one size is no line
 
 
 def test_every_peer_has_its_own_stroke() -> None:

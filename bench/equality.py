@@ -28,6 +28,10 @@ ROUNDING = {
     # ... and sqrt(32) * 2**-12.
     torch.float16: 1.4e-3,
 }
+# Of a gradient that is summed in 16 bits, block by block: a part below half a unit in the last place of what is there
+# is lost. Emulated with 250 to 1000 blocks of 128 words in bfloat16, rows lose up to 3.5e-2. Who forgets a row, a
+# weight or the upstream gradient is off by more than a tenth.
+NARROW_SUMS = 0.1
 MARGIN = 1.5  # over the error of the materialised path in the same dtype on the same inputs
 
 
@@ -126,6 +130,8 @@ def require_equal(found: dict[str, float], allowed: dict[str, float]) -> None:
 
 def judged(peer: Peer, found: dict[str, float], allowed: dict[str, float]) -> Entry:
     """The peer's entry with its deviations: "ok" and a time of zero rounds, or failed."""
+    if peer.sums_narrow:
+        allowed = {name: limit if name == "loss" else max(limit, NARROW_SUMS) for name, limit in allowed.items()}
     try:
         require_equal(found, allowed)
     except NotEqualError as error:

@@ -19,10 +19,10 @@ from bench import equality, memory
 from bench.cases import DTYPES, ModelCase, Preset
 from bench.equality import Values
 from bench.peers import MATERIALISED
-from bench.peers.base import IGNORED, Peer, Weighting
+from bench.peers.base import IGNORED, Peer, UnsupportedError, Weighting
 from bench.problems import Problem
 from bench.record import record
-from bench.results import FAILED, OK, UNAVAILABLE, Entry, Row
+from bench.results import FAILED, OK, UNAVAILABLE, UNSUPPORTED, Entry, Row
 from bench.timing import Variant, clock_for, describe, interleaved
 
 PATCH = 14  # pixels, as CLIP-L/14
@@ -151,6 +151,8 @@ def measure(case: ModelCase, preset: Preset, device: torch.device, peers: Sequen
             continue
         try:
             found[peer.name] = equality.deviations(_evaluate(training, case, peer), expected)
+        except UnsupportedError as error:
+            entries[peer.name] = Entry(peer.name, UNSUPPORTED, str(error), peer.version())
         except Exception as error:
             entries[peer.name] = Entry(peer.name, FAILED, describe(error), peer.version())
         _tidy(training)
@@ -193,6 +195,8 @@ def _gradients(watched: dict[str, nn.Parameter], upstream: float) -> dict[str, T
 def _exact(training: Training, case: ModelCase) -> Values:
     """The head's loss from the formula of Eq. 2, the trunk by autograd, both in float64."""
     model = copy.deepcopy(training.model).double()
+    if case.train:  # what float64 layers keep for their backward pass would fill a GPU
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     with torch.set_grad_enabled(case.train):
         hidden_MD = training.hidden_MD(model)
     leaf_MD = hidden_MD.detach().requires_grad_(case.train)

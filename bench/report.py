@@ -19,7 +19,8 @@ Every table is one case of one run. The variants of a case take turns in every r
 same clock; slow ones leave after at least three rounds. "x ours" is the median of the ratios to `{ours}` within the
 rounds that both took part in, with its quartiles. Before anything is
 timed, loss and gradients are compared with float64: a peer may deviate by 1.5 times the error of the materialised
-path in the same dtype, or by what rounding alone explains. "Deviation" is the largest of them, relative to the largest
+path in the same dtype, or by what rounding alone explains (a tenth for gradients summed in 16 bits block by
+block). "Deviation" is the largest of them, relative to the largest
 row of a gradient. Whoever cannot run or computes something else is listed with the reason.
 
 "x floor" divides by the bare matrix products over the supervised rows, timed in the same rounds (for logits that

@@ -7,7 +7,7 @@ from bench.peers.compiled import Compiled
 from bench.peers.cotbal import Cotbal, CotbalAllLogits
 from bench.peers.cut_cross_entropy_peer import CutCrossEntropy, CutCrossEntropyCompiled
 from bench.peers.eager import Eager
-from bench.peers.liger import Liger
+from bench.peers.liger import Liger, LigerFloat32
 from bench.peers.quack_peer import Quack
 from bench.peers.token_chunks import TokenChunks
 from bench.peers.torch_fused import TorchChunked, TorchFused
@@ -31,8 +31,8 @@ def all_peers() -> list[Peer]:
         VocabularyChunks(),
         CutCrossEntropy(),
         CutCrossEntropyCompiled(),
-        Liger("liger"),
-        Liger("liger (fp32 dW)", accumulate_float32=True),
+        Liger(),
+        LigerFloat32(),
         Quack(),
     ]
 

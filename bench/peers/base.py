@@ -5,6 +5,8 @@ Legend: M positions, D hidden width, V vocabulary, K tasks.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple, Protocol
 
@@ -33,6 +35,7 @@ class Peer(Protocol):
     package: str | None = None  # the distribution that has to be installed; None: torch, or lines of this folder
     materialises: bool = False  # holds the logits of all rows that it computes at once
     skips_ignored: bool = False  # computes supervised rows only
+    sums_narrow: bool = False  # sums a gradient block by block in 16 bits, where small parts get lost
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run on this device, or None."""
@@ -61,8 +64,20 @@ def missing(package: str | None) -> str | None:
     return None
 
 
-def needs_cuda(package: str, device: torch.device) -> str | None:
-    return missing(package) or (None if device.type == "cuda" else "runs on CUDA devices only")
+def needs_cuda(package: str, module: str, device: torch.device) -> str | None:
+    if reason := missing(package):
+        return reason
+    return import_problem(module) if device.type == "cuda" else "runs on CUDA devices only"
+
+
+@cache  # a failing import runs again each time, and may take seconds
+def import_problem(module: str) -> str | None:
+    """Why an installed package cannot be imported: known once, not found again in every case."""
+    try:
+        import_module(module)
+    except Exception as error:  # such packages fail with more than ImportError
+        return f"cannot be imported: {type(error).__name__}: {str(error)[:200]} (bench/peers.txt)"
+    return None
 
 
 def weighted_mean(losses_M: Tensor, labels_M: Tensor, weighting: Weighting) -> Tensor:

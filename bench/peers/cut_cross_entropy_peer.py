@@ -17,10 +17,11 @@ class CutCrossEntropy(Peer):
     about = "Triton, logits computed again in backward; gradient filter off"
     package = "cut-cross-entropy"
     skips_ignored = True
+    sums_narrow = True
     options: dict[str, Any] = {"impl": "cce", "filter_eps": None}  # noqa: RUF012 - never changed
 
     def unavailable(self, device: torch.device) -> str | None:
-        return needs_cuda("cut-cross-entropy", device)
+        return needs_cuda("cut-cross-entropy", "cut_cross_entropy", device)
 
     def loss(self, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weighting: Weighting | None) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
@@ -39,6 +40,7 @@ class CutCrossEntropyCompiled(CutCrossEntropy):
     name = "cut-cross-entropy (torch_compile)"
     about = "its implementation for other devices: supervised rows, torch.compile"
     materialises = True
+    sums_narrow = False
     options: dict[str, Any] = {"impl": "torch_compile"}  # noqa: RUF012
 
     def unavailable(self, device: torch.device) -> str | None:

@@ -16,7 +16,7 @@ class Quack(Peer):
     package = "quack-kernels"
 
     def unavailable(self, device: torch.device) -> str | None:
-        return needs_cuda("quack-kernels", device)
+        return needs_cuda("quack-kernels", "quack.linear_cross_entropy", device)
 
     def loss(self, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, weighting: Weighting | None) -> Tensor:
         from quack.linear_cross_entropy import chunked_linear_cross_entropy, linear_cross_entropy_func

@@ -200,3 +200,45 @@ def test_deviation_is_the_worst_row_over_the_largest() -> None:
     found = evaluate(problem, lambda: loss_of(Eager(), problem))
     found.gradients["scores"].copy_(rows + torch.tensor([[0.0, 0.0], [0.3, 0.4], [0.1, 0.0]]))
     assert deviations(found, expected)["scores"] == pytest.approx(0.1, rel=1e-6)  # 0.5 / 5
+
+
+class _NarrowSum(torch.autograd.Function):
+    """dX as the sum of blocks of 128 words, each added to memory in the dtype of the hidden states."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor
+    ) -> Tensor:
+        logits_MV = hidden_MD.float() @ weight_VD.float().t()
+        ctx.save_for_backward(hidden_MD, weight_VD, labels_M, logits_MV)
+        return F.cross_entropy(logits_MV, labels_M)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_MD, weight_VD, labels_M, logits_MV = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_MV = logits_MV.softmax(1) - F.one_hot(labels_M, logits_MV.shape[1])
+        grad_MV = (grad_MV * upstream[0] / len(labels_M)).to(hidden_MD.dtype)
+        grad_hidden_MD = torch.zeros_like(hidden_MD)
+        for grad_MB, weight_BD in zip(grad_MV.split(128, 1), weight_VD.split(128), strict=True):
+            grad_hidden_MD += (grad_MB.float() @ weight_BD.float()).to(hidden_MD.dtype)
+        return grad_hidden_MD, (grad_MV.float().t() @ hidden_MD.float()).to(weight_VD.dtype), None
+
+
+def test_sums_in_16_bits_need_an_allowance_that_still_rejects_another_function(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(HEADS, "many blocks", Head("many blocks", 32000, 512))
+    case = LinearCase("many blocks", 24, dtype="bfloat16")
+    problem = make(case, CPU)
+    honest, narrow, wrong = (
+        Given(name, lambda hidden, weight, labels, _: _NarrowSum.apply(hidden, weight, labels))
+        for name in ("not said", "said", "wrong")
+    )
+    wrong.function = deaf_to_upstream
+    narrow.sums_narrow = wrong.sums_narrow = True
+    entries = check(case, problem, [Eager(), honest, narrow, wrong])
+    assert str(entries["not said"].error).startswith("computes another function: scores is off by")
+    assert entries["said"].status == "ok", entries["said"].error
+    assert entries["said"].deviations is not None
+    assert 0.011 < entries["said"].deviations["scores"] < 0.05
+    assert "weight is off by 1.0e+00 (at most 1.0e-01)" in str(entries["wrong"].error)

@@ -3,10 +3,14 @@
 import ast
 import importlib
 import pkgutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -16,9 +20,9 @@ from torch import Tensor
 
 import bench.peers
 from bench import balancer, linear, memory, model, record
-from bench.cases import HEADS, PRESETS, BalancerCase, Head, LinearCase, ModelCase
+from bench.cases import HEADS, PRESETS, BalancerCase, Head, LinearCase, LogitsCase, ModelCase
 from bench.peers import MATERIALISED, OURS, all_peers, by_name
-from bench.peers.base import Peer, Weighting
+from bench.peers.base import Peer, UnsupportedError, Weighting, needs_cuda
 from bench.peers.eager import Eager
 from bench.problems import make
 from bench.timing import Spread
@@ -221,3 +225,81 @@ def test_peak_of_a_process_is_what_the_step_allocates() -> None:
 def test_a_measuring_process_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match=r"the measuring process failed: .*there is no peer 'nobody'"):
         memory.process_peak("nobody", LinearCase("SmolLM2, V/6", 8, dtype="float32"))
+
+
+def recorder(calls: list[tuple[tuple[Tensor, ...], dict[str, Any]]]) -> Callable[..., Tensor]:
+    """A function that writes down how it is called, and returns per-token losses or their mean."""
+
+    def function(*tensors: Tensor, **options: Any) -> Tensor:
+        calls.append((tensors, options))
+        losses_M = torch.ones(len(tensors[-1]))
+        return losses_M if options.get("reduction") == "none" else losses_M.mean()
+
+    return function
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_peers_are_called_as_their_documentation_says(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the packages, which need a GPU: what the pinned versions take, and what must be off."""
+    calls: dict[str, list[tuple[tuple[Tensor, ...], dict[str, Any]]]] = {}
+    places = {
+        "cut_cross_entropy": ["linear_cross_entropy"],
+        "liger_kernel": [],
+        "liger_kernel.transformers": [],
+        "liger_kernel.transformers.functional": ["liger_fused_linear_cross_entropy", "liger_cross_entropy"],
+        "quack": [],
+        "quack.linear_cross_entropy": ["chunked_linear_cross_entropy", "linear_cross_entropy_func"],
+        "quack.cross_entropy": ["cross_entropy"],
+    }
+    for place, names in places.items():
+        module = ModuleType(place)
+        for name in names:
+            setattr(module, name, recorder(calls.setdefault(name, [])))
+        monkeypatch.setitem(sys.modules, place, module)
+    case = LinearCase("odd", 9, tasks=2 if weighted else 0)
+    problem = linear.make(case, CPU)
+    for name in ("cut-cross-entropy", "liger", "liger (fp32 dW)", "quack"):
+        linear.loss_of(by_name(name), problem)
+    reduction = {"reduction": "none"} if weighted else {}
+    assert calls["linear_cross_entropy"][0][1] == {"impl": "cce", "filter_eps": None, **reduction}
+    assert [options for _, options in calls["liger_fused_linear_cross_entropy"]] == [
+        {"accum_dtype": None, **reduction},
+        {"accum_dtype": torch.float32, **reduction},
+    ]
+    if weighted:  # its chunked function has no reduction "none"
+        ((tensors, options),) = calls["linear_cross_entropy_func"]
+        assert tensors[2] is None
+        assert options == {"reduction": "none"}
+        assert not calls["chunked_linear_cross_entropy"]
+    else:
+        ((_, options),) = calls["chunked_linear_cross_entropy"]
+        assert options == {"reduction": "mean"}  # chunk size and tuning are its own
+    for name in ("linear_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_linear_cross_entropy"):
+        for (hidden_MD, weight_VD, labels_M), _ in calls[name]:
+            assert hidden_MD is problem.scores
+            assert weight_VD is problem.weight_VD
+            assert labels_M is problem.labels_M
+    logits = linear.make(LogitsCase(9, 517, tasks=2 if weighted else 0), CPU)
+    for name in ("liger", "quack"):
+        linear.loss_of(by_name(name), logits)
+    ((overwritten, _), _) = calls["liger_cross_entropy"][0]
+    assert overwritten is not logits.scores  # it writes the gradient over its input, which is needed again
+    assert calls["cross_entropy"][0][1] == {"reduction": "none" if weighted else "mean"}
+    wide = linear.make(replace(case, dtype="float32"), CPU)
+    with pytest.raises(UnsupportedError, match="16-bit hidden states only"):
+        linear.loss_of(by_name("cut-cross-entropy"), wide)
+    assert type(by_name("liger (fp32 dW)")).loss_of_logits is Peer.loss_of_logits
+
+
+def test_a_package_that_cannot_be_imported_is_listed_and_tried_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "broken_peer.py").write_text("print('tried')\nraise TypeError('depends on a logger')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    tried: list[str] = []
+    monkeypatch.setattr("builtins.print", tried.append)
+    for _ in range(2):
+        reason = needs_cuda("torch", "broken_peer", torch.device("cuda"))
+        assert reason == "cannot be imported: TypeError: depends on a logger (bench/peers.txt)"
+    assert tried == ["tried"]
+    assert needs_cuda("torch", "broken_peer", CPU) == "runs on CUDA devices only"

@@ -4,6 +4,14 @@
 
 ``DIR/gpu_check.json`` is written after every single result, so that nothing is lost when the time is up; the log of
 the tests is beside it. A short table is printed at the end. Without a CUDA device: one sentence, exit status 2.
+
+Half an hour with a GPU, in this order, since each leaves compiled kernels to the next:
+
+1. ``python -m bench.gpu_check --out DIR``: 9 minutes. At most 4 for the tests, 2.3 for compute-sanitizer; the targets
+   are 3 x 8.6 Tflop a step, 23 rounds of four candidates, 10 s beside compiling; the tile search takes what is left.
+2. The peers, as bench/peers.txt says, then ``python -m bench run --preset h200 --out DIR``: 8 minutes and the case that
+   is under way then. A case is 2 to 6 s of kernels at 600 Tflop/s (14 variants of 26 to 35 Tflop, checked, measured,
+   and 3 to 15 rounds), 1 s of float64, and what has to be compiled for it: 2 to 4 minutes over the whole preset.
 """
 
 from __future__ import annotations
@@ -21,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +109,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def outcomes(log: str) -> dict[str, Any]:
-    """Outcomes of ``pytest -v`` so far, whether it came to its end or not."""
-    found = re.findall(r"^(\S+::.*?) (PASSED|FAILED|SKIPPED|ERROR)\b", log, re.MULTILINE)
+    """Outcomes of ``pytest -v`` so far, in one process or in several, whether it came to its end or not."""
+    kinds = "PASSED|FAILED|SKIPPED|ERROR"
+    found = re.findall(rf"^(\S+::.*?) ({kinds})\b", log, re.MULTILINE)
+    several = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({kinds}) (\S+::.*?) *$", log, re.MULTILINE)
+    found += [(name, kind) for kind, name in several]
     counts = {outcome: sum(1 for _, kind in found if kind == outcome.upper()) for outcome in ("passed", "skipped")}
     failed = [name for name, kind in found if kind in ("FAILED", "ERROR")]
     return {
@@ -164,16 +176,32 @@ def _versions() -> dict[str, str]:
 
 def tests(report: Report, budget: Budget) -> None:
     """The ``gpu`` tests; where the time ends, what passed until then."""
-    log = report.path.parent / "gpu_tests.log"
-    arguments = [sys.executable, "-m", "pytest", "tests/cotbal_kernels", "-m", "gpu", "-v", "--tb=short"]
-    arguments += ["-p", "no:cacheprovider", "-o", "addopts="]
-    status, output = _command(arguments, budget.left(), log)
-    report.put("tests", {**outcomes(output), "exit_status": status})
+    # Only the files that have some: collecting the others takes as long as many tests.
+    files = [
+        path for path in sorted((ROOT / "tests/cotbal_kernels").glob("test_*.py")) if "mark.gpu" in path.read_text()
+    ]
+    arguments = [sys.executable, "-m", "pytest", *(str(path.relative_to(ROOT)) for path in files)]
+    arguments += ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
+    # Most of their time is compiling, on the host.
+    workers = min(8, (os.cpu_count() or 1) // 2)
+    if workers > 1 and find_spec("xdist"):
+        arguments += ["-n", str(workers)]
+    status, output = _command(arguments, budget.left(), report.path.parent / "gpu_tests.log")
+    report.put("tests", {**outcomes(output), "exit_status": status, "tail": output[-600:]})
+
+
+def find_sanitizer() -> str | None:
+    """On the path, or where a CUDA toolkit has it."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.path.realpath(nvcc).rsplit("/bin/", 1)[0] if nvcc else None]
+    homes += ["/usr/local/cuda", *map(str, sorted(Path("/usr/local").glob("cuda-*"), reverse=True))]
+    places = [f"{home}/{folder}" for home in homes if home for folder in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
 def sanitizer(report: Report, budget: Budget) -> None:
     """A small step of each backend under compute-sanitizer: out-of-bounds accesses, then races in shared memory."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    tool = find_sanitizer()
     if tool is None:
         report.put("sanitizer", "tool", "compute-sanitizer is not installed")
         return
@@ -248,6 +276,8 @@ def summary(values: dict[str, Any]) -> str:
         end = "" if found["complete"] else ", cut off by the time limit"
         lines.append(f"tests: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped{end}")
         lines += [f"  failed: {name}" for name in found["failures"][:20]]
+        if tests_stopped(found):
+            lines.append(f"tests ended with {found.get('exit_status')}: {found.get('tail')}")
     for check, result in values.get("sanitizer", {}).items():
         lines.append(f"{check}: {result if isinstance(result, str) else result['summary'] or result['exit_status']}")
     rows = [
@@ -273,6 +303,13 @@ def summary(values: dict[str, Any]) -> str:
     for section, message in values.get("errors", {}).items():
         lines.append(f"{section} stopped: {message}")
     return "\n".join(lines)
+
+
+def tests_stopped(found: dict[str, Any]) -> bool:
+    """Whether pytest ended for neither its tests nor the time: it is not installed, or collecting crashed."""
+    if found.get("exit_status") == "timeout":
+        return False
+    return found.get("exit_status", 0) not in (0, 1) or not (found["passed"] or found["failed"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -308,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.put("clocks after", section, provenance.clocks(torch.device("cuda", 0)))
     print(summary(report.values))
     print(f"\nEverything: {report.path}")
-    failed = report.values.get("tests", {}).get("failed", 0)
+    found = report.values.get("tests")
+    failed = found is not None and (found["failed"] or tests_stopped(found))
     return 1 if failed or report.values.get("errors") else 0
 
 

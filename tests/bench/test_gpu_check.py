@@ -69,9 +69,18 @@ tests/a.py::test_four ERROR                            [100%]
 """
 
 
+SEVERAL = """\
+[gw0] [ 25%] PASSED tests/a.py::test_one[x-{'k': 1}]
+[gw1] [ 50%] SKIPPED tests/a.py::test_two
+[gw0] [ 75%] FAILED tests/a.py::test_three[8]
+[gw1] [100%] ERROR tests/a.py::test_four
+"""
+
+
+@pytest.mark.parametrize("log", [LOG, SEVERAL], ids=["one process", "several"])
 @pytest.mark.parametrize("end", ["", "== 2 failed, 1 passed, 1 skipped in 3.21s ==\n"])
-def test_counts_of_a_log_that_was_cut_off_too(end: str) -> None:
-    found = gpu_check.outcomes(LOG + end)
+def test_counts_of_a_log_that_was_cut_off_too(log: str, end: str) -> None:
+    found = gpu_check.outcomes(log + end)
     assert (found["passed"], found["skipped"], found["failed"]) == (1, 1, 2)
     assert found["failures"] == ["tests/a.py::test_three[8]", "tests/a.py::test_four"]
     assert found["complete"] == bool(end)
@@ -124,6 +133,47 @@ def test_sections_on_the_device_run_in_processes_whose_end_is_noticed(
     assert "illegal" in report.values["targets_before"]["case"]["cuda"]["error"]
     assert "unusable" in report.values["errors"]["targets"]
     assert json.loads(report.path.read_text()) == report.values
+
+
+def test_tests_run_in_processes_of_their_own_and_their_log_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "repository" / "tests" / "cotbal_kernels"
+    folder.mkdir(parents=True)
+    (folder / "test_a.py").write_text(
+        "import pytest\n@pytest.mark.gpu\ndef test_good(): pass\n@pytest.mark.gpu\ndef test_bad(): assert False\n"
+    )
+    (folder / "test_other.py").write_text("raise RuntimeError('has no such tests and is not collected')\n")
+    (tmp_path / "repository" / "pytest.ini").write_text("[pytest]\nmarkers = gpu: a\n")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path / "repository")
+    for cores, where in ((1, "one"), (4, "several")):
+        monkeypatch.setattr(gpu_check.os, "cpu_count", lambda cores=cores: cores)
+        report = gpu_check.Report(tmp_path / where)
+        gpu_check.tests(report, gpu_check.Budget(60))
+        found = report.values["tests"]
+        assert (found["passed"], found["failed"], found["exit_status"], found["complete"]) == (1, 1, 1, True), where
+        assert found["failures"] == ["tests/cotbal_kernels/test_a.py::test_bad"]
+        assert "test_bad" in (tmp_path / where / "gpu_tests.log").read_text()
+
+
+def test_no_test_at_all_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As without pytest, or where collecting crashes: nothing failed, and nothing was tested."""
+    tail = "No module named pytest"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "_command", lambda *_: (1, tail))
+    assert gpu_check.main(["--out", str(tmp_path), "--only", "tests"]) == 1
+    assert tail in capsys.readouterr().out
+
+
+def test_sanitizer_is_found_where_a_toolkit_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "compute-sanitizer" / "compute-sanitizer"
+    tool.parent.mkdir()
+    tool.touch(mode=0o755)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_check.find_sanitizer() == str(tool)
 
 
 def test_a_section_that_fails_does_not_end_the_run(
@@ -225,4 +275,6 @@ def test_tuning_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "problem" in rows[-1]
         assert rows[0]["tflops"] >= rows[1]["tflops"] > 0
         assert not any("wrong" in row for row in rows)
+        # Measured once more when nothing compiles any more.
+        assert [row.get("quiet", False) for row in rows] == [True, True, False]
     assert math.isfinite(tables["project"][0]["milliseconds"])

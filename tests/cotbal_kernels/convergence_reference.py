@@ -6,9 +6,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Vector = NDArray[np.float64]
+# Everything is float64 until the weights are rounded to float32 (6e-8 relative). The rest is room for what the
+# normalisations of Eq. 4, 5 and 7 do to errors of 1e-16; tests leave out cases where those are worse than 1e9.
+TOLERANCE = {"rtol": 5e-7, "atol": 5e-7}
 
 
 def exact_slope(points: Sequence[tuple[int, float]]) -> float:
@@ -134,3 +139,12 @@ class Reference:
         # Slopes of ratios near 1 carry errors of about 1e-16, so a denominator below that is noise.
         self.conditioning = min(self.conditioning, abs(float(total)) / max(magnitude, 1e-300), magnitude)
         return numerator / float(total)
+
+
+def sequence(seed: int, steps: int, tasks: int, held: float, absent: float) -> tuple[Tensor, Tensor]:
+    """Losses ``[steps, tasks]`` float32, where some stay what they were, and who is present."""
+    rng = np.random.default_rng(seed)
+    losses = rng.uniform(0.1, 3.0, (steps, tasks)).astype(np.float32)
+    for t in range(1, steps):
+        losses[t] = np.where(rng.random(tasks) < held, losses[t - 1], losses[t])
+    return torch.from_numpy(losses), torch.from_numpy(rng.random((steps, tasks)) >= absent)

@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
 
 
 # Tiles are up to 128 x 256 (x 64 in D) on a GPU, 16 x 64 (x 32) in the interpreter.
-SIZES = Sizes((7, 111), 520, 1003, 32003, 64) if ON_GPU else Sizes((3, 17), 36, 203, 331, 6)
+SIZES = Sizes((7, 111), 520, 1003, 32003, 64) if ON_GPU else Sizes((3, 11), 20, 151, 203, 4)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from convergence_reference import Reference, exact_slope
+from convergence_reference import TOLERANCE, Reference, exact_slope, sequence
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,20 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cotbal_kernels import ConvergenceBalancer
 from cotbal_kernels.convergence import VARIANTS
-
-# Everything is float64 until the weights are rounded to float32 (6e-8 relative). The rest is room for what the
-# normalisations of Eq. 4, 5 and 7 do to errors of 1e-16; tests leave out cases where those are worse than 1e9.
-TOLERANCE = {"rtol": 5e-7, "atol": 5e-7}
-
-
-def sequence(seed: int, steps: int, tasks: int, held: float, absent: float) -> tuple[Tensor, Tensor]:
-    """Losses ``[steps, tasks]`` float32, where some stay what they were, and who is present."""
-    rng = np.random.default_rng(seed)
-    losses = rng.uniform(0.1, 3.0, (steps, tasks)).astype(np.float32)
-    for t in range(1, steps):
-        losses[t] = np.where(rng.random(tasks) < held, losses[t - 1], losses[t])
-    return torch.from_numpy(losses), torch.from_numpy(rng.random((steps, tasks)) >= absent)
-
 
 sequences = st.builds(
     sequence,

@@ -16,7 +16,7 @@ from bench.run import LostDeviceError, run_preset
 
 CPU = torch.device("cpu")
 H200 = PRESETS["h200"]
-MEMORY = 139 * 2**30  # bytes that one H200 offers
+MEMORY = 78 * 2**30  # bytes that one H100 offers; an H200 has 139 GiB
 
 
 def linear(preset: str) -> list[LinearCase]:
@@ -58,7 +58,7 @@ def test_h200_fits_the_memory() -> None:
     """Every case without materialised logits; with them all but the largest, for which the run says what is missing."""
     for case in linear("h200"):
         assert case.bytes_needed(materialised=False) < MEMORY, case.label
-        if case.M <= 32768:
+        if case.M <= 32768:  # with 72.5 GiB the largest
             assert case.bytes_needed(materialised=True) < MEMORY, case.label
     for case in H200.cases:
         if isinstance(case, LogitsCase):  # 16-bit logits, float32 copies, gradients, a float64 reference and gradient

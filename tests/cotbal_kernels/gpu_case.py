@@ -50,15 +50,8 @@ def rehearsal() -> Iterator[None]:
     del backends.BACKENDS["interpreter"], backends.BACKENDS["cuda_on_cpu"]
 
 
-def narrow(backend: str) -> torch.dtype:
-    """bfloat16; float16 in Triton's interpreter, which multiplies bfloat16 wrongly."""
-    return torch.float16 if backend == "interpreter" else torch.bfloat16
-
-
-def require(backend: str, dtype: torch.dtype | None = None) -> None:
+def require(backend: str) -> None:
     """Skip, with the reason that a user would be given, where a backend cannot run."""
-    if dtype == torch.bfloat16 and narrow(backend) != dtype:
-        pytest.skip("Triton's interpreter multiplies and rounds bfloat16 wrongly")
     if backend in ("triton", "cuda"):
         reason = backends.unavailable_reason(backend)
         if reason is not None:

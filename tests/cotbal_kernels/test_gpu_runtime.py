@@ -15,7 +15,6 @@ from gpu_case import (
     SIZES,
     gpu_problem,
     gradients,
-    narrow,
     needs_gpu,
     rehearsal,  # noqa: F401 (a fixture)
     require,
@@ -40,7 +39,7 @@ def name(options: dict[str, Any]) -> str:
 
 def problem(backend: str, **kwargs: Any) -> Problem:
     sizes = {"D": SIZES.D, "V": 4003 if ON_GPU else SIZES.V}
-    return gpu_problem(SIZES.shape, **{**sizes, "dtype": narrow(backend), "ignored": 0.2, **kwargs})
+    return gpu_problem(SIZES.shape, **{**sizes, "dtype": torch.bfloat16, "ignored": 0.2, **kwargs})
 
 
 def step(p: Problem, labels: torch.Tensor, backend: str, options: dict[str, Any]) -> list[torch.Tensor]:
@@ -135,7 +134,7 @@ def test_compile_in_one_graph(backend: str, aggregation: str) -> None:
 def test_opcheck(backend: str) -> None:
     """Schema, fake kernels and autograd registration of every op agree with what it does on this device."""
     require(backend)
-    p = gpu_problem((12,), D=16, V=24, K=3, dtype=narrow(backend))
+    p = gpu_problem((12,), D=16, V=24, K=3, dtype=torch.bfloat16)
     ones, lam = torch.ones(3, device=DEVICE), p.task_weights.detach().clone().requires_grad_()
     prepared = ops.prepare_targets(p.labels, p.task_ids, ones, 24, -100, True, False, 12, backend)
     targets, tasks, _, _, rows, count = prepared
@@ -156,7 +155,7 @@ def test_opcheck(backend: str) -> None:
         (ops.scale_gradient_, (frozen.clone(), torch.tensor(3.0, device=DEVICE), backend)),
         (ops.linear_task_ce_rows, (p.hidden, p.weight, p.bias, *common, None, spec, *end)),
         (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end, torch.float32)),
-        (ops.linear_task_ce_rows_backward, (*backward, buffer, (True, True, False), spec, *end, narrow(backend))),
+        (ops.linear_task_ce_rows_backward, (*backward, buffer, (True, True, False), spec, *end, torch.bfloat16)),
         (ops.task_ce_rows, (logits, targets, spec, *end)),
         (ops.task_ce_rows_backward, (backward[0], logits.detach(), targets, stats, spec, *end)),
     ]
@@ -193,9 +192,9 @@ def test_on_another_stream(backend: str, options: dict[str, Any]) -> None:
 def test_autocast_is_casting_by_hand(backend: str, options: dict[str, Any]) -> None:
     require(backend)
     p = problem(backend, dtype=torch.float32)
-    with torch.autocast(DEVICE, dtype=narrow(backend)):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found = linear_task_cross_entropy(*p.tensors, bias=p.bias, backend=backend, **options)
-    cast = [tensor.to(narrow(backend)) for tensor in (p.hidden, p.weight, p.bias)]
+    cast = [tensor.to(torch.bfloat16) for tensor in (p.hidden, p.weight, p.bias)]
     by_hand = linear_task_cross_entropy(*cast[:2], *p.tensors[2:], bias=cast[2], backend=backend, **options)
     assert torch.equal(found.loss, by_hand.loss)
     inputs = [p.hidden, p.weight, p.bias]

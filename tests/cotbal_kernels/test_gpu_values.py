@@ -14,7 +14,6 @@ from gpu_case import (
     exact_and_ordinary,
     gpu_problem,
     gradients,
-    narrow,
     needs_gpu,
     rehearsal,  # noqa: F401 (a fixture)
     require,
@@ -66,7 +65,7 @@ def own(options: dict[str, Any]) -> dict[str, Any]:
 def test_as_good_as_materialising(
     backend: str, dtype: torch.dtype, vocab_size: int, with_bias: bool, options: dict[str, Any]
 ) -> None:
-    require(backend, dtype)
+    require(backend)
     p = gpu_problem(SHAPE, D=D, V=vocab_size, sharpness=2.0, dtype=dtype, ignored=0.1)
     assert D < int((p.labels >= 0).sum()) < p.labels.numel()
     expected, exact, ordinary = exact_and_ordinary(p, with_bias, **own(options))
@@ -88,7 +87,7 @@ def test_as_good_as_materialising(
 )
 def test_shards_of_a_vocabulary(backend: str, dtype: torch.dtype, options: dict[str, float]) -> None:
     """Targets elsewhere, statistics of the whole; three tenths of the columns, one, and the others."""
-    require(backend, dtype)
+    require(backend)
     p = gpu_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=dtype, ignored=0.1)
     rounding = 0.0 if dtype == FP32 else torch.finfo(dtype).eps / 2
     check_shards(
@@ -106,14 +105,14 @@ def test_shards_of_a_vocabulary(backend: str, dtype: torch.dtype, options: dict[
 def test_frozen_sides(backend: str, frozen: str) -> None:
     """Frozen head: windows of rows with the whole vocabulary. Frozen trunk: dW alone."""
     require(backend)
-    p = gpu_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=narrow(backend), ignored=0.1)
+    p = gpu_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=torch.bfloat16, ignored=0.1)
     _, exact, ordinary = exact_and_ordinary(p, True)
     getattr(p, frozen).requires_grad_(False)
     out = linear_task_cross_entropy(*p.tensors, bias=p.bias, backend=backend, chunk_size=5 * CHUNK)
     keep = [index for index, side in enumerate(("hidden", "weight", "bias")) if side != frozen]
     inputs = [(p.hidden, p.weight, p.bias)[index] for index in keep]
     actual = gradients(out.loss, inputs)
-    assert_gradients(actual, [exact[index] for index in keep], [ordinary[index] for index in keep], narrow(backend))
+    assert_gradients(actual, [exact[index] for index in keep], [ordinary[index] for index in keep], torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,7 +124,7 @@ def test_extreme_sizes(backend: str, sizes: tuple[int, int, int], options: dict[
     """One of everything; widths that no 16-byte load, tile or descriptor fits."""
     require(backend)
     M, width, vocab_size = sizes
-    p = gpu_problem((M,), D=width, V=vocab_size, K=1, dtype=narrow(backend), ignored=0.0)
+    p = gpu_problem((M,), D=width, V=vocab_size, K=1, dtype=torch.bfloat16, ignored=0.0)
     p.task_ids.zero_()
     _, exact, ordinary = exact_and_ordinary(p, True)
     out = linear_task_cross_entropy(*p.tensors, bias=p.bias, backend=backend, **options)
@@ -141,7 +140,7 @@ def test_extreme_sizes(backend: str, sizes: tuple[int, int, int], options: dict[
 @pytest.mark.parametrize("size", [0, 5])
 def test_nothing_supervised(backend: str, options: dict[str, Any], size: int) -> None:
     require(backend)
-    p = gpu_problem((size, 3), D=64, V=300, dtype=narrow(backend), ignored=1.1)
+    p = gpu_problem((size, 3), D=64, V=300, dtype=torch.bfloat16, ignored=1.1)
     out = linear_task_cross_entropy(*p.tensors, bias=p.bias, backend=backend, **options)
     out.loss.sum().backward()
     assert bool((out.loss == 0).all())
@@ -152,8 +151,8 @@ def test_nothing_supervised(backend: str, options: dict[str, Any], size: int) ->
 @pytest.mark.parametrize("wide", [True, False])
 def test_gradient_buffer(backend: str, wide: bool) -> None:
     require(backend)
-    dtype = FP32 if wide else narrow(backend)
-    p = gpu_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=narrow(backend), ignored=0.1)
+    dtype = FP32 if wide else torch.bfloat16
+    p = gpu_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=torch.bfloat16, ignored=0.1)
     _, exact, _ = exact_and_ordinary(p, False)
     buffer = torch.randn(V, D, device=DEVICE).mul_(float(exact[1].abs().max())).to(dtype)
     before = buffer.double()
@@ -169,7 +168,7 @@ def test_gradient_buffer(backend: str, wide: bool) -> None:
 def test_max_tokens(backend: str) -> None:
     require(backend)
     require_unread_values(backend)
-    p = gpu_problem(SHAPE, D=D, V=V, dtype=narrow(backend), ignored=0.8)
+    p = gpu_problem(SHAPE, D=D, V=V, dtype=torch.bfloat16, ignored=0.8)
     count = int((p.labels >= 0).sum())
     plain = linear_task_cross_entropy(*p.tensors, backend=backend)
     bounded = linear_task_cross_entropy(*p.tensors, max_tokens=count, backend=backend)
@@ -186,7 +185,7 @@ def test_bad_values_are_nan(backend: str) -> None:
     require(backend)
     require_unread_values(backend)
     for field, value in (("labels", 300), ("labels", -3), ("task_ids", 4), ("task_weights", float("inf"))):
-        p = gpu_problem((40,), D=64, V=300, dtype=narrow(backend), ignored=0.0)
+        p = gpu_problem((40,), D=64, V=300, dtype=torch.bfloat16, ignored=0.0)
         getattr(p, field).data[3] = value
         assert bool(linear_task_cross_entropy(*p.tensors, backend=backend).loss.isnan())
         with pytest.raises(ValueError, match=field):
@@ -196,7 +195,7 @@ def test_bad_values_are_nan(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ignored_positions_may_hold_anything(backend: str) -> None:
     require(backend)
-    p = gpu_problem(SHAPE, D=D, V=V, dtype=narrow(backend), ignored=0.5)
+    p = gpu_problem(SHAPE, D=D, V=V, dtype=torch.bfloat16, ignored=0.5)
     ignored = p.labels == -100
     for options in ({}, {"aggregation": "none"}):
         p.hidden.data[ignored] = 0
@@ -214,7 +213,7 @@ def test_ignored_positions_may_hold_anything(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=name)
 def test_existing_logits(backend: str, dtype: torch.dtype) -> None:
-    require(backend, dtype)
+    require(backend)
     p = gpu_problem((3, 41), D=64, V=MANY, sharpness=2.0, dtype=dtype)
     logits = (p.hidden @ p.weight.t()).detach().requires_grad_()
     expected = reference_task_cross_entropy(logits, *p.tensors[2:], aggregation="none", **ALL)

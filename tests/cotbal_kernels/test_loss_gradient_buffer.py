@@ -46,18 +46,19 @@ def test_buffer_in_float32(backend: str, aggregation: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wide", [False, True])
-def test_buffer_of_a_16_bit_weight(backend: str, wide: bool) -> None:
-    p = make_problem(D=24, V=150, ignored=0.1, dtype=torch.float16)
-    dtype = torch.float32 if wide else torch.float16
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+def test_buffer_of_a_16_bit_weight(backend: str, narrow: torch.dtype, wide: bool) -> None:
+    p = make_problem(D=24, V=150, ignored=0.1, dtype=narrow)
+    dtype, half_a_unit = torch.float32 if wide else narrow, torch.finfo(narrow).eps / 2
     buffer = (0.1 * torch.randn(150, 24, generator=torch.Generator().manual_seed(1))).to(dtype)
     before = buffer.double()
     (_, wanted, _) = exact_gradients(p)
     out = linear_task_cross_entropy(*p.tensors, bias=p.bias, grad_weight_out=buffer, chunk_size=8, backend=backend)
     out.loss.backward()
     assert p.weight.grad is None
-    # The gradient of the logits may be rounded to float16 before the product (2^-11 of it, relative to the largest);
+    # The gradient of the logits may be rounded to 16 bits before the product (half a unit, relative to the largest);
     # the sum is then rounded once, to half a unit in its last place.
-    allowed = 2**-11 * wanted.abs().max() + (before + wanted).abs() * (2**-23 if wide else 2**-11) + 1e-7
+    allowed = half_a_unit * wanted.abs().max() + (before + wanted).abs() * (2**-23 if wide else half_a_unit) + 1e-7
     assert bool(((buffer.double() - before - wanted).abs() <= allowed).all())
     assert float(wanted.abs().max()) > 10 * float(allowed.max())  # so a gradient that is missing or twice there shows
 

@@ -22,8 +22,9 @@ ALL = {"logit_softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01}
 # two of 64 (three steps of 32); ragged everywhere.
 SHAPE, D, V = (2, 25), 72, 150
 WHOLE, SLICED = None, 8  # chunk_size: the whole vocabulary fits the workspace; slices of 22, 64 and 64
-# Half a unit in the last place, 2^-11, twice: the gradient of the logits is rounded to float16, and so is the result.
-FP16 = 2.0**-10
+# In 16 bits half a unit in the last place, twice: the gradient of the logits is rounded, and so is the result.
+TOLERANCE = {torch.float32: FP32, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+NARROW = [torch.float16, torch.bfloat16]
 
 
 def test_tiles_are_smaller_than_the_problem() -> None:
@@ -58,6 +59,7 @@ def test_float32(chunk_size: int | None, with_bias: bool, options: dict, plans) 
     assert {slices for _, _, slices in plans} == {1 if chunk_size is WHOLE else 3}
 
 
+@pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(
     ("chunk_size", "options"),
     [
@@ -68,12 +70,12 @@ def test_float32(chunk_size: int | None, with_bias: bool, options: dict, plans) 
         (SLICED, ALL),
     ],
 )
-def test_float16(chunk_size: int | None, options: dict) -> None:
-    p = make_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=torch.float16)
-    compare(p, FP16, True, chunk_size=chunk_size, **options)
+def test_16_bits(dtype: torch.dtype, chunk_size: int | None, options: dict) -> None:
+    p = make_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=dtype)
+    compare(p, TOLERANCE[dtype], True, chunk_size=chunk_size, **options)
 
 
-@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 24), (torch.float16, 16)])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 24), (torch.bfloat16, 24), (torch.float16, 16)])
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_rows_without_a_place_are_computed_again(
     monkeypatch: pytest.MonkeyPatch,
@@ -92,7 +94,7 @@ def test_rows_without_a_place_are_computed_again(
     p.labels.view(-1)[::5] = -100
     p.labels.view(-1)[[1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 14, 16, 17, 18, 19][: 0 if width == 16 else 16]] = -100
     assert int((p.labels >= 0).sum()) == (64 if width == 16 else 48)
-    compare(p, FP32 if dtype == torch.float32 else FP16, True, chunk_size=8, label_smoothing=0.1)
+    compare(p, TOLERANCE[dtype], True, chunk_size=8, label_smoothing=0.1)
     assert plans == [(80, 2 * width if dtype == torch.float16 else width, 3)]
 
 
@@ -102,23 +104,24 @@ def test_rows_without_a_place_are_computed_again(
         (torch.float32, {}),
         (torch.float32, {"softcap": 3.0, "smoothing": 0.1, "z_loss": 0.01, "scale": 0.7}),
         (torch.float16, {"smoothing": 0.1, "scale": 2.6}),
+        (torch.bfloat16, {"smoothing": 0.1, "scale": 2.6}),
     ],
     ids=str,
 )
 def test_shards_of_a_vocabulary(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict) -> None:
-    """Targets elsewhere, statistics of the whole; slices within the shards; float16 through descriptors."""
-    rounding = 0.0 if dtype == torch.float32 else FP16 / 2
+    """Targets elsewhere, statistics of the whole; slices within the shards; 16 bits through descriptors."""
+    rounding = 0.0 if dtype == torch.float32 else TOLERANCE[dtype] / 2
     monkeypatch.setattr(head, "can_use_tma", lambda _: rounding > 0)
     p = make_problem((2, 15), D=D, V=V, dtype=dtype, sharpness=2.0)
     vocabulary_shards.check_shards(BACKEND, p, options, with_bias=bool(options), chunk_size=8, rounding=rounding)
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"aggregation": "none", **ALL}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict) -> None:
     monkeypatch.setattr(head, "can_use_tma", lambda _: True)
     p = make_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=dtype)
-    compare(p, FP32 if dtype == torch.float32 else FP16, True, chunk_size=SLICED, **options)
+    compare(p, TOLERANCE[dtype], True, chunk_size=SLICED, **options)
 
 
 @pytest.mark.parametrize(
@@ -183,14 +186,15 @@ def test_existing_logits(options: dict, vocab_size: int) -> None:
 
 @pytest.mark.parametrize("sharpness", [0.5, 4.0, 16.0])  # from nearly uniform to nearly certain
 @pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=["kept", "recomputed"])
-def test_float16_is_no_worse_than_materialising(sharpness: float, options: dict) -> None:
-    """The bound of the design: error at most that of float16 logits, even with a float64 softmax behind them."""
-    p = make_problem(SHAPE, D=D, V=V, dtype=torch.float16, sharpness=sharpness)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_16_bits_are_no_worse_than_materialising(dtype: torch.dtype, sharpness: float, options: dict) -> None:
+    """The bound of the design: error at most that of 16-bit logits, even with a float64 softmax behind them."""
+    p = make_problem(SHAPE, D=D, V=V, dtype=dtype, sharpness=sharpness)
     inputs = (p.hidden, p.weight)
     materialised = reference_task_cross_entropy(p.hidden @ p.weight.t(), *p.tensors[2:])
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     exact = gradients(reference_linear_task_cross_entropy(*wide, *p.tensors[2:]), *wide)
     out = linear_task_cross_entropy(*p.tensors, backend="interpreter", chunk_size=SLICED, **options)
     for actual, baseline, wanted in zip(gradients(out, *inputs), gradients(materialised, *inputs), exact, strict=True):
-        assert actual.dtype == torch.float16
+        assert actual.dtype == dtype
         assert error(actual, wanted) <= error(baseline, wanted)

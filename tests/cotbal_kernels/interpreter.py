@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from launch_checks import checked
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
 
@@ -41,7 +42,8 @@ def _interpreted_function(function: Callable[..., Any]) -> InterpretedFunction:
 
 def _launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     _patched_for.clear()  # a launch takes its own patches back
-    _interpreted_function(kernel.fn).run(*args, grid=grid, warmup=warmup, **kwargs)
+    with checked(kernel.fn.__name__, (*args, *kwargs.values())):
+        _interpreted_function(kernel.fn).run(*args, grid=grid, warmup=warmup, **kwargs)
 
 
 def _call(helper: JITFunction, *args: Any, **kwargs: Any) -> Any:

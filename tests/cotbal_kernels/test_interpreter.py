@@ -1,4 +1,4 @@
-"""The interpreter's bfloat16, on which the tests of the kernels rest, against PyTorch's."""
+"""What the kernels' tests rest on: bfloat16 in the interpreter beside PyTorch's, and the checks of every launch."""
 
 import pytest
 import torch
@@ -77,3 +77,49 @@ def test_arithmetic_that_numpy_cannot_do_is_an_error() -> None:
     values = torch.ones(16, dtype=BF16)
     with interpreted(), pytest.raises(Exception, match="widen them to float32"):
         sum_kernel[(1,)](values, torch.empty_like(values), SIZE=16)
+
+
+@triton.jit
+def reversed_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+    """Every program loads its block and stores it at the other end."""
+    row, rows, at = tl.program_id(0), tl.num_programs(0), tl.arange(0, SIZE)
+    tl.store(out_ptr + (rows - 1 - row) * SIZE + at, tl.load(x_ptr + row * SIZE + at))
+
+
+@triton.jit
+def count_kernel(count_ptr, last_ptr, WITH_LAST: tl.constexpr):
+    before = tl.atomic_add(count_ptr, 1, sem="relaxed")
+    if WITH_LAST:
+        tl.store(last_ptr, before)
+
+
+def test_programs_that_need_an_order_are_found() -> None:
+    values, out = torch.arange(48.0), torch.empty(48)
+    with interpreted():
+        reversed_kernel[(3,)](values, out, SIZE=16)
+        assert out.tolist() == values.view(3, 16).flip(0).flatten().tolist()
+        with pytest.raises(AssertionError, match="reversed_kernel: a program loads what another one stores"):
+            reversed_kernel[(3,)](values, values, SIZE=16)
+        reversed_kernel[(1,)](values, values, SIZE=16)  # a program may load what it stores itself
+
+
+def test_programs_that_store_to_the_same_place_are_found() -> None:
+    count, last = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with interpreted():
+        count_kernel[(5,)](count, last, WITH_LAST=False)
+        assert count.item() == 5
+        with pytest.raises(AssertionError, match="several programs store"):
+            count_kernel[(5,)](count, last, WITH_LAST=True)
+        with pytest.raises(AssertionError, match="several programs store"):
+            count_kernel[(5,)](count, count, WITH_LAST=True)  # beside an atomic operation
+
+
+@pytest.mark.parametrize("lost", ["loaded", "stored"])
+def test_access_outside_of_all_tensors_is_found(lost: str) -> None:
+    values = torch.arange(48.0)
+    short = values.clone().untyped_storage()
+    short.resize_(4 * 47)
+    tensor = torch.empty(0).set_(short)
+    inputs, kind = ((tensor, values), "load from") if lost == "loaded" else ((values, tensor), "store to")
+    with interpreted(), pytest.raises(Exception, match=f"reversed_kernel: {kind} memory outside"):
+        reversed_kernel[(3,)](*inputs, SIZE=16)

@@ -17,7 +17,8 @@ def diagnose() -> str:
     lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     for package in _PACKAGES:
         try:
-            lines.append(f"{package} {version(package)}")
+            # torch's own word says what it was built for, which the package's does not: 2.13.0+cu130.
+            lines.append(f"{package} {torch.__version__ if package == 'torch' else version(package)}")
         except PackageNotFoundError:
             lines.append(f"{package}: not installed")
     if torch.cuda.is_available():

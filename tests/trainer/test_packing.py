@@ -186,9 +186,10 @@ def test_flash_attention_gets_every_document(name: str, flat: bool, monkeypatch:
     def options(**given: Any) -> dict[str, Any]:
         return {"causal": given["is_causal"], "softmax_scale": given["softmax_scale"]}
 
-    monkeypatch.setattr(
-        flash, "lazy_import_flash_attention", lambda *_: ((whole, varlen, None, None, None), (options, None))
-    )
+    # As if the package had been imported: transformers looks no further for a kernel that is loaded.
+    loaded = {"_flash_fn": whole, "_flash_varlen_fn": varlen, "_process_flash_kwargs_fn": options}
+    for attribute, value in {"_loaded_implementation": "flash_attention_2", **loaded}.items():
+        monkeypatch.setattr(flash, attribute, value)
     expected = one_by_one(MODELS[name](), documents(images=name == "llava"))
     model = MODELS[name]()
     model.config.get_text_config()._attn_implementation_internal = "flash_attention_2"

@@ -88,6 +88,11 @@ class TrainingConfig(Options):
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="master weights stay fp32")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO")
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="what ZeRO keeps in the host's memory: optimizer states and steps (stage 1 to 3), with "
+        "`parameters` also the parameters that are not in use (stage 3)",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
     logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="optimizer steps per line of log.jsonl")
     save_steps: Annotated[int, Field(ge=1)] = Field(500, description="steps between checkpoints (resume points)")
@@ -97,9 +102,18 @@ class TrainingConfig(Options):
         "truncate", description="samples of more than model.max_length tokens: cut at the end, an error, or left out"
     )
 
+    @model_validator(mode="after")
+    def _zero_can_offload(self) -> TrainingConfig:
+        stages = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "parameters": (3,)}[self.offload]
+        if self.zero_stage not in stages:
+            raise ValueError(
+                f"offload: {self.offload} needs zero_stage {' or '.join(map(str, stages))}, got {self.zero_stage}"
+            )
+        return self
+
     def fingerprint(self) -> dict[str, Any]:
         """What results depend on. Later keys are left out at their default, so that older runs stay finished."""
-        later = {"packing": False, "overlong": "truncate"}
+        later = {"packing": False, "overlong": "truncate", "offload": "none"}
         unused = {key for key, default in later.items() if getattr(self, key) == default}
         return self.model_dump(mode="json", exclude={"logging_steps", "save_steps", *unused})
 

@@ -103,12 +103,17 @@ def newest_checkpoint(directory: Path, world_size: int) -> Path | None:
 
 def deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
     """The DeepSpeed configuration; sizes are integers, since not every LMM config has a top-level hidden size."""
+    host = {"device": "cpu", "pin_memory": True}
+    offload = {"offload_optimizer": host} if training.offload != "none" else {}
+    offload |= {"offload_param": host} if training.offload == "parameters" else {}
     return {
         "train_micro_batch_size_per_gpu": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation_steps,
         "gradient_clipping": training.max_grad_norm,  # left out, DeepSpeed would clip at 1.0
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
+        # PyTorch's fused AdamW runs on the host as well; DeepSpeed's own would be compiled on the user's machine.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "zero_optimization": {
             "stage": training.zero_stage,
@@ -119,6 +124,7 @@ def deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_param_persistence_threshold": 100_000,
             "stage3_gather_16bit_weights_on_model_save": True,
+            **offload,
         },
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from deepspeed.runtime.config import DeepSpeedConfig
 
 import trainer.config
 from trainer.config import (
@@ -22,6 +23,7 @@ from trainer.config import (
     reference,
 )
 from trainer.errors import UserError
+from trainer.training import deepspeed_config
 
 SHIPPED = sorted((Path(trainer.config.__file__).parent / "configs").glob("*.yaml"))
 
@@ -76,6 +78,10 @@ def test_an_unknown_key_names_the_nearest_valid_one(data: dict[str, Any], line: 
         ({"training": {"epochs": 0}}, "training.epochs: Input should be greater than 0 (got 0)"),
         ({"training": {"epochs": float("inf")}}, "training.epochs: Input should be a finite number (got inf)"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: Input should be a finite number"),
+        (
+            {"training": {"zero_stage": 2, "offload": "parameters"}},
+            "training: offload: parameters needs zero_stage 3, got 2",
+        ),
         ({"training": {"zero_stage": 4}}, "training.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
         ({"training": {"precision": "fp8"}}, "training.precision: Input should be 'fp32' or 'bf16' (got 'fp8')"),
         ({"training": {"batch_size": 0}}, "training.batch_size: Input should be greater than or equal to 1 (got 0)"),
@@ -252,3 +258,14 @@ def test_the_reference_page_is_the_code_s() -> None:
     for model in (RunConfig, TaskConfig, TrainingConfig, TinyLlavaConfig, LoraConfig):
         for key, field in model.model_fields.items():
             assert f"| `{key}` |" in page or f"## `{key}`" in page or f"## `model.{key}`" in page, (key, field)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "devices"),
+    [(1, "none", (None, None)), (1, "optimizer", ("cpu", None)), (3, "parameters", ("cpu", "cpu"))],
+)
+def test_deepspeed_is_told_what_to_offload(stage: int, offload: str, devices: tuple[str | None, str | None]) -> None:
+    training = TrainingConfig(zero_stage=stage, offload=offload)
+    found = DeepSpeedConfig(deepspeed_config(training)).zero_config
+    places = tuple(part and str(part.device) for part in (found.offload_optimizer, found.offload_param))
+    assert places == devices

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config
 
 import trainer.config
@@ -204,6 +206,31 @@ def test_lora_on_one_gpu(cotbal: Any, write_records: Any, llava_folder: Path) ->
     if not torch.cuda.is_available():
         assert "1 GPU(s) of 312 TFLOP/s (no GPU here: assumed, as of an A100), of which 40% are assumed" in out
         assert float(data["cotbal"][3]) == pytest.approx(flop / (312e12 * 0.4) / 3600, rel=0.005)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(3, "parameters"), (3, "optimizer"), (2, "optimizer")])
+def test_offload_to_the_host(cotbal: Any, write_records: Any, llava_folder: Path, stage: int, offload: str) -> None:
+    """Against DeepSpeed's own arithmetic, without the buffers that it allows for."""
+    write_records("cotbal_llava15_7b.yaml")
+    options = {"zero_stage": stage, "offload": offload}
+    more = [word for key, value in options.items() for word in ("--set", f"training.{key}={value}")]
+    out = dry_run(cotbal, "cotbal_llava15_7b.yaml", llava_folder, "--set", "model.freeze=[]", *more)
+    total = VICUNA + PROJECTOR + CLIP
+    if stage == 3:
+        wanted = estimate_zero3_model_states_mem_needs(
+            total, 0, 8, cpu_offload=True, cpu_offload_params=offload == "parameters", additional_buffer_factor=1
+        )
+    else:
+        # One machine's 8 GPUs would each load a float32 model at first, 4 bytes times 8; that is over before training.
+        wanted = estimate_zero2_model_states_mem_needs(total, 4, cpu_offload=True, additional_buffer_factor=1)
+    assert printed(r"memory of the host: an estimate, ([\d.]+)", out) == pytest.approx(wanted[0] / GIB, abs=0.05)
+    on_gpu = out.split("memory of the host")[0]
+    if wanted[1]:
+        assert printed(r"= parameters ([\d.]+)", on_gpu) == pytest.approx(wanted[1] / GIB, abs=0.005)
+    else:
+        assert "= activations" in on_gpu
+    assert "gradients" not in on_gpu
+    assert "optimizer states" not in on_gpu
 
 
 def test_coba(cotbal: Any, write_records: Any, qwen_folder: Path) -> None:

@@ -112,14 +112,21 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize(
-    ("processes", "accumulation", "batch_size", "zero_stage", "aggregation"),
-    [(1, 1, 8, 2, "token"), (1, 2, 4, 1, "token"), (2, 2, 2, 3, "token"), (2, 1, 4, 2, "task")],
+    ("processes", "accumulation", "batch_size", "zero", "aggregation"),
+    [
+        (1, 1, 8, (2, "none"), "token"),
+        (1, 2, 4, (1, "none"), "token"),
+        (2, 2, 2, (3, "none"), "token"),
+        (2, 1, 4, (2, "none"), "task"),
+        (2, 2, 2, (2, "optimizer"), "token"),
+        (2, 2, 2, (3, "parameters"), "token"),
+    ],
 )
 def test_training_equals_a_plain_loop(
     processes: int,
     accumulation: int,
     batch_size: int,
-    zero_stage: int,
+    zero: tuple[int, str],
     aggregation: str,
     run_data: dict[str, Any],
     tmp_path: Path,
@@ -131,7 +138,8 @@ def test_training_equals_a_plain_loop(
         processes=processes,
         gradient_accumulation_steps=accumulation,
         batch_size=batch_size,
-        zero_stage=zero_stage,
+        zero_stage=zero[0],
+        offload=zero[1],
         aggregation=aggregation,
     )
     expected, losses = oracle(run_data, aggregation)

@@ -126,7 +126,22 @@ def memory_per_gpu(size: ModelSize, config: RunConfig) -> dict[str, float]:
     }
     if stage == 3:
         memory["gathered by ZeRO-3"] = float(min(size.total, LIVE_PARAMETERS) * number)
+    if training.offload != "none":
+        del memory["optimizer states"]
+        if stage >= 2:  # a shard's gradients go to the host as soon as they are reduced
+            del memory["gradients"]
+    if training.offload == "parameters":
+        del memory["parameters"]
     return memory
+
+
+def memory_of_host(size: ModelSize, config: RunConfig) -> dict[str, float]:
+    """Bytes by purpose that ``training.offload`` takes of the host, for all processes of this machine."""
+    training = config.training
+    memory = {"optimizer states": 12.0 * size.trained, "gradients": 4.0 * size.trained}  # float32
+    if training.offload == "parameters":
+        memory["parameters"] = (2.0 if training.precision == "bf16" else 4.0) * size.total
+    return {} if training.offload == "none" else memory
 
 
 def training_flop(size: ModelSize, tokens: int, images: int) -> float:
@@ -201,10 +216,12 @@ def report(
         f"parameters {size.total:,}, trained {size.trained:,}"
         + (f", of the frozen image encoder {size.vision:,}" if size.vision and not size.vision_trained else "")
     )
-    memory = memory_per_gpu(size, config)
-    lines.append(
-        f"memory of one GPU at {config.training.batch_size} x {config.model.max_length} tokens: an estimate, "
-        f"{sum(memory.values()) / GIB:.1f} GiB = "
-        + " + ".join(f"{name} {value / GIB:.2f}" for name, value in memory.items())
-    )
+    where = f"memory of one GPU at {config.training.batch_size} x {config.model.max_length} tokens"
+    for place, memory in {
+        where: memory_per_gpu(size, config),
+        "memory of the host": memory_of_host(size, config),
+    }.items():
+        if memory:
+            parts = " + ".join(f"{name} {value / GIB:.2f}" for name, value in memory.items())
+            lines.append(f"{place}: an estimate, {sum(memory.values()) / GIB:.1f} GiB = {parts}")
     return "\n".join(lines)

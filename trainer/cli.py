@@ -34,6 +34,9 @@ Seeds = Annotated[
     int | None, typer.Option(min=1, help="train every final model with this many seeds, for means and spreads")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print stages, steps and cost, and stop")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="delete finished work that the configuration or data no longer fits")
+]
 
 
 @app.command()
@@ -45,11 +48,13 @@ def demo(
     methods: Methods = None,
     seeds: Seeds = None,
     dry_run: DryRun = False,
+    overwrite: Overwrite = False,
     overrides: Overrides = None,
 ) -> None:
     """Run the whole of Algorithm 1 on built-in tasks and write a report. Run it again to continue."""
     preset = Path(__file__).parent / "configs" / ("demo_small.yaml" if small else "demo.yaml")
-    _run(preset, {"output_dir": str(output), **_final_trainings(methods, seeds), **parse_settings(overrides)}, dry_run)
+    own = {"output_dir": str(output), **_final_trainings(methods, seeds), **parse_settings(overrides)}
+    _run(preset, own, dry_run, overwrite)
 
 
 @app.command()
@@ -64,10 +69,12 @@ def run(
     mfu: Annotated[
         float, typer.Option(min=0.001, max=1, help="for --dry-run: share of the peak that is reached")
     ] = 0.4,
+    overwrite: Overwrite = False,
     overrides: Overrides = None,
 ) -> None:
     """Run the pipeline of CONFIG. Run it again after an interruption: it continues where it was."""
-    _run(config, {**_final_trainings(methods, seeds), **parse_settings(overrides)}, dry_run, tflops, mfu)
+    own = {**_final_trainings(methods, seeds), **parse_settings(overrides)}
+    _run(config, own, dry_run, overwrite, tflops, mfu)
 
 
 @app.command()
@@ -80,13 +87,14 @@ def train(
     weights: Annotated[
         Path | None, typer.Option(help="for cotbal: JSON of `cotbal weights`, or {task: weight}")
     ] = None,
+    overwrite: Overwrite = False,
     overrides: Overrides = None,
 ) -> None:
-    """Train once on the tasks of CONFIG with one balancing method."""
+    """Train once on the tasks of CONFIG with one balancing method. Run it again to continue."""
     from trainer.config import load_config
     from trainer.single import train_once
 
-    train_once(load_config(config, parse_settings(overrides)), output.absolute(), method, weights)
+    train_once(load_config(config, parse_settings(overrides)), output.absolute(), method, weights, overwrite)
 
 
 @app.command()
@@ -164,7 +172,14 @@ def doctor() -> None:
     typer.echo(diagnose())
 
 
-def _run(path: Path, overrides: dict[str, Any], dry_run: bool, tflops: float | None = None, mfu: float = 0.4) -> None:
+def _run(
+    path: Path,
+    overrides: dict[str, Any],
+    dry_run: bool,
+    overwrite: bool,
+    tflops: float | None = None,
+    mfu: float = 0.4,
+) -> None:
     from trainer.config import load_config
     from trainer.pipeline.algorithm1 import Pipeline
     from trainer.pipeline.built_in import planned_records
@@ -180,11 +195,13 @@ def _run(path: Path, overrides: dict[str, Any], dry_run: bool, tflops: float | N
         records = {name: len(found) for name, found in data.tasks.items()}
         rows = plan(config, pipeline.trainings, records, data)
         typer.echo(f"{_plan_table(rows)}\n{report(config, rows, data, tflops, mfu)}")
-        return
-    if dry_run:
+    elif dry_run:
         typer.echo(_plan_table(plan(config, pipeline.trainings, planned_records(config.built_in, pipeline.tasks))))
+    else:
+        typer.echo(f"report: {pipeline.run(overwrite)}")
         return
-    typer.echo(f"report: {pipeline.run()}")
+    if (pipeline.run_dir / "stages").is_dir():
+        typer.echo(pipeline.runner().summary())
 
 
 def _plan_table(rows: list[dict[str, Any]]) -> str:

@@ -112,10 +112,9 @@ class TrainingConfig(Options):
         return self
 
     def fingerprint(self) -> dict[str, Any]:
-        """What results depend on. Later keys are left out at their default, so that older runs stay finished."""
-        later = {"packing": False, "overlong": "truncate", "offload": "none"}
-        unused = {key for key, default in later.items() if getattr(self, key) == default}
-        return self.model_dump(mode="json", exclude={"logging_steps", "save_steps", *unused})
+        """What results depend on."""
+        no_matter = {"logging_steps", "save_steps", "dataloader_workers", "gradient_checkpointing"}
+        return self.model_dump(mode="json", exclude=no_matter)
 
 
 class EvaluationConfig(Options):
@@ -154,7 +153,9 @@ class LaunchConfig(Options):
 class RunConfig(Options):
     """The whole of Algorithm 1, from records to the report."""
 
-    output_dir: Path = Field(description="run directory; run again on the same one to continue")
+    output_dir: Path = Field(
+        description="run directory; a run on the same one continues, and keeps what no change touches"
+    )
     seed: int = Field(0, description="of minis, data order and random weights")
     tasks: list[TaskConfig] | Literal["built_in"] = Field(description="a list of tasks, or `built_in`")
     built_in: BuiltInTasksConfig = BuiltInTasksConfig()

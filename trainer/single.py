@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from trainer.balancing.registry import SINGLE_TASK, check_name, is_cotbal
 from trainer.config import BUILT_IN, RunConfig
+from trainer.data.mixtures import Mixture
 from trainer.errors import UserError, unknown_name
-from trainer.launching import resolve_device, run_training
-from trainer.pipeline.stages import write_json
+from trainer.launching import ERROR_FILE, resolve_device, run_training
+from trainer.pipeline.identity import Identity
+from trainer.pipeline.places import last_step
+from trainer.pipeline.progress import Progress
+from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked, write_json
+from trainer.pipeline.trainings import Training
 from trainer.training import TrainingSpec
+
+# What a training leaves beside its model.
+LEAVES = (
+    "model.partial", "checkpoints", "log.jsonl", "weights.csv", "samples.json", "tensorboard", "output.log", ERROR_FILE,
+)  # fmt: skip
 
 
 def read_weights(path: Path, tasks: list[str]) -> dict[str, float]:
     """Task weights from the output of ``cotbal weights``, a run's ``weights.json``, or ``{task: weight}``.
 
     Raises:
-        UserError: the file is missing or malformed, or names a task that the configuration does not have.
+        UserError: the file is missing or malformed, or its tasks are not the balanced ones of the configuration.
     """
     try:
         content = json.loads(path.read_text())
@@ -34,20 +45,31 @@ def read_weights(path: Path, tasks: list[str]) -> dict[str, float]:
     for name, value in content.items():
         if name not in tasks:
             raise unknown_name(f"task in {path}", name, tasks)
-        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < float("inf"):
             raise UserError(f"{path}: the weight of '{name}' must be a finite number of at least 0, got {value!r}")
+    if missing := [name for name in tasks if name not in content]:
+        raise UserError(f"{path} has no weight for {', '.join(missing)}; give every balanced task one")
+    if not any(content.values()):
+        raise UserError(f"{path}: every weight is 0, so nothing would be trained")
     return {name: float(value) for name, value in content.items()}
 
 
-def train_once(config: RunConfig, output: Path, method: str | None, weights: Path | None) -> None:
-    """Trains with one method and leaves ``output/model``; run again, it resumes. STL leaves ``output/<task>/model``.
+def train_once(
+    config: RunConfig, output: Path, method: str | None, weights: Path | None, overwrite: bool = False
+) -> None:
+    """Trains with one method and leaves ``output/model``; STL leaves ``output/<task>/model``.
+
+    Run again it resumes, or does nothing when it is finished.
 
     Args:
         method: name; None is CoTBal when there are `weights`, else the configuration's.
         weights: for CoTBal.
+        overwrite: delete a finished training of another configuration, other records or another model.
 
     Raises:
-        UserError: an unknown method, missing weights, or tasks and a model that only a pipeline run can make.
+        UserError: an unknown method, missing weights, tasks and a model that only a pipeline run can make, a finished
+            training that would be lost, or another process that works in `output`.
     """
     method = method or ("cotbal" if weights else config.balancing.method)
     check_name(method)
@@ -61,25 +83,46 @@ def train_once(config: RunConfig, output: Path, method: str | None, weights: Pat
             "point at its folders data/ and trainings/pretraining/model/"
         )
     balanced = [task.name for task in config.tasks if not task.auxiliary]
-    spec = TrainingSpec(
-        name=method,
-        config=config,
-        model_path=config.model.path,
-        mixture="all",
-        method=method,
-        options=config.balancing.options.get(method, {}),
-        task_weights=read_weights(weights, balanced) if weights else {},
-        output_dir=output,
-    )
-    specs = [spec]
+    options = config.balancing.options.get(method, {})
+    task_weights = read_weights(weights, balanced) if weights else {}
+    trainings = {output: Training(method, Mixture("all"), (), (), method, options)}
     if method == SINGLE_TASK:
-        update = {"method": "ew", "options": {}, "mixture": "single"}
-        specs = [spec.model_copy(update=update | {"mixture_task": i, "output_dir": output / i}) for i in balanced]
-    device = resolve_device(config.launch.device)
-    for one in specs:
-        one.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(one.output_dir / "spec.json", one.model_dump(mode="json"))
-        print(f"training; output goes to {one.output_dir / 'output.log'}", file=sys.stderr)
-        if not (len(specs) > 1 and (one.output_dir / "model").is_dir()):  # STL continues where it was
-            run_training(one.output_dir / "spec.json", config.launch, device, 0, one.output_dir / "output.log")
-        print(f"model: {one.output_dir / 'model'}")
+        trainings = {output / name: Training(f"stl-{name}", Mixture("single", name), (), ()) for name in balanced}
+    identity, device = Identity(config, config.tasks, on_disk=True), resolve_device(config.launch.device)
+
+    def train(folder: Path, training: Training, context: StageContext) -> None:
+        spec = TrainingSpec(
+            name=training.name,
+            config=config,
+            model_path=config.model.path,
+            mixture=training.mixture.kind,
+            mixture_task=training.mixture.task,
+            method=training.method,
+            options=training.options,
+            task_weights=task_weights,
+            output_dir=folder,
+        )
+        write_json(folder / "spec.json", spec.model_dump(mode="json"))
+        print(f"training; output goes to {folder / 'output.log'}", file=sys.stderr)
+
+        def poll() -> None:
+            context.report(*last_step(folder / "log.jsonl"), "step")
+
+        run_training(folder / "spec.json", config.launch, device, 0, folder / "output.log", poll)
+
+    stages = [
+        Stage(
+            f"train-{training.name}",
+            [identity.training(training), task_weights],
+            (),
+            (folder / "model",),
+            partial(train, folder, training),
+            costly=True,
+            leaves=tuple(folder / name for name in LEAVES),
+        )
+        for folder, training in trainings.items()
+    ]
+    with locked(output):
+        StageRunner(output / "stages", stages, 1, Progress()).run(overwrite)
+    for folder in trainings:
+        print(f"model: {folder / 'model'}")

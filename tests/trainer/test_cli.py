@@ -17,6 +17,7 @@ import torch
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.errors import UserError
+from trainer.pipeline.stages import locked
 from trainer.single import read_weights
 from trainer.training import TrainingSpec
 
@@ -301,6 +302,9 @@ class TestTrain:
             ({"a": 1.0, "c": 2.0}, "unknown task in .*w.json 'c'"),
             ({"a": -1.0}, "weight of 'a' must be a finite number of at least 0, got -1.0"),
             ({"a": "1"}, "weight of 'a' must be a finite number"),
+            ({"a": True}, "weight of 'a' must be a finite number"),
+            ({"a": 3.0}, "w.json has no weight for b; give every balanced task one"),
+            ({"a": 0, "b": 0.0}, "every weight is 0"),
             ([1.0], "must be an object"),
             ({"tasks": ["a", "b"], "weights": [1.0]}, "must be lists of the same length"),
             ({"tasks": "ab", "weights": 3}, "must be lists of the same length"),
@@ -314,7 +318,7 @@ class TestTrain:
     def test_weights_of_any_origin(self, cotbal: Command, tmp_path: Path, scores: Callable[..., Path]) -> None:
         path = tmp_path / "w.json"
         path.write_text(cotbal("weights", scores()).out)
-        found = read_weights(path, ["b", "a", "chat"])
+        found = read_weights(path, ["b", "a"])
         assert found == cotbal_weights(Scores.from_json(SCORES)).by_strategy()
         path.write_text(json.dumps({"a": 2, "b": 0}))
         assert read_weights(path, ["a", "b"]) == {"a": 2.0, "b": 0.0}
@@ -365,10 +369,49 @@ class TestTrain:
         (tmp_path / "w.json").write_text(json.dumps({"colour": 1.5, "box": 0.5}))
         assert cotbal("train", config, "--output", tmp_path / "c", "--weights", tmp_path / "w.json").code == 0
         assert (ran[2].method, ran[2].task_weights) == ("cotbal", {"colour": 1.5, "box": 0.5})
-        (tmp_path / "s" / "colour" / "model").mkdir(parents=True)
         outcome = cotbal("train", config, "--output", tmp_path / "s", "--method", "stl")
         assert outcome.out == f"model: {tmp_path / 's/colour/model'}\nmodel: {tmp_path / 's/box/model'}\n"
-        assert [(spec.method, spec.mixture, spec.mixture_task) for spec in ran[3:]] == [("ew", "single", "box")]
+        single = [("ew", "single", "colour"), ("ew", "single", "box")]
+        assert [(spec.method, spec.mixture, spec.mixture_task) for spec in ran[3:]] == single
+
+    def test_a_used_folder(
+        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """Finished: nothing to do. Cut off: goes on. Of other options: started anew, or refused if it was finished."""
+        ran: list[tuple[str, list[str]]] = []
+        fails = {"colour"}
+
+        def run_training(spec: Path, *_: Any) -> None:
+            training = TrainingSpec.model_validate_json(spec.read_text())
+            folder = training.output_dir
+            ran.append((folder.name, sorted(path.name for path in folder.iterdir() if path.name != "spec.json")))
+            (folder / "log.jsonl").write_text('{"step": 1, "steps": 2}')
+            if folder.name in fails:
+                raise KeyboardInterrupt
+            (folder / "model").mkdir(exist_ok=True)
+
+        monkeypatch.setattr("trainer.single.run_training", run_training)
+        options = ["train", write_config(run_data), "--output", tmp_path / "s", "--method", "stl"]
+        cotbal(*options)
+        fails.clear()
+        assert cotbal(*options).code == 0
+        assert cotbal(*options).out.count("model: ") == 2
+        assert ran == [("colour", []), ("colour", ["log.jsonl"]), ("box", [])]
+
+        ran.clear()
+        options += ["--set", "training.learning_rate=0.5"]
+        outcome = cotbal(*options)
+        assert (outcome.code, ran) == (2, [])
+        assert "train-stl-colour, train-stl-box; --overwrite deletes it" in outcome.err
+        with locked(tmp_path / "s"):
+            assert "another process is working on" in cotbal(*options, "--overwrite").err
+        assert cotbal(*options, "--overwrite").code == 0
+        assert ran == [("colour", []), ("box", [])]
+
+        (tmp_path / "mine" / "model").mkdir(parents=True)
+        assert cotbal("train", options[1], "--output", tmp_path / "mine").code == 2
+        assert (tmp_path / "mine" / "model").is_dir()
 
 
 def test_report_without_a_run(cotbal: Command, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ what they leave behind, evaluations by scores that follow from the training's na
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,12 @@ from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.comparison import compare
 from trainer.config import parse_config
+from trainer.errors import UserError
 from trainer.evaluation import EvaluationSpec
 from trainer.launching import TrainingFailedError
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.progress import Progress
+from trainer.report.run_directory import RunDirectory
 from trainer.training import TrainingSpec
 
 BALANCED = ["colour", "box"]
@@ -43,6 +46,7 @@ class Runs:
     def __init__(self) -> None:
         self.trained: list[str] = []
         self.fail_at: str | None = None
+        self.standard_error: float | None = 1.0
 
     def train(self, spec_path: Path, *_: Any) -> None:
         spec = TrainingSpec.model_validate_json(spec_path.read_text())
@@ -63,7 +67,12 @@ class Runs:
     def evaluate(self, spec: EvaluationSpec, *_: Any) -> None:
         training = spec.model_path.parent.name
         metrics = {
-            own.name: {"metric": "EM", "value": score(training, own.name), "standard_error": 1.0, "samples": 4}
+            own.name: {
+                "metric": "EM",
+                "value": score(training, own.name),
+                "standard_error": self.standard_error,
+                "samples": 4,
+            }
             for own in spec.sets
         }
         spec.output_dir.mkdir(parents=True, exist_ok=True)
@@ -82,10 +91,10 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
 def run(run_data: dict[str, Any], runs: Runs) -> Callable[..., Path]:
     """Runs the pipeline with changes to the configuration; returns the run directory."""
 
-    def go(**changes: Any) -> Path:
+    def go(overwrite: bool = False, **changes: Any) -> Path:
         run_data["tasks"][1]["metric"] = "exact_match"
         data = run_data | changes
-        Pipeline(parse_config(data, "test"), Quiet()).run()
+        Pipeline(parse_config(data, "test"), Quiet()).run(overwrite)
         return Path(data["output_dir"])
 
     return go
@@ -131,6 +140,14 @@ def test_rows_of_every_method_with_means_over_seeds(run: Callable[..., Path], ru
     assert "from seed to seed it is" in page.words
     assert page.row("moving-weights", "CoBa")[1:] == ["1.25 (1.10–1.40)", "0.75 (0.60–0.90)"]
     assert [row[0] for row in page.tables["moving-weights"][1:]] == ["CoBa"]
+
+
+def test_an_unknown_standard_error_is_null(run: Callable[..., Path], runs: Runs) -> None:
+    """Of one test record, say. JSON has no NaN."""
+    runs.standard_error = None
+    text = (run(comparisons=["ew"]) / "results.json").read_text()
+    results = json.loads(text, parse_constant=pytest.fail)
+    assert results["standard_errors"]["EW"] == {task: {"EM": None} for task in BALANCED}
 
 
 def test_a_method_that_never_moved_its_weights_is_named(run: Callable[..., Path]) -> None:
@@ -185,6 +202,7 @@ def test_options_of_a_method_are_its_training_s_inputs(run: Callable[..., Path],
     run(comparisons=["rlw", "lbtw_star"])
     runs.trained.clear()
     run_dir = run(
+        overwrite=True,
         comparisons=["rlw", "lbtw_star"],
         balancing={"options": {"rlw": {"distribution": "dirichlet"}}, "validation": {"interval": 3}},
     )
@@ -204,3 +222,88 @@ def test_validation_records_are_checked_before_a_method_takes_losses_of_them(
     with pytest.raises(ValueError, match=r"task 'colour'.*colour-validation-1"):
         run(comparisons=["coba"])
     assert "coba" not in runs.trained
+
+
+PROXIES = {"mini", "plus-colour", "plus-box"}
+EVERY = PROXIES | {"cotbal", "ew", "stl-colour", "stl-box"}
+
+
+def edited(path: str, folder: Path) -> str:
+    """A copy of a file of records with another id."""
+    copy = folder / Path(path).name
+    copy.write_text(Path(path).read_text().replace('"id": "', '"id": "x', 1))
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "again"),
+    [
+        ("task", "description", set()),
+        ("task", "test", set()),
+        ("task", "validation", set()),
+        ("task", "max_new_tokens", set()),
+        ("task", "train", EVERY - {"stl-box"}),
+        ("training", "dataloader_workers", set()),
+        ("training", "gradient_checkpointing", set()),
+        ("training", "save_steps", set()),
+        ("training", "learning_rate", EVERY),
+        ("cotbal", "mini_ratio", PROXIES),
+        ("model", "copy", set()),
+        ("model", "weights", EVERY),
+    ],
+)
+def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
+    group: str,
+    key: str,
+    again: set[str],
+    run: Callable[..., Path],
+    runs: Runs,
+    run_data: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    run(comparisons=["stl", "ew"])
+    runs.trained.clear()
+    values = {
+        "description": "x", "max_new_tokens": 7, "dataloader_workers": 2, "gradient_checkpointing": True,
+        "save_steps": 3, "learning_rate": 0.5, "mini_ratio": 0.3,
+    }  # fmt: skip
+    if group == "task":
+        task = run_data["tasks"][0]
+        task[key] = values[key] if key in values else edited(task[key], tmp_path)
+    elif group == "model":
+        copy = tmp_path / "copy"
+        shutil.copytree(run_data["model"]["path"], copy)
+        run_data["model"] = run_data["model"] | {"path": str(copy)}
+        if key == "weights":
+            file = copy / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:-1] + b"!")
+    else:
+        run_data[group] = run_data.get(group, {}) | {key: values[key]}
+    if again:
+        with pytest.raises(UserError, match=r"finished work does not fit .*--overwrite deletes it"):
+            run(comparisons=["stl", "ew"])
+        assert runs.trained == []
+    scored_again = key in ("test", "validation", "max_new_tokens")
+    run(overwrite=bool(again) or scored_again, comparisons=["stl", "ew"])
+    # CoTBal's weights depend on the proxies, and on their scores.
+    assert set(runs.trained) - {"cotbal"} == again - {"cotbal"}
+    assert ("cotbal" in runs.trained) == (bool(again) or key in ("validation", "max_new_tokens"))
+
+
+def test_results_of_other_settings_are_gone_before_anything_runs(
+    run: Callable[..., Path], runs: Runs, run_data: dict[str, Any]
+) -> None:
+    """Interrupted after a change, a run reports nothing that belongs to what was before it."""
+    run_dir = run(comparisons=["stl", "ew", "coba"])
+    assert read(run_dir / "results.json")["methods"].keys() == {"CoTBal", "EW", "CoBa"}
+    runs.fail_at = "cotbal"
+    run_data["cotbal"]["temperature"] = 0.05
+    with pytest.raises(TrainingFailedError):
+        run(overwrite=True, comparisons=["stl", "ew"])
+    assert not (run_dir / "results.json").exists()
+    assert not (run_dir / "evaluations" / "cotbal" / "test").exists()
+    found = RunDirectory(run_dir)
+    assert {"ew", "mini"} < set(found.trainings)
+    assert "coba" not in found.trainings  # still there, for the day when it is wanted again
+    assert "train-coba" not in {stage["stage"] for stage in found.stages}
+    assert (run_dir / "trainings" / "coba").exists()

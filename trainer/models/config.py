@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -54,7 +54,3 @@ class ModelConfig(Options):
         None, description="none: the model's own choice"
     )
     lora: LoraConfig | None = Field(None, description="train low-rank updates only, see model.lora; none: everything")
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What results depend on. Later keys are left out at their default, so that older runs stay finished."""
-        return self.model_dump(mode="json", exclude={"lora"} if self.lora is None else None)

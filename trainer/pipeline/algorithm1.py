@@ -18,33 +18,28 @@ train-<name>, test-<name>, train-stl-<i>, test-stl-<i>, results
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.registry import method_class
 from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
 from trainer.data.mixtures import Mixture
-from trainer.errors import UserError
 from trainer.launching import resolve_device, run_training
 from trainer.pipeline import built_in, outcome
 from trainer.pipeline.evaluations import Evaluators, evaluation_spec
-from trainer.pipeline.places import Places, digest, environment, last_step, weights_stage
+from trainer.pipeline.identity import FORMAT, Identity
+from trainer.pipeline.places import PLAN, Places, environment, last_step, weights_stage
 from trainer.pipeline.preflight import check_run, check_validation
 from trainer.pipeline.progress import Progress
-from trainer.pipeline.stages import Stage, StageContext, StageRunner, write_json
+from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked, write_json
 from trainer.pipeline.trainings import Training, list_trainings, weight_variants
 from trainer.report import build_report
 from trainer.training import TrainingSpec
-
-# Raised whenever a change of the code makes finished stages of older runs worthless.
-FORMAT = 1
 
 
 class Pipeline:
@@ -79,6 +74,7 @@ class Pipeline:
         own_path = base if config.model.tiny_llava.pretraining_records else self.initial_model
         self.model_path = str(own_path) if own_model else config.model.path
         self.features = self.run_dir / "features" if own_model else None
+        self.identity = Identity(self.resolved, self.tasks, on_disk=not isinstance(config.tasks, str))
         self._evaluators: Evaluators | None = None
 
     # -- what is run ---------------------------------------------------------------------------------------
@@ -97,44 +93,47 @@ class Pipeline:
             stages += [self._train_stage(training, ready), self._score_stage(training, "validation")]
         stages += [self._weights_stage(name) for name in self.variants]
         if any(self._validates(training) for training in finals):
-            stages.append(Stage("check-validation", FORMAT, ready, (), self._check_validation))
+            inputs = [FORMAT, self.identity.records("validation"), self.identity.model]
+            stages.append(Stage("check-validation", inputs, (), (), self._check_validation, after=ready))
         for training in finals:  # the longest first: the short ones fill the places that are left
             if training not in alone:
-                needs = (*ready, weights_stage(training.weights)) if training.weights else ready
-                needs = (*needs, "check-validation") if self._validates(training) else needs
-                stages.append(self._train_stage(training, needs))
+                validated = ("check-validation",) if self._validates(training) else ()
+                stages.append(self._train_stage(training, (*ready, *validated)))
             stages.append(self._score_stage(training, "test"))
         tested = tuple(f"test-{training.name}" for training in finals)
-        stages.append(
-            Stage("results", FORMAT, (*tested, "weights"), (self.run_dir / "results.json",), self._collect_results)
-        )
+        table = (self.run_dir / "results.json",)
+        stages.append(Stage("results", self.identity.results(), (*tested, "weights"), table, self._collect_results))
         return stages
 
-    def run(self) -> Path:
+    def runner(self) -> StageRunner:
+        """Of all stages, with what has become of them so far."""
+        return StageRunner(self.run_dir / "stages", self.stages(), self.config.launch.parallel, self.progress)
+
+    def run(self, overwrite: bool = False) -> Path:
         """Runs what is not done yet and returns the path of the report.
 
+        Args:
+            overwrite: delete finished trainings and evaluations that do not fit the configuration, the records or the
+                model any more.
+
         Raises:
-            UserError: bad input, found before any training starts, or another process works on this run.
+            UserError: bad input, found before any training starts; finished work would be deleted unasked; or another
+                process works on this run.
             TrainingFailedError: a training process ended with an error.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with (self.run_dir / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"another process is working on {self.run_dir}; wait for it or stop it") from error
+        with locked(self.run_dir), closing(Evaluators(self.config.launch, self.device)) as self._evaluators:
+            runner = self.runner()
+            runner.refuse_to_lose(overwrite)
             (self.run_dir / "config.yaml").write_text(self.config.to_yaml())
             write_json(self.run_dir / "environment.json", environment(config=self.config, device=self.device))
-            parallel = self.config.launch.parallel
-            with closing(Evaluators(self.config.launch, self.device)) as self._evaluators:
-                StageRunner(self.run_dir / "stages", self.stages(), parallel, self.progress).run()
-            return build_report(self.run_dir)
+            write_json(self.run_dir / PLAN, list(runner.stages))
+            runner.run(overwrite)
+        return build_report(self.run_dir)
 
     # -- stages --------------------------------------------------------------------------------------------
 
     def _preparation(self) -> list[Stage]:
         stages: list[Stage] = []
-        needs: tuple[str, ...] = ()
         if isinstance(self.config.tasks, str):
             stages.append(
                 Stage(
@@ -147,36 +146,22 @@ class Pipeline:
                     ),
                 )
             )
-            needs = ("data",)
-            files = None  # the data stage's fingerprint stands for them
-        else:
-            files = [
-                [task.model_dump(mode="json"), *(digest(p) for p in (task.train, task.validation, task.test) if p)]
-                for task in self.tasks
-            ]
-        checked = Stage(
-            "check",
-            self._checked(files),
-            needs,
-            (self.run_dir / "tasks.json",),
-            self._check,
-        )
+        tasks = (self.run_dir / "tasks.json",)
+        checked = Stage("check", self.identity.check(), self._data_stage(), tasks, self._check)
         if self.features is None:
             return [*stages, checked]
-        return [*stages, *self._built_in_model(needs, files, checked)]
+        return [*stages, *self._built_in_model(checked)]
 
-    def _checked(self, files: Any) -> list[Any]:
-        """What the verdict on the records depends on; rules that are off are left out, as in older runs."""
-        training = self.config.training
-        rules = {"packing": training.packing, "overlong": training.overlong}
-        own = [rules] if rules != {"packing": False, "overlong": "truncate"} else []
-        return [FORMAT, files, self.config.model.fingerprint(), *own]
+    def _data_stage(self) -> tuple[str, ...]:
+        """The stage that stands for the records, where there is one."""
+        return ("data",) if isinstance(self.config.tasks, str) else ()
 
-    def _built_in_model(self, needs: tuple[str, ...], files: Any, checked: Stage) -> list[Stage]:
+    def _built_in_model(self, checked: Stage) -> list[Stage]:
         """The stages that make the pretrained LMM which Algorithm 1 takes as given, when there is none to load."""
         options = self.config.model.tiny_llava
         assert self.features is not None
-        own, corpus = self.tasks, self.run_dir / "corpus"
+        own, corpus, needs = self.tasks, self.run_dir / "corpus", self._data_stage()
+        files = self.identity.records("train", "validation", "test")
         stages: list[Stage] = []
         if options.pretraining_records:
             own = [*self.tasks, built_in.pretraining_task(corpus)]
@@ -203,51 +188,44 @@ class Pipeline:
             Stage(
                 "features",
                 [FORMAT, files],
-                ("check",),
+                ("initial_model",),
                 (self.features,),
                 lambda context: built_in.write_image_features(
                     self.run_dir / "features", self.initial_model, self.resolved, own, context
                 ),
+                after=("check",),
             ),
         ]
         if options.pretraining_records:
             stages.append(self._train_stage(self.pretraining, ("features",)))
         return stages
 
-    def _train_stage(self, training: Training, needs: tuple[str, ...]) -> Stage:
-        inputs = {
-            "mixture": [training.mixture.kind, training.mixture.task],
-            "training": self.config.training.fingerprint(),
-            "model": self.config.model.fingerprint(),
-            "mini_ratio": self.config.cotbal.mini_ratio,
-            "processes": self.config.launch.processes,
-            "seed": self.config.seed + training.repetition,
-        }
-        if training.weights is None and training.method != "ew":
-            inputs["balancing"] = [
-                training.method,
-                training.options,
-                self.config.balancing.validation.model_dump() if self._validates(training) else {},
-            ]
-        elif training.options:
-            inputs["balancing"] = training.options
+    def _train_stage(self, training: Training, after: tuple[str, ...]) -> Stage:
+        needs = self._data_stage()
+        if self.features is not None:
+            pretrained = training is not self.pretraining and self.config.model.tiny_llava.pretraining_records
+            needs = (*needs, "features", *(["train-pretraining"] if pretrained else []))
+        if training.weights:
+            needs = (*needs, weights_stage(training.weights))
         return Stage(
             f"train-{training.name}",
-            inputs,
+            self.identity.training(training, own_records=training is not self.pretraining),
             needs,
             (self.places.training(training),),
             lambda context: self._train(training, context),
+            after,
+            costly=True,
         )
 
     def _score_stage(self, training: Training, split: str) -> Stage:
         kind = "score" if split == "validation" else "test"
-        limits = {task.name: [task.metric, task.max_new_tokens] for task in self.tasks if task.name in training.tasks}
         return Stage(
             f"{kind}-{training.name}",
-            limits,
+            self.identity.scoring(training, split),
             (f"train-{training.name}",),
             (self.places.evaluation(training, split),),
             lambda context: self._evaluate(training, split, context),
+            costly=True,
         )
 
     def _weights_stage(self, name: str) -> Stage:
@@ -261,8 +239,7 @@ class Pipeline:
         ]
         return Stage(
             weights_stage(name),
-            # Runs from before there was a choice of difficulties go on with the weights they have.
-            options.model_dump(mode="json", exclude={"difficulty"} if options.difficulty == "reused" else None),
+            options.model_dump(mode="json"),
             tuple(f"score-{training}" for training in scored),
             (self.run_dir / "scores.json", *outputs) if name == "cotbal" else outputs,
             lambda context: self._compute_weights(name),

@@ -67,7 +67,7 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
                 for name, entry in metrics.items()
             }
     values = {method: mean_table(tables) for method, tables in by_seed.items()}
-    errors = {method: mean_table(tables) for method, tables in errors_by_seed.items()}
+    errors = {method: _known(mean_table(tables)) for method, tables in errors_by_seed.items()}
     assert not isinstance(config.tasks, str)
     directions: dict[str, dict[str, str]] = {}
     baselines: dict[str, Table] = {"majority": {}, "question_only": {}}
@@ -89,6 +89,14 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     if config.seeds > 1:
         results["seeds"] = by_seed
     write_json(run_dir / "results.json", results)
+
+
+def _known(table: Table) -> dict[str, dict[str, float | None]]:
+    """Null, which JSON has, for a number that is unknown."""
+    return {
+        task: {metric: value if math.isfinite(value) else None for metric, value in metrics.items()}
+        for task, metrics in table.items()
+    }
 
 
 def mean_table(tables: Sequence[Table]) -> Table:

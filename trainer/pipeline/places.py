@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 from trainer.config import RunConfig
 from trainer.pipeline.trainings import Training
+
+PLAN = "plan.json"  # names of the stages that the run has now; what earlier configurations left may lie beside it
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,6 @@ def environment(config: RunConfig, device: str) -> dict[str, Any]:
         "world_size": config.launch.processes,
         "parallel": config.launch.parallel,
     }
-
-
-def digest(path: Path) -> str:
-    """Content hash of a record file; a missing one is the check stage's to report."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "missing"
 
 
 def last_step(log: Path) -> tuple[int, int]:

@@ -5,23 +5,27 @@ A stage's fingerprint covers its own inputs and, through what it needs, everythi
 
 - done, same fingerprint, outputs present: skipped;
 - running, same fingerprint: run again on what it left (a training goes on from its newest checkpoint);
-- anything else: its outputs are deleted first, since they belong to other inputs.
+- anything else: its outputs belong to other inputs and are deleted before any stage runs. What was costly and is
+  finished is deleted only if asked for.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from trainer.errors import UserError
 from trainer.pipeline.progress import Progress
 
 
@@ -39,6 +43,9 @@ class Stage:
         needs: names of stages that must be done before.
         outputs: files and folders it writes, which nothing else writes.
         run: does the work; gets a :class:`StageContext`.
+        after: names of stages that must be done before, although the outputs do not depend on theirs.
+        costly: whether finished outputs are worth asking for before they are deleted.
+        leaves: what it may leave besides, deleted with the outputs.
     """
 
     name: str
@@ -46,6 +53,9 @@ class Stage:
     needs: tuple[str, ...]
     outputs: tuple[Path, ...]
     run: Callable[[StageContext], None]
+    after: tuple[str, ...] = ()
+    costly: bool = False
+    leaves: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,9 +113,52 @@ class StageRunner:
             and all(path.exists() for path in stage.outputs)
         )
 
-    def run(self) -> None:
-        """Runs what is not done. The first failure stops the others and is raised; what is done stays done."""
+    def outdated(self) -> list[Stage]:
+        """Stages that have been started on other inputs than these."""
+        return [
+            stage
+            for stage in self.stages.values()
+            if self._manifest(stage).get("fingerprint", self.fingerprints[stage.name]) != self.fingerprints[stage.name]
+        ]
+
+    def would_lose(self) -> list[str]:
+        """Costly stages whose outputs were finished on other inputs, or are there although no stage has made them."""
+        lost = []
+        for stage in self.stages.values():
+            manifest = self._manifest(stage)
+            other = manifest.get("fingerprint") != self.fingerprints[stage.name] and manifest.get("status") == "done"
+            if stage.costly and (other or not manifest) and any(path.exists() for path in stage.outputs):
+                lost.append(stage.name)
+        return lost
+
+    def summary(self) -> str:
+        """What is finished, and what a run would delete, in a line each."""
+        done = sum(map(self.is_done, self.stages.values()))
+        lines = [f"{done} of {len(self.stages)} stages are finished"]
+        if lost := self.would_lose():
+            lines.append(f"finished for other inputs, and deleted by a run with --overwrite: {', '.join(lost)}")
+        return "\n".join(lines)
+
+    def refuse_to_lose(self, overwrite: bool) -> None:
+        """Raise :class:`UserError` if a run would delete finished costly outputs without being asked to."""
+        lost = self.would_lose()
+        if lost and not overwrite:
+            raise UserError(
+                f"finished work does not fit the configuration, the records or the model: {', '.join(lost)}; "
+                "--overwrite deletes it and does it again, another output folder keeps it"
+            )
+
+    def run(self, overwrite: bool = False) -> None:
+        """Runs what is not done. The first failure stops the others and is raised; what is done stays done.
+
+        Raises:
+            UserError: see :meth:`refuse_to_lose`.
+        """
+        self.refuse_to_lose(overwrite)
         self.directory.mkdir(parents=True, exist_ok=True)
+        for stage in self.outdated():  # all of them now: nothing may read what belongs to other inputs
+            self._delete_outputs(stage)
+            self._path(stage).unlink()
         done = {stage.name for stage in self.stages.values() if self.is_done(stage)}
         waiting = [stage for stage in self.stages.values() if stage.name not in done]
         self.progress.begin(len(self.stages), sorted(done))
@@ -113,7 +166,7 @@ class StageRunner:
         with ThreadPoolExecutor(self.parallel) as pool:
             try:
                 while waiting or running:
-                    for stage in [stage for stage in waiting if done.issuperset(stage.needs)]:
+                    for stage in [stage for stage in waiting if done.issuperset((*stage.needs, *stage.after))]:
                         if len(running) < self.parallel:
                             waiting.remove(stage)
                             running[pool.submit(self._run_one, stage)] = stage
@@ -136,8 +189,7 @@ class StageRunner:
             if manifest.get("fingerprint") == self.fingerprints[stage.name] and manifest.get("status") == "running":
                 before = float(manifest.get("seconds", 0.0))
             else:
-                for path in stage.outputs:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                self._delete_outputs(stage)
             self._write(stage, "running", before)
             self.progress.start(stage.name)
             started = time.monotonic()
@@ -152,6 +204,10 @@ class StageRunner:
             self.progress.finish(stage.name, seconds)
         finally:
             self._slots.put(slot)
+
+    def _delete_outputs(self, stage: Stage) -> None:
+        for path in (*stage.outputs, *stage.leaves):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _path(self, stage: Stage) -> Path:
         return self.directory / f"{stage.name}.json"
@@ -173,6 +229,22 @@ class StageRunner:
                 "status": status,
             },
         )
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Makes `directory` this process's own until the end of the ``with`` block, or of the process.
+
+    Raises:
+        UserError: another process has it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is working on {directory}; wait for it or stop it") from error
+        yield
 
 
 def write_json(path: Path, content: Any) -> None:

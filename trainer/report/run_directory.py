@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer.pipeline.places import PLAN
+
 # One logged optimizer step, as the trainer writes it.
 Step = dict[str, Any]
 
@@ -53,18 +55,26 @@ class RunDirectory:
         return self._text("config.yaml")
 
     @cached_property
+    def _plan(self) -> list[str] | None:
+        """Stages of the run as it is configured now; None where it does not say, and everything counts."""
+        plan = self._json(PLAN) if (self.path / PLAN).exists() else None
+        return [str(name) for name in plan] if isinstance(plan, list) else None
+
+    @cached_property
     def stages(self) -> list[dict[str, Any]]:
-        """Stage manifests in the order in which they started."""
+        """Stage manifests in the order in which they started, without what earlier configurations left."""
         manifests = [
             manifest
             for file in sorted((self.path / "stages").glob("*.json"))
-            if isinstance(manifest := self._json(f"stages/{file.name}"), dict)
+            if (self._plan is None or file.stem in self._plan)
+            and isinstance(manifest := self._json(f"stages/{file.name}"), dict)
         ]
         return sorted(manifests, key=lambda manifest: str(manifest.get("started", "")))
 
     @cached_property
     def trainings(self) -> list[str]:
-        return sorted(file.parent.name for file in (self.path / "trainings").glob("*/log.jsonl"))
+        names = sorted(file.parent.name for file in (self.path / "trainings").glob("*/log.jsonl"))
+        return [name for name in names if self._plan is None or f"train-{name}" in self._plan]
 
     def log(self, training: str) -> list[Step]:
         """Logged steps in order; a resumed training logs some steps twice and the later line counts."""

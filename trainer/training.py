@@ -35,7 +35,7 @@ from trainer.data.packing import PackedCollator, PackedDataset, pack
 from trainer.data.records import Record
 from trainer.errors import UserError
 from trainer.launching import ERROR_FILE, die_with_parent
-from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog
+from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, StopWhenDiverged
 from trainer.loop.packing_probe import PackingProbe
 from trainer.loop.trainer import TaskWeightedTrainer
 from trainer.loop.validation import ValidationBatches
@@ -148,6 +148,7 @@ def training_arguments(spec: TrainingSpec, use_cpu: bool) -> TrainingArguments:
         **_checkpointing(training.gradient_checkpointing),
         logging_steps=training.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would log 0 for a loss that is no number
         save_steps=training.save_steps,
         save_total_limit=2,
         save_only_model=False,
@@ -309,7 +310,11 @@ def train(spec: TrainingSpec) -> None:
         train_dataset=dataset,
         data_collator=packer or collator,
         processing_class=processor,
-        callbacks=[RunLog(spec.output_dir / "log.jsonl", weighting.tasks.names), CompleteCheckpoints()],
+        callbacks=[
+            RunLog(spec.output_dir / "log.jsonl", weighting.tasks.names),
+            StopWhenDiverged(),
+            CompleteCheckpoints(),
+        ],
     )
     if packer and isinstance(dataset, PackedDataset):
         trainer.add_callback(PackingProbe(trainer, packer, dataset))

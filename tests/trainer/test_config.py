@@ -13,7 +13,6 @@ from deepspeed.runtime.config import DeepSpeedConfig
 import trainer.config
 from trainer.config import (
     LoraConfig,
-    ModelConfig,
     RunConfig,
     TaskConfig,
     TinyLlavaConfig,
@@ -91,6 +90,16 @@ def test_an_unknown_key_names_the_nearest_valid_one(data: dict[str, Any], line: 
         ({"comparisons": ["ew", "ew"]}, "comparisons: names must be unique; given twice: ew"),
         ({"comparisons": [{"method": "rlw", "options": {"distribution": "dirichlet"}}]}, "comparisons.0: 'rlw' with "),
         ({"comparisons": [{"method": "rlw", "name": "ew"}]}, "comparisons.0: comparison name 'ew' is a method's"),
+        ({"comparisons": [{"method": "rlw", "name": "EW"}]}, "comparisons.0: comparison name 'EW' is a method's"),
+        ({"comparisons": [{"method": "rlw", "name": "STL"}]}, "comparisons.0: comparison name 'STL' is a method's"),
+        (
+            {"comparisons": [{"method": "rlw", "name": "CoTBal"}]},
+            "comparisons.0: comparison name 'CoTBal' is a method's",
+        ),
+        (
+            {"comparisons": [{"method": "rlw", "name": "majority"}]},
+            "comparisons.0: comparison name 'majority' belongs to another part of the run",
+        ),
         ({"comparisons": [{"method": "rlw", "name": "a@1"}]}, "comparisons.0: comparison name 'a@1' must be letters"),
         ({"comparisons": [{"method": "rlw", "name": "mini"}]}, "comparisons.0: comparison name 'mini' belongs to a"),
         ({"comparisons": [{"method": "rlw", "name": "stl-a"}]}, "comparisons.0: comparison name 'stl-a' belongs to a"),
@@ -239,16 +248,6 @@ def test_variables_in_paths(monkeypatch: pytest.MonkeyPatch, write_config: Calla
     path = write_config(data | {"output_dir": "${RUNS}/x"})
     with pytest.raises(UserError, match=r"config\.yaml: output_dir needs the environment variable RUNS, which is not"):
         load_config(path)
-
-
-def test_later_keys_leave_finished_runs_finished() -> None:
-    """Stages of runs from before a key existed have the same inputs as long as it is at its default."""
-    training, model = TrainingConfig(), ModelConfig()
-    assert {"packing", "overlong", "logging_steps", "save_steps"}.isdisjoint(training.fingerprint())
-    assert "lora" not in model.fingerprint()
-    assert set(TrainingConfig(packing=True).fingerprint()) - set(training.fingerprint()) == {"packing"}
-    assert set(TrainingConfig(overlong="drop").fingerprint()) - set(training.fingerprint()) == {"overlong"}
-    assert ModelConfig(lora=LoraConfig(rank=3)).fingerprint()["lora"]["rank"] == 3
 
 
 def test_the_reference_page_is_the_code_s() -> None:

@@ -221,6 +221,12 @@ def test_another_number_of_processes_is_refused_before_loading(tmp_path: Path) -
         newest_checkpoint(tmp_path, world_size=1)
 
 
+def test_a_training_that_diverges_ends_with_a_sentence(run_data: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailedError, match=r"diverged: its loss is nan at step \d of 6; lower training\.learn"):
+        run(run_data, tmp_path / "out", batch_size=8, learning_rate=1e30, max_grad_norm=0.0)
+    assert not (tmp_path / "out" / "model").exists()
+
+
 def test_a_failing_training_names_its_log_and_shows_its_end(run_data: dict[str, Any], tmp_path: Path) -> None:
     run_data["model"]["freeze"] = ["no_such_parameter"]
     with pytest.raises(TrainingFailedError, match=r"output\.log") as caught:

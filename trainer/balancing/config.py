@@ -6,11 +6,19 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, field_validator, model_serializer, model_validator
 
-from trainer.balancing.registry import METHODS, SINGLE_TASK, check_name, is_cotbal, method_class, read_options
+from trainer.balancing.registry import (
+    METHODS,
+    SINGLE_TASK,
+    SINGLE_TASK_LABEL,
+    check_name,
+    is_cotbal,
+    method_class,
+    read_options,
+)
 from trainer.options import NAME, Options
 
-# Names of the other trainings of a run.
-RESERVED = ("mini", "pretraining")
+# Names of the other trainings of a run, and of the rows of its tables that no training has.
+RESERVED = ("mini", "pretraining", "majority", "question_only")
 RESERVED_PREFIXES = ("plus-", "alone-", f"{SINGLE_TASK}-")
 
 
@@ -64,8 +72,9 @@ class ComparisonConfig(Options):
         if not NAME.fullmatch(self.name):
             raise ValueError(f"comparison name '{self.name}' must be letters, digits, '_', '-', '.' only")
         if self.name in RESERVED or self.name.startswith(RESERVED_PREFIXES):
-            raise ValueError(f"comparison name '{self.name}' belongs to a training of Algorithm 1; choose another")
-        if self.name in METHODS and self.name != self.method:
+            raise ValueError(f"comparison name '{self.name}' belongs to another part of the run; choose another")
+        taken = {word.lower() for name, method in METHODS.items() for word in (name, method.label)}
+        if self.name != self.method and self.name.lower() in {*taken, SINGLE_TASK_LABEL.lower()}:
             raise ValueError(f"comparison name '{self.name}' is a method's; choose another")
         if self.options:
             if self.method == SINGLE_TASK:

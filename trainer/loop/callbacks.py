@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trainer.errors import UserError
 
 COMPLETE = "COMPLETE"  # written last into a checkpoint folder: one without it was cut off
 
@@ -60,6 +63,25 @@ class CompleteCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             assert args.output_dir is not None
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+class StopWhenDiverged(TrainerCallback):
+    """Ends a training whose loss is no number any more: its weights are none either, and no later step mends them."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the training has diverged: its loss is {loss} at step {state.global_step} of {state.max_steps}; "
+                "lower training.learning_rate, or look for the task whose loss grew first in log.jsonl"
+            )
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

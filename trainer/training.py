@@ -33,6 +33,7 @@ from trainer.data.lengths import SampleLength, exact_counter, measure_all, sampl
 from trainer.data.mixtures import Mixture, MixtureKind, select
 from trainer.data.packing import PackedCollator, PackedDataset, pack
 from trainer.data.records import Record
+from trainer.data.whole_batches import WholeBatches
 from trainer.errors import UserError
 from trainer.launching import ERROR_FILE, die_with_parent
 from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, StopWhenDiverged
@@ -303,11 +304,12 @@ def train(spec: TrainingSpec) -> None:
     if lora is not None:
         model = add_lora(model, spec.config.model)
 
+    window = args.world_size * spec.config.training.batch_size
     trainer = TaskWeightedTrainer(
         weighting=weighting,
         model=model,
         args=args,
-        train_dataset=dataset,
+        train_dataset=WholeBatches(dataset, window) if args.world_size > 1 else dataset,
         data_collator=packer or collator,
         processing_class=processor,
         callbacks=[

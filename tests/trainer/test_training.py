@@ -221,6 +221,25 @@ def test_another_number_of_processes_is_refused_before_loading(tmp_path: Path) -
         newest_checkpoint(tmp_path, world_size=1)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_token_counts_once_in_an_epoch(packing: bool, run_data: dict[str, Any], tmp_path: Path) -> None:
+    """24 samples in micro-batches of 5 for each of two processes: the last ones are filled up without loss."""
+    run(run_data, tmp_path / "out", processes=2, batch_size=5, packing=packing)
+    config = parse_config(run_data, "test")
+    assert not isinstance(config.tasks, str)
+    encoder = ConversationEncoder(load_processor(config.model.path), config.model.max_length)
+    expected = {
+        name: 2 * sum(encoder.training_sample(record, task.image_path).supervised for record in task.train)  # epochs
+        for task in map(load_task, config.tasks)
+        for name in [task.name]
+    }
+    found = dict.fromkeys(expected, 0)
+    for line in log_lines(tmp_path / "out"):
+        for name, entry in line["tasks"].items():
+            found[name] += entry["tokens"]
+    assert found == expected
+
+
 def test_a_training_that_diverges_ends_with_a_sentence(run_data: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(TrainingFailedError, match=r"diverged: its loss is nan at step \d of 6; lower training\.learn"):
         run(run_data, tmp_path / "out", batch_size=8, learning_rate=1e30, max_grad_norm=0.0)

@@ -62,6 +62,7 @@ class Identity:
         validates = method.needs.validation
         seen = [task.name for task in self.tasks if training.mixture.share(task.name, ratio) > 0]
         inputs: dict[str, Any] = {
+            "format": FORMAT,
             "mixture": [kind, training.mixture.task, None if kind in ("all", "single") else ratio],
             "records": self.records("train", *(["validation"] if validates else []), of=seen) if own_records else None,
             "training": self.config.training.fingerprint(),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from trainer.errors import UserError
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Cancelled, Stage, StageContext, StageRunner, fingerprints, write_json
 
@@ -42,6 +43,7 @@ class Work:
         needs: tuple[str, ...] = (),
         run: Callable[[StageContext], None] | None = None,
         output: str | None = None,
+        **options: Any,
     ) -> Stage:
         path = self.folder / (output or f"{name}.txt")
 
@@ -52,12 +54,15 @@ class Work:
             else:
                 path.write_text(name)
 
-        return Stage(name, inputs, needs, (path,), body)
+        return Stage(name, inputs, needs, (path,), body, **options)
 
-    def run(self, *stages: Stage, parallel: int = 1) -> list[str]:
+    def runner(self, *stages: Stage, parallel: int = 1) -> StageRunner:
+        return StageRunner(self.folder / "stages", stages, parallel, Silent())
+
+    def run(self, *stages: Stage, parallel: int = 1, overwrite: bool = False) -> list[str]:
         """Runs the graph and returns the names of the stages that ran."""
         self.ran.clear()
-        StageRunner(self.folder / "stages", stages, parallel, Silent()).run()
+        self.runner(*stages, parallel=parallel).run(overwrite)
         return list(self.ran)
 
     def manifest(self, name: str) -> dict[str, Any]:
@@ -112,6 +117,67 @@ class TestSkipping:
         work.run(*diamond(work))
         work.run(*diamond(work, e=1))
         assert work.run(*diamond(work)) == ["e"]
+
+
+class TestCostlyStages:
+    """Finished outputs of other inputs are not deleted unasked, and neither is what no stage has made."""
+
+    def graph(self, work: Work, **inputs: Any) -> list[Stage]:
+        log = work.folder / "b.log"
+        return [
+            work.stage("a", inputs.get("a")),
+            work.stage("b", inputs.get("b"), costly=True, leaves=(log,), after=("a",)),
+            work.stage("c", inputs.get("c"), ("b",), costly=True),
+            work.stage("d", inputs.get("d"), ("c",)),
+        ]
+
+    def test_order_alone_is_no_dependence(self, work: Work) -> None:
+        ran = work.run(*self.graph(work))
+        assert ran.index("a") < ran.index("b")
+        assert work.run(*self.graph(work, a=1)) == ["a"]
+
+    def test_refused_then_asked_for(self, work: Work) -> None:
+        work.run(*self.graph(work))
+        (work.folder / "b.log").write_text("old")
+        changed = self.graph(work, b=1)
+        runner = work.runner(*changed)
+        assert runner.summary().splitlines() == [
+            "1 of 4 stages are finished",
+            "finished for other inputs, and deleted by a run with --overwrite: b, c",
+        ]
+        with pytest.raises(UserError, match=r"does not fit .*: b, c; --overwrite deletes it"):
+            work.run(*changed)
+        assert work.ran == []
+        assert (work.folder / "b.txt").exists()
+        assert work.run(*changed, overwrite=True) == ["b", "c", "d"]
+        assert not (work.folder / "b.log").exists()
+
+    def test_everything_outdated_is_gone_before_the_first_stage(self, work: Work) -> None:
+        work.run(*self.graph(work))
+        changed = self.graph(work, b=1)
+
+        def look(context: StageContext) -> None:
+            assert not (work.folder / "c.txt").exists()
+            assert not (work.folder / "d.txt").exists()
+            raise Cancelled
+
+        stages = [changed[0], work.stage("b", 1, run=look, costly=True, after=("a",)), *changed[2:]]
+        with pytest.raises(Cancelled):
+            work.run(*stages, overwrite=True)
+        assert not (work.folder / "stages" / "c.json").exists()
+
+    def test_cheap_ones_and_unfinished_ones_need_no_permission(self, work: Work) -> None:
+        work.run(*self.graph(work))
+        assert work.run(*self.graph(work, d=1)) == ["d"]
+        manifest = work.folder / "stages" / "c.json"
+        manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
+        assert work.run(*self.graph(work, c=1, d=1)) == ["c", "d"]
+
+    def test_what_no_stage_has_made_is_left_alone(self, work: Work) -> None:
+        (work.folder / "b.txt").write_text("somebody's")
+        with pytest.raises(UserError, match=": b; --overwrite"):
+            work.run(*self.graph(work))
+        assert (work.folder / "b.txt").read_text() == "somebody's"
 
 
 class TestFingerprints:

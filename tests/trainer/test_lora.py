@@ -18,13 +18,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from cotbal_kernels.huggingface import apply_fused_loss
 from trainer.config import LaunchConfig, LoraConfig, ModelConfig, TaskConfig, parse_config
 from trainer.data.encoding import ConversationEncoder
-from trainer.data.records import Record, Turn
+from trainer.data.records import Record, Turn, write_jsonl
 from trainer.errors import UserError
+from trainer.evaluation import evaluate
 from trainer.launching import run_training
 from trainer.loop.callbacks import COMPLETE
 from trainer.models.loading import load_model, load_processor
 from trainer.models.lora import adapted_layers, add_lora, save_merged
 from trainer.models.tiny_llava import train_tokenizer
+from trainer.pipeline.evaluations import evaluation_spec
+from trainer.pipeline.planned_data import planned_data
+from trainer.pipeline.preflight import check_config
 from trainer.pipeline.stages import write_json
 from trainer.training import TrainingSpec
 
@@ -78,6 +82,49 @@ class TestTextModel:
         record = Record("r", ("a.png",), (Turn("<image>", "3."),), ())
         with pytest.raises(UserError, match="record 'r' has an image, but the model reads text only"):
             encoder.training_sample(record, Path)
+
+    @pytest.mark.parametrize("metric", ["exact_match", "perplexity"])
+    @pytest.mark.parametrize("split", ["validation", "test"])
+    def test_an_image_in_a_scored_record_is_found_before_training(
+        self, text_model: Path, run_data: dict[str, Any], split: str, metric: str, tmp_path: Path
+    ) -> None:
+        colour = run_data["tasks"][0]
+        plain = write_text_records(tmp_path / "plain.jsonl", 3)
+        files = {"train": plain, "validation": plain, "test": plain, split: colour[split]}
+        run_data["tasks"] = [colour | files | {"metric": metric}]
+        run_data["model"] |= {"path": str(text_model)}
+        run = parse_config(run_data, "x")
+        message = rf"task 'colour', {split} set {colour[split]}: record 'colour-{split}-0' has an image, but the model "
+        with pytest.raises(UserError, match=f"^the run cannot start:\n  {message}"):
+            check_config(run)
+        assert not isinstance(run.tasks, str)
+        with pytest.raises(UserError, match=f"^{message}"):  # of the dry run
+            planned_data(run, run.tasks)
+        spec = evaluation_spec(
+            run, text_model, split, ("colour",), tmp_path / "out", features=None, device="cpu", slot=0
+        )
+        with pytest.raises(UserError, match=f"^{message}"):
+            evaluate(spec)
+
+    def test_a_long_answer_is_found_before_training(
+        self, text_model: Path, run_data: dict[str, Any], tmp_path: Path
+    ) -> None:
+        plain = write_text_records(tmp_path / "plain.jsonl", 3)
+        long = write_text_records(tmp_path / "long.jsonl", 15, question="how much " * 90)
+        files = {"train": plain, "validation": plain, "test": long}
+        run_data["tasks"] = [run_data["tasks"][0] | files | {"metric": "perplexity"}]
+        run_data["model"] |= {"path": str(text_model)}
+        with pytest.raises(UserError) as caught:
+            check_config(parse_config(run_data, "x"))
+        _, first, *_, last = str(caught.value).splitlines()
+        assert f"task 'colour', test set {long}: record '0': no supervised token within 128 tokens; raise " in first
+        assert last == "  ... and 5 more like these"
+
+
+def write_text_records(path: Path, count: int, question: str = "How much?") -> str:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "3."}]
+    write_jsonl(path, [{"id": number, "conversations": turns} for number in range(count)])
+    return str(path)
 
 
 class TestAdapters:

@@ -93,6 +93,33 @@ def answer_cut_off(data: dict[str, Any], folder: Path) -> None:
     change_record(folder, "chat_train", 6, lambda row: row["conversations"][0].update(value=200 * " what"))
 
 
+def misspelt_freeze(data: dict[str, Any], folder: Path) -> None:
+    data["model"]["freeze"] = ["visoin"]
+
+
+def longer(row: dict[str, Any]) -> None:
+    row["conversations"][0]["value"] += 200 * " what"
+
+
+def perplexity(data: dict[str, Any], folder: Path) -> None:
+    data["tasks"][0]["metric"] = "perplexity"
+
+
+def long_validation_under_perplexity(data: dict[str, Any], folder: Path) -> None:
+    perplexity(data, folder)
+    change_record(folder, "colour_validation", 2, longer)
+
+
+def long_test_under_perplexity(data: dict[str, Any], folder: Path) -> None:
+    perplexity(data, folder)
+    change_record(folder, "colour_test", 1, longer)
+
+
+def long_validation_for_a_method_that_trains_on_it(data: dict[str, Any], folder: Path) -> None:
+    data["comparisons"] = ["famo_star"]
+    change_record(folder, "colour_validation", 2, longer)
+
+
 def images_that_do_not_fit(data: dict[str, Any], folder: Path) -> None:
     images = 40  # of four tokens each
 
@@ -134,8 +161,13 @@ BAD = [
     (image_outside, ["task 'box', train record 'box-train-3': image ", "secret.png is outside the task's image_root"]),
     (absolute_image_outside, ["task 'box', train record 'box-train-3': ", "is outside the task's image_root"]),
     (empty_answer, ["colour_train.jsonl, line 7 (id 'colour-train-6'): no supervised token: every gpt turn is empty"]),
-    (answer_cut_off, ["task 'chat': record 'chat-train-6': no supervised token within 128 tokens"]),
-    (images_that_do_not_fit, ["task 'box': record 'box-train-7': its images and ", "model.max_length = 128"]),
+    (answer_cut_off, ["task 'chat', train set ", "chat_train.jsonl: record 'chat-train-6': no supervised token with"]),
+    (images_that_do_not_fit, ["task 'box', train set ", " record 'box-train-7': its images", "model.max_length = 128"]),
+    (long_validation_under_perplexity, ["task 'colour', validation set ", "colour_validation.jsonl: record "
+     "'colour-validation-2': its images and the text around them need", "more than model.max_length = 128; raise max"]),
+    (long_test_under_perplexity, ["task 'colour', test set ", "colour_test.jsonl: record 'colour-test-1': its images"]),
+    (long_validation_for_a_method_that_trains_on_it, ["task 'colour', validation set ", "'colour-validation-2': its "]),
+    (misspelt_freeze, ["model.freeze: no parameter of ", " has 'visoin' in its name"]),
     (empty_validation, ["task 'box': the validation set ", "box_validation.jsonl has no records"]),
     (two_questions_to_score, ["task 'box', test record 'box-test-0': scoring takes one question per record, got 2"]),
     (missing_file, ["record file ", "box_train.jsonl does not exist"]),
@@ -171,6 +203,31 @@ def test_bad_input_in_the_library(
         Pipeline(parse_config(data, "x")).run()
     for part in message:
         assert part in str(caught.value)
+
+
+def test_every_problem_is_named_at_once(data: dict[str, Any], folder: Path) -> None:
+    for damage in (missing_file, misspelt_freeze, answer_cut_off, truncated_image, long_test_under_perplexity):
+        damage(data, folder)
+    for number in range(4):
+        change_record(folder, "colour_validation", number, longer)
+    with pytest.raises(UserError) as caught:
+        check_config(parse_config(data, "x"))
+    title, *told = str(caught.value).splitlines()
+    assert title == "the run cannot start:"
+    wanted = [
+        "model.freeze: no parameter", "train record 'colour-train-5': image ",
+        *(f"colour_validation.jsonl: record 'colour-validation-{number}': its images" for number in range(4)),
+        "record 'colour-test-1': its images", "box_train.jsonl does not exist", "record 'chat-train-6': no supervised",
+    ]  # fmt: skip
+    for part, line in zip(wanted, told, strict=True):
+        assert line.startswith("  ")
+        assert part in line
+
+
+def test_a_generated_answer_needs_no_room(data: dict[str, Any], folder: Path) -> None:
+    """Prompts are never cut, so only perplexity minds that a record is long."""
+    change_record(folder, "colour_test", 1, longer)
+    assert check_config(parse_config(data, "x"))
 
 
 def test_good_input_gets_as_far_as_the_first_training(data: dict[str, Any], write_config: Write) -> None:

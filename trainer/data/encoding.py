@@ -102,7 +102,8 @@ class ConversationEncoder:
         del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
         if not encoded.supervised:
             problem = TooLongError if encoded.truncated else UserError
-            raise problem(f"record '{record.id}': no supervised token within {self.max_length} tokens")
+            remedy = "; raise model.max_length or take the record out" if encoded.truncated else ""
+            raise problem(f"record '{record.id}': no supervised token within {self.max_length} tokens{remedy}")
         return encoded
 
     def prompt(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
@@ -136,7 +137,10 @@ class ConversationEncoder:
 
     def _check_images(self, record: Record) -> None:
         if record.images and not self.reads_images:
-            raise UserError(f"record '{record.id}' has an image, but the model reads text only")
+            raise UserError(
+                f"record '{record.id}' has an image, but the model reads text only; take the record out, or set "
+                "model.path to a model that reads images"
+            )
 
     def _check_placeholders(self, text: str, record: Record) -> None:
         found = text.count(self.image_token)

@@ -40,12 +40,10 @@ def encode(encoder: ConversationEncoder, chosen: EvaluationSet, records: Sequenc
         try:
             one = (encoder.training_sample if chosen.teacher_forced else encoder.prompt)(record, chosen.image_path)
         except UserError as error:
-            raise UserError(f"set '{chosen.name}': {error}") from error
+            raise UserError(f"{chosen.title}: {error}") from error
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             images = ", ".join(str(chosen.image_path(image)) for image in record.images)
-            raise UserError(
-                f"set '{chosen.name}', record '{record.id}': {images} cannot be decoded ({error})"
-            ) from error
+            raise UserError(f"{chosen.title}, record '{record.id}': {images} cannot be decoded ({error})") from error
         encoded.append(one)
     return encoded
 
@@ -87,7 +85,7 @@ class BatchScorer:
             longest = max(len(one.input_ids) for one in encoded)
             more = "" if chosen.teacher_forced else f" and up to {chosen.max_new_tokens} new ones each"
             raise UserError(
-                f"set '{chosen.name}': out of GPU memory with {len(encoded)} records at once, the longest of "
+                f"{chosen.title}: out of GPU memory with {len(encoded)} records at once, the longest of "
                 f"{longest} tokens{more}; lower evaluation.batch_size (--batch-size), now {self.batch_size}"
             ) from error
 

@@ -20,6 +20,7 @@ from PIL import Image
 from trainer.data.encoding import ConversationEncoder, Encoded
 from trainer.data.lengths import BlankImages
 from trainer.data.records import Record
+from trainer.evaluation.generation import encode
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.pipeline.stages import write_json
 
@@ -92,7 +93,8 @@ def prompt_sizes(encoder: ConversationEncoder) -> Callable[[Record, EvaluationSe
 
 
 def _encode(encoder: ConversationEncoder, record: Record, chosen: EvaluationSet) -> Encoded:
-    return (encoder.training_sample if chosen.teacher_forced else encoder.prompt)(record, chosen.image_path)
+    (encoded,) = encode(encoder, chosen, [record])
+    return encoded
 
 
 def _image_tokens(encoder: ConversationEncoder) -> Callable[[Path], int]:

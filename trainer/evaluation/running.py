@@ -133,7 +133,7 @@ def _check_images(chosen: EvaluationSet, records: Sequence[Record]) -> None:
         for image in record.images:
             if not chosen.image_path(image).is_file():
                 raise UserError(
-                    f"set '{chosen.name}', record '{record.id}': image {chosen.image_path(image)} does not exist; "
+                    f"{chosen.title}, record '{record.id}': image {chosen.image_path(image)} does not exist; "
                     "image paths start from image_root (--image-root)"
                 )
 

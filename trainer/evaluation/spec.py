@@ -22,6 +22,7 @@ class EvaluationSet:
         metrics: names; with ``perplexity`` the given answers are scored and nothing is generated.
         max_new_tokens: longest generated answer.
         limit: the first so many records of the files in their order; None is all.
+        label: how errors call it; empty is by its name.
     """
 
     name: str
@@ -30,6 +31,12 @@ class EvaluationSet:
     metrics: tuple[str, ...]
     max_new_tokens: int
     limit: int | None = None
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """What errors start with."""
+        return self.label or f"set '{self.name}'"
 
     @property
     def teacher_forced(self) -> bool:
@@ -41,7 +48,7 @@ class EvaluationSet:
         kinds = {takes_losses(name) for name in self.metrics}
         if len(kinds) == 2:
             raise UserError(
-                f"set '{self.name}': perplexity scores the given answers, {_others(self.metrics)} generated ones; "
+                f"{self.title}: perplexity scores the given answers, {_others(self.metrics)} generated ones; "
                 "evaluate them one after the other, each with a folder of its own"
             )
         return kinds == {True}
@@ -65,7 +72,7 @@ class EvaluationSet:
                 origin[record.id] = path
                 records.append(record)
         if not records:
-            raise UserError(f"set '{self.name}': {', '.join(map(str, self.files))} has no records")
+            raise UserError(f"{self.title}: {', '.join(map(str, self.files))} has no records")
         return records[: self.limit]
 
 

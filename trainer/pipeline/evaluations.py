@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import LaunchConfig, RunConfig
+from trainer.config import LaunchConfig, RunConfig, TaskConfig
+from trainer.data.encoding import ConversationEncoder
+from trainer.data.records import Record
+from trainer.errors import each
 from trainer.evaluation import EvaluationSet, EvaluationSpec, RankProcesses, evaluate
+from trainer.evaluation.generation import encode
 from trainer.launching import rank_devices, threads_per_process
 
 if TYPE_CHECKING:
     from trainer.pipeline.stages import StageContext
+
+SHOWN = 10  # records of a split that errors name; the rest is counted
 
 
 class Evaluators:
@@ -34,6 +41,29 @@ class Evaluators:
             group.close()
 
 
+def evaluation_set(task: TaskConfig, split: str) -> EvaluationSet:
+    """The records of ``validation`` or ``test`` as they are scored."""
+    path = task.records_file(split)
+    assert path is not None
+    assert task.metric is not None
+    label = task.title(split)
+    return EvaluationSet(task.name, (path,), task.image_root, (task.metric,), task.max_new_tokens, label=label)
+
+
+def check_scoring(task: TaskConfig, split: str, records: Sequence[Record], encoder: ConversationEncoder) -> None:
+    """Encodes records as the evaluation of the split will: prompts, or whole conversations for perplexity.
+
+    Args:
+        records: those of the split, or some of them.
+        encoder: one that opens no image (:func:`trainer.data.lengths.token_counter`) makes this cheap.
+
+    Raises:
+        UserError: the first records that cannot be scored, and how many there are.
+    """
+    chosen = evaluation_set(task, split)
+    each(lambda record: encode(encoder, chosen, [record]), records, shown=SHOWN)
+
+
 def evaluation_spec(
     config: RunConfig,
     model_path: Path,
@@ -53,17 +83,10 @@ def evaluation_spec(
         slot: place among the parallel stages; slot i takes the i-th group of GPUs.
     """
     assert not isinstance(config.tasks, str), "the pipeline spells the tasks out"
-    sets = []
-    for task in config.tasks:
-        path = {"validation": task.validation, "test": task.test}[split]
-        if task.name in tasks:
-            assert path is not None
-            assert task.metric is not None
-            sets.append(EvaluationSet(task.name, (path,), task.image_root, (task.metric,), task.max_new_tokens))
     ranks = config.launch.processes
     return EvaluationSpec(
         model_path=model_path,
-        sets=tuple(sets),
+        sets=tuple(evaluation_set(task, split) for task in config.tasks if task.name in tasks),
         output_dir=output_dir,
         batch_size=config.evaluation.batch_size,
         precision=config.training.precision,

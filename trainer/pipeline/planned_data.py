@@ -10,6 +10,7 @@ from trainer.data.lengths import sample_length, token_counter
 from trainer.data.records import Record
 from trainer.errors import UserError
 from trainer.models.loading import load_config, load_processor
+from trainer.pipeline.evaluations import check_scoring
 from trainer.tasks import load_task
 
 MEASURED = 2000  # records of a task that are tokenized; the others are given the lengths of these
@@ -56,9 +57,9 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
     for task_config in tasks:
         task = load_task(task_config)
         records = task.train
-        count = min(len(records), MEASURED)
+        chosen = _spread(records)
+        count = len(chosen)
         sampled |= count < len(records)
-        chosen = [records[index * len(records) // count] for index in range(count)] if count else []
         measured = []
         for record in chosen:
             if encoder is None:
@@ -67,14 +68,23 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
             try:
                 length = sample_length(encoder, record, task.image_path, config.training.overlong)
             except UserError as error:
-                raise UserError(f"task '{task.name}': {error}") from error
+                raise UserError(f"{task_config.title('train')}: {error}") from error
             measured.append(Planned(length.tokens, length.supervised, len(record.images)))
+        for split in ("validation", "test"):
+            if encoder is not None and not task_config.auxiliary and task_config.records_file(split):
+                check_scoring(task_config, split, _spread(task.split(split)), encoder)
         planned[task.name] = [measured[index * count // len(records)] for index in range(len(records))]
     how = "counted with the model's tokenizer" if encoder else (
         f"estimated: {_CHARACTERS_PER_TOKEN:g} characters a token, {image_tokens} tokens an image (no tokenizer at "
         f"'{config.model.path}' on this machine)"
     )  # fmt: skip
     return PlannedData(planned, how + (f", from {MEASURED:,} records of each larger task" if sampled else ""))
+
+
+def _spread(records: Sequence[Record]) -> list[Record]:
+    """At most ``MEASURED`` records, evenly spread."""
+    count = min(len(records), MEASURED)
+    return [records[index * len(records) // count] for index in range(count)]
 
 
 def _by_characters(record: Record, image_tokens: int, max_length: int, overlong: str) -> Planned:

@@ -1,20 +1,26 @@
-"""Checks before anything expensive: records, images, metrics, supervised tokens. One clear error, no training lost."""
+"""Checks before anything expensive: records, images, supervised tokens, the model's options. No training is lost."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.balancing.registry import method_class
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
-from trainer.data.encoding import ConversationEncoder, TooLongError
+from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import SampleLength, sample_length, token_counter
-from trainer.errors import UserError
+from trainer.data.records import Record
+from trainer.errors import UserError, each
 from trainer.launching import resolve_device
-from trainer.models.loading import load_processor
+from trainer.models.loading import empty_model, load_config, load_processor
 from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
+from trainer.pipeline.evaluations import SHOWN, check_scoring
 from trainer.pipeline.stages import write_json
+from trainer.pipeline.trainings import list_trainings
 from trainer.tasks import SPLITS, Task, check_images, load_task
 
 if TYPE_CHECKING:
@@ -33,16 +39,6 @@ def describe(task: Task) -> dict[str, Any]:
     }
 
 
-def check_records(config: TaskConfig) -> tuple[Task, int]:
-    """Reads a task and decodes its images; returns it with the number of images.
-
-    Raises:
-        UserError: the first thing that is wrong, named.
-    """
-    task = load_task(config)
-    return task, check_images(task)
-
-
 @dataclass(frozen=True)
 class TokenCount:
     """What a split comes to: tokens that are trained on, and records that are cut or left out."""
@@ -56,24 +52,21 @@ class TokenCount:
 def check_tokens(
     task: Task, encoder: ConversationEncoder, split: str = "train", overlong: str = "truncate"
 ) -> TokenCount:
-    """Encodes every record of a split and counts its tokens.
+    """Encodes every record of a split as a training does and counts its tokens.
 
     Raises:
-        UserError: a record whose images do not fit, that has no supervised token, or that is too long where
-            ``training.overlong`` refuses that, named with its task; or none is left.
+        UserError: records whose images do not fit, that have no supervised token, or that are too long where
+            ``training.overlong`` refuses that, the first of them by name; or none is left.
     """
-    lengths: list[SampleLength] = []
-    refused: list[UserError] = []
-    for record in task.split(split):
+    title = task.config.title(split)
+
+    def measure(record: Record) -> SampleLength:
         try:
-            lengths.append(sample_length(encoder, record, task.image_path, overlong))
+            return sample_length(encoder, record, task.image_path, overlong)
         except UserError as error:
-            if overlong != "refuse" or not isinstance(error, TooLongError):
-                raise UserError(f"task '{task.name}': {error}") from error
-            refused.append(error)
-    if refused:  # counted to the end, so that one look says how much there is to do
-        count = f"; {len(refused)} of {len(task.split(split))} {split} records are" if len(refused) > 1 else ""
-        raise UserError(f"task '{task.name}': {refused[0]}{count}") from refused[0]
+            raise UserError(f"{title}: {error}") from error
+
+    lengths = each(measure, task.split(split), shown=SHOWN)
     if lengths and all(length.dropped for length in lengths):
         raise UserError(
             f"task '{task.name}': every {split} record is longer than model.max_length = {encoder.max_length} "
@@ -88,43 +81,113 @@ def check_tokens(
 
 
 def check_model(config: RunConfig, model_path: str) -> None:
-    """Checks that the model can be trained as configured.
+    """Checks that the model can be trained as configured, from its config.json.
 
     Raises:
-        UserError: it cannot be packed although ``training.packing`` is on, or LoRA finds nothing to adapt.
+        UserError: it cannot be packed although ``training.packing`` is on, or ``freeze`` or LoRA names nothing in it.
     """
     if config.training.packing:
         refuse_unpackable(model_path)
     if config.model.lora is not None:
         check_lora(model_path, config.model)
+    else:
+        empty_model(load_config(model_path), config.model)
+
+
+@dataclass(frozen=True)
+class CheckedTask:
+    """A task without problems: the number of its images, and its training tokens where a tokenizer is at hand."""
+
+    task: Task
+    images: int
+    count: TokenCount | None
+
+
+def check_task(config: RunConfig, task_config: TaskConfig, encoder: ConversationEncoder | None) -> CheckedTask:
+    """Checks a task's records: its files, its images, and every sample as trainings and evaluations will encode it.
+
+    Args:
+        encoder: counts tokens; None leaves them alone.
+
+    Raises:
+        UserError: every problem, a line each.
+    """
+    task = load_task(task_config)
+    checks: list[Callable[[], Any]] = [partial(check_images, task)]
+    if encoder is not None:
+        checks.append(partial(check_tokens, task, encoder, "train", config.training.overlong))
+    if encoder is not None and not task_config.auxiliary:
+        scored = [split for split in ("validation", "test") if task_config.records_file(split)]
+        checks += [partial(check_scoring, task_config, split, task.split(split), encoder) for split in scored]
+        if _validates(config):
+            checks.append(partial(check_tokens, task, encoder, "validation", config.training.overlong))
+    images, *found = each(lambda check: check(), checks)
+    return CheckedTask(task, images, found[0] if found else None)
+
+
+def _validates(config: RunConfig) -> bool:
+    """Whether a method of the run takes losses of validation records."""
+    assert not isinstance(config.tasks, str)
+    trainings = list_trainings(config, config.tasks)
+    return any(method_class(training.method).needs.validation for training in trainings)
+
+
+def check_all(
+    config: RunConfig, model_path: str | None, after: Callable[[int, int], None] = lambda done, total: None
+) -> list[CheckedTask]:
+    """Checks the model and every task of a run.
+
+    Args:
+        model_path: None when the run has yet to make the model.
+        after: called after every check without problems, with its number and how many there are.
+
+    Raises:
+        UserError: everything that is wrong, a line each.
+    """
+    assert not isinstance(config.tasks, str)
+    encoder = token_counter(load_processor(model_path), config.model.max_length) if model_path else None
+    checks: list[Callable[[], CheckedTask | None]] = [
+        partial(check_task, config, task, encoder) for task in config.tasks
+    ]
+    if model_path:
+        checks.insert(0, partial(check_model, config, model_path))
+
+    def check(number: int) -> CheckedTask | None:
+        found = checks[number]()
+        after(number + 1, len(checks))
+        return found
+
+    try:
+        return [found for found in each(check, range(len(checks))) if found is not None]
+    except UserError as error:
+        problems = str(error).split("\n")
+        raise UserError("\n  ".join(["the run cannot start:", *problems] if len(problems) > 1 else problems)) from error
 
 
 def check_run(config: RunConfig, model_path: str, tasks_json: Path, context: StageContext) -> None:
     """Checks every task of a run and writes ``tasks.json``.
 
     Raises:
-        UserError: the first thing that is wrong, named.
+        UserError: everything that is wrong, a line each.
     """
-    assert not isinstance(config.tasks, str)
-    encoder = token_counter(load_processor(model_path), config.model.max_length)
-    check_model(config, model_path)
     described = []
-    for number, task_config in enumerate(config.tasks):
-        task, images = check_records(task_config)
-        row = describe(task) | {"images": images}
-        count = check_tokens(task, encoder, "train", config.training.overlong)
+    for checked in check_all(config, model_path, lambda done, total: context.report(done, total, "check")):
+        row = describe(checked.task) | {"images": checked.images}
+        count = checked.count
+        assert count is not None
         row |= {"supervised_tokens": count.supervised, "tokens": count.tokens, "truncated_records": count.cut}
         row["dropped_records"] = count.dropped
         described.append(row)
-        context.report(number + 1, len(config.tasks), "task")
     write_json(tasks_json, {"tasks": described})
 
 
 def check_validation(config: RunConfig, model_path: str, context: StageContext) -> None:
     """Checks that validation records can be trained on, for the methods that take losses of them.
 
+    :func:`check_run` did so for the methods of its day; a method added to the configuration later needs it still.
+
     Raises:
-        UserError: the first record that cannot, named.
+        UserError: the first task's records that cannot, named.
     """
     assert not isinstance(config.tasks, str)
     encoder = token_counter(load_processor(model_path), config.model.max_length)
@@ -140,26 +203,21 @@ def check_config(config: RunConfig) -> str:
     The built-in tasks and model are made by the run itself, so there is nothing of them to check yet.
 
     Raises:
-        UserError: the first thing that is wrong, named.
+        UserError: everything that is wrong, a line each.
     """
     resolve_device(config.launch.device)
     if isinstance(config.tasks, str):
         return "tasks: built_in (written and checked by the run itself)"
-    encoder = None
-    if config.model.path != BUILT_IN:
-        encoder = token_counter(load_processor(config.model.path), config.model.max_length)
-        check_model(config, config.model.path)
     drops = config.training.overlong == "drop"
     lines = [
         f"{'task':<24}{'metric':<14}{'train':>8}{'valid.':>8}{'test':>8}{'images':>8}{'supervised':>12}"
         f"{'dropped' if drops else 'cut':>{8 if drops else 6}}"
     ]
-    for task_config in config.tasks:
-        task, images = check_records(task_config)
-        count = check_tokens(task, encoder, "train", config.training.overlong) if encoder else None
+    for checked in check_all(config, None if config.model.path == BUILT_IN else config.model.path):
+        task, count = checked.task, checked.count
         supervised, overlong = (count.supervised, count.dropped if drops else count.cut) if count else ("-", "-")
         lines.append(
-            f"{task.name:<24}{task_config.metric or 'auxiliary':<14}{len(task.train):>8}{len(task.validation):>8}"
-            f"{len(task.test):>8}{images:>8}{supervised:>12}{overlong:>{8 if drops else 6}}"
+            f"{task.name:<24}{task.config.metric or 'auxiliary':<14}{len(task.train):>8}{len(task.validation):>8}"
+            f"{len(task.test):>8}{checked.images:>8}{supervised:>12}{overlong:>{8 if drops else 6}}"
         )
     return "\n".join(lines)

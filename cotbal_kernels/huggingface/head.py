@@ -8,6 +8,7 @@ probe, and calls the head again, this time with targets and with all its hooks, 
 
 # Shapes: B sequences, S positions, D hidden width, V vocabulary, K tasks.
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,11 +42,24 @@ class FusedLoss:
     own_loss: Callable[..., Tensor]  # the loss function of the unpatched model
     scaling: LogitScaling
     probe: Tensor  # [V]
+    replaced: dict[str, Any] = field(default_factory=dict)  # of vars(model), for remove_fused_loss
     measured: bool = False
     targets: Targets | None = None
     hidden: Tensor | None = None
     head: "FusedHead | None" = field(default=None, repr=False)
     result: TaskLoss | None = field(default=None, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedLoss":
+        memo[id(self)] = new = object.__new__(FusedLoss)
+        vars(new).update({key: copy.deepcopy(value, memo) for key, value in vars(self).items()})
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle would bring the class's own forward back, which knows no task weights.
+        raise ValueError(
+            f"a patched {self.name} cannot be pickled: save it with save_pretrained or its state_dict, or call "
+            "remove_fused_loss before and apply_fused_loss after"
+        )
 
     def begin(self, targets: Targets) -> None:
         """A labelled forward pass starts."""
@@ -55,6 +69,17 @@ class FusedLoss:
                 f"num_items_in_batch came in {normalizer.dtype}, which is off by up to 0.4 %: mixed precision cast it "
                 "on the way; use MixedPrecisionPolicy(cast_forward_inputs=False) with FSDP, leave fp16.auto_cast off "
                 "with DeepSpeed, or pass a Python float"
+            )
+        aggregation, count = self.options["aggregation"], len(self.task_weights)
+        if normalizer is not None and aggregation == "sum":
+            raise ValueError(
+                "aggregation='sum' has no normalizer, but num_items_in_batch came (Trainer passes it): patch the model "
+                "with 'token' or 'task', or use a loop of your own"
+            )
+        if normalizer is not None and aggregation == "task" and getattr(normalizer, "shape", ()) != (count,):
+            raise ValueError(
+                f"aggregation='task' needs num_items_in_batch [K = {count}], the tokens of each task, got a scalar: "
+                "Trainer counts tokens of all tasks; use TaskWeightedTrainerMixin, or global_task_tokens"
             )
         self.targets = targets
 
@@ -78,6 +103,11 @@ class FusedLoss:
     def loss_function(self, logits: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """In place of ``model.loss_function``: the loss from the head, scalar."""
         targets = self.targets
+        if targets is None and labels is not None:
+            raise ValueError(
+                f"the loss of a patched {self.name} was reached around its patched forward, without task weights: "
+                "model.forward was replaced after apply_fused_loss, or model.loss_function was called by hand"
+            )
         if targets is None:
             return self.own_loss(logits, labels, *args, **kwargs)
         if self.head is None or self.hidden is None:
@@ -99,7 +129,8 @@ class FusedLoss:
     def weights_on(self, device: torch.device) -> Tensor:
         """Lambda ``[K]`` on a device."""
         if self.task_weights.device != device:
-            self.task_weights = self.task_weights.to(device)
+            with torch.inference_mode(False):  # or no later step could change them in place
+                self.task_weights = self.task_weights.to(device)
         return self.task_weights
 
     def _check_untouched(self, targets: Targets, labels: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -192,7 +223,8 @@ def checked_weights(task_weights: Tensor | Sequence[float]) -> Tensor:
     """Lambda ``[K]`` as a float32 tensor of its own; raises ``ValueError`` unless finite and >= 0."""
     if isinstance(task_weights, Tensor) and task_weights.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(f"task_weights must be float32 whatever the model's dtype, got {task_weights.dtype}")
-    weights_K = torch.as_tensor(task_weights, dtype=torch.float32).detach().clone()
+    device = task_weights.device if isinstance(task_weights, Tensor) else "cpu"  # not a default device: no meta tensor
+    weights_K = torch.as_tensor(task_weights, dtype=torch.float32, device=device).detach().clone()
     if weights_K.dim() != 1 or len(weights_K) == 0:
         raise ValueError(f"task_weights must be [K] with K >= 1, got {tuple(weights_K.shape)}")
     for task, value in enumerate(weights_K.tolist()):

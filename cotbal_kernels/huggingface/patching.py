@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from .. import validation
@@ -25,6 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _TASK_FIELDS = ("task_loss", "task_tokens", "task_correct")
 _FOREIGN_LOSSES = ("liger_kernel", "cut_cross_entropy", "unsloth")
 _STATE = "cotbal_fused_loss"  # key in vars(model): not a parameter, a buffer or a submodule
+_REPLACED = ("forward", "_loss_function", "accepts_loss_kwargs")  # keys in vars(model), which may have its own there
 
 
 def apply_fused_loss(
@@ -72,7 +72,9 @@ def apply_fused_loss(
     if aggregation not in ("token", "task", "sum"):
         raise ValueError(f"aggregation must be 'token', 'task' or 'sum' in a model, got {aggregation!r}")
     if task_weights is None:
-        task_weights = torch.ones(1 if num_tasks is None else num_tasks)
+        if num_tasks is not None and (not isinstance(num_tasks, int) or num_tasks < 1):
+            raise ValueError(f"num_tasks must be an integer >= 1, got {num_tasks!r}")
+        task_weights = [1.0] * (num_tasks or 1)
     elif num_tasks is not None and num_tasks != len(task_weights):
         raise ValueError(f"num_tasks is {num_tasks} but task_weights has {len(task_weights)} entries")
     base: Any = unwrapped(model)
@@ -101,6 +103,7 @@ def apply_fused_loss(
         "check": check,
     }
     state = FusedLoss(name, weights_K, options, base.loss_function, configured_scaling(base), probe_for(parts[0][0]))
+    state.replaced = {key: vars(base)[key] for key in _REPLACED if key in vars(base)}
     fuse_head(head, state, name)
     vars(base)[_STATE] = state
     base.loss_function = state.loss_function
@@ -114,16 +117,19 @@ def apply_fused_loss(
 def remove_fused_loss(model: Model) -> Model:
     """Undo :func:`apply_fused_loss`; returns the model. Raises ``ValueError`` if it is not patched."""
     base: Any = unwrapped(model)
-    fused_loss(base)
-    patched = vars(base).get("forward")
-    if not hasattr(patched, "cotbal_original"):
-        raise ValueError("model.forward was wrapped again after apply_fused_loss: undo that first")
+    state = fused_loss(base)
+    if not hasattr(vars(base).get("forward"), "cotbal_original"):
+        raise ValueError(
+            "model.forward was wrapped again after apply_fused_loss: undo that first (what mixed precision of "
+            "accelerate wraps, accelerator.unwrap_model(model, keep_fp32_wrapper=False) unwraps)"
+        )
     for part, _ in classify(base.get_output_embeddings(), type(base).__name__):
-        if isinstance(part, FusedHead):
-            unfuse(part)
-    del vars(base)[_STATE], vars(base)["_loss_function"], vars(base)["accepts_loss_kwargs"], vars(base)["forward"]
-    if patched.cotbal_original is not None:
-        vars(base)["forward"] = patched.cotbal_original
+        for module in (part, getattr(part, "base_layer", None)):
+            if isinstance(module, FusedHead):
+                unfuse(module)
+    for key in (_STATE, *_REPLACED):
+        del vars(base)[key]
+    vars(base).update(state.replaced)
     return model
 
 
@@ -160,6 +166,14 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
+def carries_patched_forward(model: Any) -> bool:
+    """Whether the forward of a model is ours, or one of accelerate's around it."""
+    forward = vars(model).get("forward")
+    while forward is not None and not hasattr(forward, "cotbal_original"):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None
+
+
 def _patched_forward(model: Any) -> Callable[..., Any]:
     overridden = vars(model).get("forward")
     original = type(model).forward if overridden is None else overridden
@@ -171,6 +185,8 @@ def _patched_forward(model: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(names, args, strict=False))
         call = functools.partial(original, self) if overridden is None else original
+        if "task_ids" in kwargs and "task_ids" not in names:
+            raise ValueError("a patched model takes the tasks as loss_task_ids, got task_ids")
         task_ids, normalizer = kwargs.pop("loss_task_ids", None), kwargs.pop("num_items_in_batch", None)
         labels: Any = kwargs.get("labels")
         shift_labels = kwargs.get("shift_labels")
@@ -182,6 +198,9 @@ def _patched_forward(model: Any) -> Callable[..., Any]:
                     "leave them out (apply_fused_loss has label_smoothing=)"
                 )
             return call(**kwargs)
+        for argument, value in (("labels", labels), ("shift_labels", shift_labels), ("loss_task_ids", task_ids)):
+            if value is not None and not isinstance(value, Tensor):
+                raise ValueError(f"{argument} must be a tensor of integers, got {type(value).__name__}")
         if labels is None:
             kwargs["labels"] = labels = shift_labels  # models look at them to know that a loss is wanted
         as_dict = kwargs.pop("return_dict", None)
@@ -206,6 +225,8 @@ def _patched_forward(model: Any) -> Callable[..., Any]:
     parameters.insert(len(parameters) - has_kwargs, own)
     vars(forward)["__signature__"] = signature.replace(parameters=parameters)
     vars(forward)["cotbal_original"] = overridden
+    # What unwinds the wrappers of mixed precision (accelerate's unwrap_model) has to stop here.
+    del vars(forward)["__wrapped__"]
     return forward
 
 
@@ -237,8 +258,15 @@ def _output_class(base: type) -> Any:
     """The model's output class with real task fields, since DDP and FSDP rebuild outputs from their fields."""
     if base not in _OUTPUT_CLASSES:
         extra = [(name, Any, dataclasses.field(default=None)) for name in _TASK_FIELDS]
-        _OUTPUT_CLASSES[base] = dataclasses.make_dataclass(f"{base.__name__}WithTasks", extra, bases=(base,))
+        own = {"__reduce__": lambda out: (_rebuilt_output, (base, dict(out.items())))}
+        _OUTPUT_CLASSES[base] = dataclasses.make_dataclass(
+            f"{base.__name__}WithTasks", extra, bases=(base,), namespace=own
+        )
     return _OUTPUT_CLASSES[base]
+
+
+def _rebuilt_output(base: type, values: dict[str, Any]) -> Any:
+    return _output_class(base)(**values)
 
 
 def _prepare_output_class(forward: Any) -> None:

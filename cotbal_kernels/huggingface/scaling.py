@@ -65,7 +65,7 @@ class LogitScaling:
 
 def make_probe(vocab_size: int) -> Tensor:
     """Float32 ``[V]``: both signs, every magnitude that matters, no two columns alike."""
-    probe_V = torch.linspace(-_RANGE, _RANGE, vocab_size)
+    probe_V = torch.linspace(-_RANGE, _RANGE, vocab_size, dtype=torch.float32, device="cpu")  # whatever the defaults
     probe_V[0] = _SMALL
     probe_V[-1] = _LARGE
     return probe_V

@@ -4,7 +4,7 @@
 
     trainer = TaskWeightedTrainer(task_names=["vqa", "chat"], model=model, args=args, train_dataset=data)
 
-transformers is not imported: the mixin overrides what ``Trainer`` (5.17 to 5.23) calls.
+transformers is not imported: the mixin overrides what ``Trainer`` (5.17 to 5.24) calls.
 """
 
 # Shapes: B sequences, S positions, K tasks.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..distributed import global_task_tokens
 from ..functional import task_normalizer
-from .patching import fused_loss, unwrapped
+from .patching import carries_patched_forward, fused_loss, unwrapped
 
 
 class TaskWeightedTrainerMixin:
@@ -48,7 +48,7 @@ class TaskWeightedTrainerMixin:
         self.task_names = [str(task) for task in range(count)] if task_names is None else list(task_names)
         if len(self.task_names) != count:
             raise ValueError(f"task_names must have K = {count} entries, got {len(self.task_names)}")
-        if not hasattr(vars(unwrapped(trainer.model)).get("forward"), "cotbal_original"):
+        if not carries_patched_forward(unwrapped(trainer.model)):
             raise ValueError("model.forward was replaced after apply_fused_loss (use_liger_kernel?): leave that out")
         if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
             raise ValueError(
@@ -122,7 +122,6 @@ class TaskWeightedTrainerMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the tasks that had tokens."""
-        evaluated = next((key.removesuffix("_loss") for key in logs if key.endswith("_loss")), None)
         if "loss" in logs:
             totals = self._take_task_sums(True)
             weights = self.logged_task_weights().tolist()
@@ -130,12 +129,18 @@ class TaskWeightedTrainerMixin:
                 if tokens:
                     logs |= {f"task_loss/{name}": total / tokens, f"task_tokens/{name}": tokens}
                     logs[f"task_weight/{name}"] = weight
-        elif evaluated is not None and evaluated != "train":  # "train_loss" closes a training
-            for name, total, tokens in zip(self.task_names, *self._take_task_sums(False), strict=True):
-                if tokens:
-                    logs[f"{evaluated}_task_loss/{name}"] = total / tokens
-                    logs[f"{evaluated}_task_tokens/{name}"] = tokens
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the means of the tasks that had tokens to the metrics, of ``evaluate`` and of ``predict``."""
+        self._task_sums[False].zero_()
+        out = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        for name, total, tokens in zip(self.task_names, *self._take_task_sums(False), strict=True):
+            if tokens:
+                out.metrics[f"{prefix}_task_loss/{name}"] = total / tokens
+                out.metrics[f"{prefix}_task_tokens/{name}"] = tokens
+        return out
 
     def _take_task_sums(self, training: bool) -> list[list[float]]:
         """Sums of loss and tokens over all ranks since the last time, ``[2][K]``."""

@@ -207,6 +207,14 @@ def test_removal(changes: dict[str, Any]) -> None:
     assert error(fused.loss, own.loss) <= FP32
 
 
+def test_removal_of_a_patch_below_lora() -> None:
+    """LoRA came after the patch, and no labelled pass has seen it yet."""
+    model = with_lora(apply_fused_loss(build("llama"), LAM))
+    remove_fused_loss(model)
+    wanted = {name: type(module) for name, module in with_lora(build("llama")).named_modules()}
+    assert {name: type(module) for name, module in model.named_modules()} == wanted
+
+
 def test_bfloat16_around_the_head() -> None:
     """PEFT keeps adapters in float32; the product is rounded to bf16 once more than PEFT's."""
     batch, labels, ids = case()

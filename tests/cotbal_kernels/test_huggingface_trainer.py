@@ -213,6 +213,37 @@ def test_logs(tmp_path: Path) -> None:
     assert total == sum(int((record["labels"][1:] != -100).sum()) for record in records(6, seed=1))
 
 
+def test_a_prediction_between_evaluations_changes_nothing(tmp_path: Path) -> None:
+    """Each loop has the sums of its own records, under its own prefix."""
+    model = apply_fused_loss(build("llama"), LAM).eval()
+    trainer = WeightedTrainer(
+        model=model, args=arguments(tmp_path, 2, 1), eval_dataset=records(6, seed=1), data_collator=collate
+    )
+
+    def of_tasks(metrics: dict[str, float]) -> dict[str, float]:
+        return {key: value for key, value in metrics.items() if "_task_" in key}
+
+    first, predicted = of_tasks(trainer.evaluate()), of_tasks(trainer.predict(records(20, seed=2)).metrics)
+    again = of_tasks(trainer.evaluate(metric_key_prefix="train"))
+    assert of_tasks(trainer.evaluate()) == first
+    assert {key.removeprefix("train"): value for key, value in again.items()} == {
+        key.removeprefix("eval"): value for key, value in first.items()
+    }
+    expected = sum(int((record["labels"][1:] != -100).sum()) for record in records(20, seed=2))
+    assert sum(value for key, value in predicted.items() if key.startswith("test_task_tokens/")) == expected
+
+
+def test_a_second_trainer_takes_a_model_that_mixed_precision_has_wrapped(tmp_path: Path) -> None:
+    model = apply_fused_loss(build("llama"), LAM)
+    for folder in ("a", "b"):
+        given = {"model": model, "train_dataset": records(8), "data_collator": collate}
+        trainer = WeightedTrainer(args=arguments(tmp_path / folder, 4, 2, steps=1, bf16=True), **given)
+        trainer.train()
+        assert "forward" in vars(model)
+        assert not hasattr(vars(model)["forward"], "cotbal_original"), "it is wrapped"
+        assert any(key.startswith("task_loss/") for key in trainer.state.log_history[0])
+
+
 @pytest.mark.parametrize("mixin", [False, True])
 def test_evaluation(mixin: bool, tmp_path: Path) -> None:
     """With and without predictions; those are the sums per task of each batch, since there are no logits."""

@@ -86,8 +86,9 @@ class ConvergenceBalancer:
         self.settings = Settings(num_tasks, window, warmup, float(temperature), variant, history)
         # A tensor resolves "cuda" to "cuda:0", which is what val_losses.device will say.
         self.device = torch.empty(0, device=device).device
-        self._state = State.start(self.settings, self.device)
-        self._triton = _triton_step(backend, self.settings, self.device)
+        with torch.inference_mode(False):  # or no step outside of inference mode could change it
+            self._state = State.start(self.settings, self.device)
+            self._triton = _triton_step(backend, self.settings, self.device)
         # Follows state.step on the host; only replays of a CUDA graph leave it behind, and no result on a GPU uses it.
         self._calls = 0
 

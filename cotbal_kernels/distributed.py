@@ -12,7 +12,7 @@ sequence and split them as the positions. Either way the calls then take ``shift
 # Shapes: M flattened positions, K tasks, R ranks, ... leading shape of the batch, S positions here.
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,8 @@ _ANY_LABEL = sys.maxsize
 
 
 def global_task_tokens(
-    labels: Tensor | Sequence[Tensor],
-    task_ids: Tensor | Sequence[Tensor],
+    labels: Tensor | Iterable[Tensor],
+    task_ids: Tensor | Iterable[Tensor],
     num_tasks: int,
     *,
     ignore_index: int = -100,
@@ -49,8 +49,7 @@ def global_task_tokens(
     Returns:
         int64 ``[K]``. Without ``torch.distributed`` initialised, the count of this process.
     """
-    all_labels = [labels] if isinstance(labels, Tensor) else list(labels)
-    all_task_ids = [task_ids] if isinstance(task_ids, Tensor) else list(task_ids)
+    all_labels, all_task_ids = _micro_batches("labels", labels), _micro_batches("task_ids", task_ids)
     if not all_labels or len(all_labels) != len(all_task_ids):
         raise ValueError(
             "labels and task_ids must be two tensors, or two lists of as many (at least one), "
@@ -77,8 +76,8 @@ def global_task_tokens(
 
 
 def global_normalizer(
-    labels: Tensor | Sequence[Tensor],
-    task_ids: Tensor | Sequence[Tensor],
+    labels: Tensor | Iterable[Tensor],
+    task_ids: Tensor | Iterable[Tensor],
     task_weights: Tensor,
     *,
     ignore_index: int = -100,
@@ -102,12 +101,23 @@ def global_normalizer(
         supervised anywhere, which the loss functions take to mean a loss of 0.
     """
     validation.check_aggregation(aggregation, ("token", "task", "none"))
-    first = labels if isinstance(labels, Tensor) else next(iter(labels), None)
-    validation.check_task_weights(task_weights, "labels", task_weights if first is None else first)
+    labels, task_ids = _micro_batches("labels", labels), _micro_batches("task_ids", task_ids)
+    validation.check_task_weights(task_weights, "labels", labels[0] if labels else task_weights)
     tokens_K = global_task_tokens(
         labels, task_ids, task_weights.shape[0], ignore_index=ignore_index, shift=shift, group=group
     )
     return task_normalizer(task_weights, tokens_K, aggregation)
+
+
+def _micro_batches(name: str, given: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{name} must be a tensor or a list of tensors, got {type(given).__name__}")
+    batches = list(given)
+    for batch in batches:
+        validation.require_tensor(f"each of {name}", batch)
+    return batches
 
 
 def shift_targets_across_ranks(

@@ -55,7 +55,7 @@ def linear_task_cross_entropy(
 
     Args:
         hidden: ``[..., D]``, bfloat16, float16 or float32, at least two dimensions. float64 is computed and
-            returned in float64, for gradient checks.
+            returned in float64, for gradient checks (lambda and the normalizer stay float32).
         weight: ``[V, D]``, dtype of ``hidden``. Under autocast both are cast as ``F.linear`` would.
         labels: ``[...]`` integers in [0, V), or ``ignore_index`` where a position is not supervised.
         task_ids: ``[...]``, or ``[first dimension]`` for one task per sequence; integers in [0, K). Ids of
@@ -107,11 +107,18 @@ def linear_task_cross_entropy(
 
     Cost in products of 2*M*V*D flop over the computed rows: 3 with gradients for both, 2 with a frozen head
     or trunk, 1 without gradients. Ignored rows cost none, nor do rows of weight 0, unless ``task_weights``
-    requires grad or ``differentiable_tasks`` is set. No second derivative.
+    requires grad or ``differentiable_tasks`` is set. No second derivative, no forward-mode derivative, no
+    ``torch.func`` transforms, no ``is_grads_batched``.
 
     Raises:
         ValueError: an argument is wrong. Values out of range raise on a CPU; on a GPU they make the loss NaN.
     """
+    if backend != "reference":
+        validation.refuse_transforms(
+            hidden=hidden, weight=weight, bias=bias, labels=labels, task_ids=task_ids, task_weights=task_weights
+        )
+    if vocab_size is not None:
+        validation.require_integer("vocab_size", vocab_size)
     head = local_head(Head(hidden, weight, bias, grad_weight_out, process_group, vocab_size))
     hidden = head.hidden
     validation.check_scores("hidden", hidden)
@@ -128,6 +135,7 @@ def linear_task_cross_entropy(
         normalizer=normalizer,
         num_tasks=task_weights.shape[0],
         chunk_size=chunk_size,
+        ignore_index=ignore_index,
         **token_loss,
     )
     hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
@@ -211,11 +219,11 @@ def task_cross_entropy(
     ``differentiable_tasks``. The backward pass reads the logits again and allocates nothing but their
     gradient and one chunk.
     """
+    if backend != "reference":
+        validation.refuse_transforms(logits=logits, labels=labels, task_ids=task_ids, task_weights=task_weights)
     validation.check_scores("logits", logits)
     validation.check_task_weights(task_weights, "logits", logits)
     validation.check_targets(labels, task_ids, leading=logits.shape[:-1], like_name="logits", like=logits)
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have at least one vocabulary column, got {tuple(logits.shape)}")
     token_loss: dict[str, Any] = {
         "logit_scale": logit_scale,
         "logit_softcap": logit_softcap,
@@ -227,6 +235,7 @@ def task_cross_entropy(
         normalizer=normalizer,
         num_tasks=task_weights.shape[0],
         chunk_size=chunk_size,
+        ignore_index=ignore_index,
         **token_loss,
     )
     if backend == "reference":
@@ -378,7 +387,7 @@ def _needs_grad(tensor: Tensor) -> bool:
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast does for ``F.linear``: everything but float64 to the autocast dtype."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from . import validation
+from .backends import check_backend_name
 from .functional import linear_task_cross_entropy, task_cross_entropy
 from .results import TaskLoss
 
@@ -43,7 +44,9 @@ class _TaskWeighted(nn.Module):
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             chunk_size=chunk_size,
+            ignore_index=ignore_index,
         )
+        check_backend_name(backend)
         self.register_buffer("task_weights", task_weights.detach().clone())
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
@@ -76,11 +79,12 @@ class LinearTaskCrossEntropy(_TaskWeighted):
     """:func:`linear_task_cross_entropy` with lambda and the options fixed.
 
     Args:
-        task_weights: ``[K]`` float32, kept as a float32 buffer in the state dict. Assign in place
+        task_weights: ``[K]`` float32, kept as a float32 buffer in the state dict, without gradient. Assign in place
             (``module.task_weights.copy_(new)``) to change them during training.
 
-    The other arguments are those of the function. The head's weight is an argument of ``forward``: it stays a
-    parameter of the model.
+    The other options are those of the function; what belongs to one call only (``max_tokens``, ``recompute``,
+    ``grad_weight_out``, a lambda that learns) needs the function. The head's weight is an argument of ``forward``: it
+    stays a parameter of the model.
     """
 
     def forward(

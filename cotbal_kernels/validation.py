@@ -11,6 +11,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 AGGREGATIONS = ("token", "task", "sum", "none")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -23,9 +24,44 @@ def checks_requested(check: bool) -> bool:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Refuse anything that is not a tensor."""
+    """Refuse anything that is not a tensor of this rank alone."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if hasattr(value, "placements") and hasattr(value, "device_mesh"):
+        raise ValueError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor(), or to_local()")
+
+
+def refuse_transforms(**tensors: Tensor | None) -> None:
+    """Refuse what no derivative here is made for: forward-mode AD, and the transforms of torch.func and vmap."""
+    if torch.compiler.is_compiling():
+        return
+    forward_mode = forward_ad._current_level >= 0
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(value) or (
+            forward_mode and forward_ad.unpack_dual(value).tangent is not None
+        ):
+            raise ValueError(
+                f"{name} must be a plain tensor, got one inside a transform (torch.vmap, torch.func.grad, jvp, forward-"
+                "mode AD); take gradients with backward() or torch.autograd.grad, or use backend='reference' there"
+            )
+
+
+def require_number(name: str, value: object) -> None:
+    """Refuse anything that is not a Python number."""
+    if isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a number, got a tensor, which would get no gradient; a learnable factor belongs on hidden"
+        )
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def require_integer(name: str, value: object) -> None:
+    """Refuse anything that is not a Python integer."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
 def _require_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -42,6 +78,8 @@ def check_scores(name: str, value: Tensor) -> None:
         )
     if value.dim() < 2:
         raise ValueError(f"{name} must have at least two dimensions [..., features], got {tuple(value.shape)}")
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one feature in its last dimension, got {tuple(value.shape)}")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, may_be_empty: bool = False) -> None:
@@ -79,7 +117,10 @@ def check_gradient_buffer(buffer: Tensor | None, weight: Tensor) -> None:
 
 def check_max_tokens(max_tokens: int | None) -> None:
     """Check the bound of computed positions."""
-    if max_tokens is not None and max_tokens < 0:
+    if max_tokens is None:
+        return
+    require_integer("max_tokens", max_tokens)
+    if max_tokens < 0:
         raise ValueError(f"max_tokens must be None or a number of positions >= 0, got {max_tokens}")
 
 
@@ -99,7 +140,7 @@ def check_labels_and_tasks(labels: Tensor, task_ids: Tensor) -> None:
     for name, value in (("labels", labels), ("task_ids", task_ids)):
         require_tensor(name, value)
         if value.dtype not in _INTEGERS:
-            raise ValueError(f"{name} must be integers, got {value.dtype}")
+            raise ValueError(f"{name} must be integers (int64, int32, int16, int8 or uint8), got {value.dtype}")
     if labels.dim() == 0:
         raise ValueError("labels must have at least one dimension, got a scalar")
     if task_ids.shape != labels.shape and task_ids.shape != labels.shape[:1]:
@@ -129,10 +170,19 @@ def check_options(
     label_smoothing: float,
     z_loss: float,
     chunk_size: int | None,
+    ignore_index: int,
     logit_scale: float = 1.0,
 ) -> None:
     """Check the options shared by both public functions."""
     check_aggregation(aggregation, AGGREGATIONS)
+    require_integer("ignore_index", ignore_index)
+    require_number("logit_scale", logit_scale)
+    require_number("label_smoothing", label_smoothing)
+    require_number("z_loss", z_loss)
+    if logit_softcap is not None:
+        require_number("logit_softcap", logit_softcap)
+    if chunk_size is not None:
+        require_integer("chunk_size", chunk_size)
     if normalizer is not None:
         _check_normalizer(normalizer, aggregation, num_tasks)
     if not (logit_scale > 0 and math.isfinite(logit_scale)):
@@ -162,14 +212,30 @@ def _check_normalizer(normalizer: Tensor | float, aggregation: str, num_tasks: i
             raise ValueError(
                 f"normalizer must have shape {expected} with aggregation={aggregation!r}, got {tuple(normalizer.shape)}"
             )
+        if normalizer.dtype not in (*_FLOATS, *_INTEGERS):
+            raise ValueError(f"normalizer must be floating point or integers, got {normalizer.dtype}")
+        _check_normalizer_values(normalizer)
         return
     if aggregation == "task":
         raise ValueError(
             "normalizer must be a [K] tensor of denominators T_k * sum(lambda) with aggregation='task' "
             f"(see global_normalizer), got {normalizer!r}"
         )
-    if not isinstance(normalizer, (int, float)) or not (normalizer >= 0 and math.isfinite(normalizer)):
+    if (
+        isinstance(normalizer, bool)
+        or not isinstance(normalizer, (int, float))
+        or not (normalizer >= 0 and math.isfinite(normalizer))
+    ):
         raise ValueError(f"normalizer must be None, a tensor or a finite number >= 0, got {normalizer!r}")
+
+
+def _check_normalizer_values(normalizer: Tensor) -> None:
+    """Where reading values waits for nothing: on a CPU, outside of graphs, of tensors that have values."""
+    has_values = normalizer.device.type == "cpu" and type(normalizer) in (Tensor, torch.nn.Parameter)
+    if torch.compiler.is_compiling() or not has_values:
+        return
+    if not bool((torch.isfinite(normalizer) & (normalizer >= 0)).all()):
+        raise ValueError(f"normalizer must be finite and >= 0, got {normalizer.tolist()}")
 
 
 def check_target_values(

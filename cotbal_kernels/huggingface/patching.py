@@ -92,6 +92,7 @@ def apply_fused_loss(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         chunk_size=chunk_size,
+        ignore_index=ignore_index,
     )
     options = {
         "ignore_index": ignore_index,

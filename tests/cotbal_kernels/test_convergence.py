@@ -312,3 +312,11 @@ def test_damaged_state_is_refused_whole() -> None:
         with pytest.raises(ValueError, match=message):
             fresh.load_state_dict({**state, **damage})
         assert int(fresh.state_dict()["step"]) == 0
+
+
+def test_a_balancer_made_in_inference_mode_steps_outside_of_it() -> None:
+    with torch.inference_mode():
+        made = ConvergenceBalancer(2, window=3, warmup=1)
+    other = ConvergenceBalancer(2, window=3, warmup=1)
+    for losses in ([3.0, 2.0], [2.5, 1.9], [2.2, 1.2]):
+        assert torch.equal(made.step(torch.tensor(losses)), other.step(torch.tensor(losses)))

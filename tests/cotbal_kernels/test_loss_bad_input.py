@@ -3,8 +3,16 @@
 import pytest
 import torch
 from loss_problems import make_problem
+from torch.autograd import forward_ad
 
-from cotbal_kernels import global_normalizer, linear_task_cross_entropy, portable, task_cross_entropy
+from cotbal_kernels import (
+    LinearTaskCrossEntropy,
+    TaskCrossEntropy,
+    global_normalizer,
+    linear_task_cross_entropy,
+    portable,
+    task_cross_entropy,
+)
 from cotbal_kernels.validation import checks_requested
 
 LINEAR = [
@@ -18,13 +26,17 @@ LINEAR = [
     ({"bias": torch.zeros(66)}, r"bias must be \[67\].*got \(66,\)"),
     ({"bias": torch.zeros(67).half()}, "bias must have the dtype of weight.*got torch.float16"),
     ({"labels": torch.zeros(3, 16).long()}, r"labels must be \(3, 17\) to match hidden.*got \(3, 16\)"),
-    ({"labels": torch.zeros(3, 17)}, "labels must be integers, got torch.float32"),
-    ({"labels": torch.zeros(3, 17, dtype=torch.bool)}, "labels must be integers, got torch.bool"),
-    ({"task_ids": torch.zeros(3, 17)}, "task_ids must be integers, got torch.float32"),
+    ({"labels": torch.zeros(3, 17)}, "labels must be integers .*, got torch.float32"),
+    ({"labels": torch.zeros(3, 17, dtype=torch.bool)}, "labels must be integers .*, got torch.bool"),
+    ({"task_ids": torch.zeros(3, 17)}, "task_ids must be integers .*, got torch.float32"),
     ({"task_ids": torch.zeros(17).long()}, r"task_ids must be \(3, 17\).*or \(3,\).*got \(17,\)"),
     ({"task_weights": torch.ones(4).bfloat16()}, "task_weights must be float32.*got torch.bfloat16"),
     ({"task_weights": torch.ones(4, 1)}, r"task_weights must be \[K\] with K >= 1, got \(4, 1\)"),
     ({"task_weights": torch.ones(0)}, r"task_weights must be \[K\] with K >= 1, got \(0,\)"),
+    ({"hidden": torch.zeros(3, 17, 0)}, r"hidden must have at least one feature.*got \(3, 17, 0\)"),
+    ({"labels": torch.zeros(3, 17, dtype=torch.uint16)}, "labels must be integers .*uint8.*, got torch.uint16"),
+    ({"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
+    ({"vocab_size": "60"}, "vocab_size must be an integer, got '60'"),
 ]
 VALUES = [
     ({"labels": 67}, r"labels must be in \[0, 67\) where supervised, got 67 at flattened position 20 \(1 such"),
@@ -50,6 +62,25 @@ OPTIONS = [
     ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
     ({"z_loss": -1.0}, "z_loss must be a finite number >= 0, got -1.0"),
     ({"chunk_size": 0}, "chunk_size must be None or a positive number of rows, got 0"),
+    ({"chunk_size": 1.5}, "chunk_size must be an integer, got 1.5"),
+    ({"ignore_index": None}, "ignore_index must be an integer, got None"),
+    ({"ignore_index": -100.0}, "ignore_index must be an integer, got -100.0"),
+    ({"normalizer": torch.tensor(-3.0)}, "normalizer must be finite and >= 0, got -3.0"),
+    ({"normalizer": torch.tensor(float("nan"))}, "normalizer must be finite and >= 0, got nan"),
+    ({"normalizer": torch.tensor(True)}, "normalizer must be floating point or integers, got torch.bool"),
+    ({"normalizer": torch.tensor(1j)}, "normalizer must be floating point or integers, got torch.complex64"),
+    ({"normalizer": True}, "normalizer must be None, a tensor or a finite number >= 0, got True"),
+    *(
+        ({name: value}, message)
+        for name in ("logit_scale", "logit_softcap", "label_smoothing", "z_loss")
+        for value, message in (
+            (
+                torch.nn.Parameter(torch.tensor(0.5)),
+                f"{name} must be a number, got a tensor, which would get",
+            ),
+            ("0.5", f"{name} must be a number, got '0.5'"),
+        )
+    ),
 ]
 
 
@@ -91,6 +122,48 @@ def test_logits(wrong: dict, message: str) -> None:
         task_cross_entropy(logits[:, 1:], **good)
 
 
+@pytest.mark.parametrize("function", ["linear", "logits"])
+def test_transforms_that_would_lose_a_derivative(function: str) -> None:
+    """Forward-mode AD would give a tangent of zero, vmap a gradient of none; the reference has them all."""
+    good = arguments()
+    run, name = linear_task_cross_entropy, "hidden"
+    if function == "logits":
+        run, name, good["logits"] = task_cross_entropy, "logits", good.pop("hidden") @ good.pop("weight").t()
+    scores = good.pop(name)
+    direction = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0))
+
+    def loss(x: torch.Tensor, **options: str) -> torch.Tensor:
+        return run(**{name: x}, **good, **options).loss
+
+    message = f"{name} must be a plain tensor, got one inside a transform"
+    for transformed in (
+        lambda: torch.func.jvp(loss, (scores,), (direction,)),
+        lambda: torch.func.grad(loss)(scores),
+        lambda: torch.vmap(loss)(scores.expand(2, *scores.shape)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transformed()
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=message):
+        loss(forward_ad.make_dual(scores, direction))
+    leaf = scores.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    tangent = torch.func.jvp(lambda x: loss(x, backend="reference"), (scores,), (direction,))[1]
+    assert float(tangent) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+
+
+def test_modules_are_checked_when_they_are_made() -> None:
+    with pytest.raises(ValueError, match="ignore_index must be an integer, got None"):
+        LinearTaskCrossEntropy(torch.ones(2), ignore_index=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="magic"):
+        TaskCrossEntropy(torch.ones(2), backend="magic")
+
+
+def test_meta_tensors_have_shapes() -> None:
+    good = {name: tensor.to("meta") for name, tensor in arguments().items()}
+    out = linear_task_cross_entropy(**good)
+    assert (out.loss.shape, out.lse.shape, out.loss.device.type) == ((), (3, 17), "meta")
+
+
 def test_where_raising_would_synchronise_the_loss_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does, shown on the CPU by taking the check away; COTBAL_CHECK=1 brings it back."""
     for wrong, _ in VALUES:
@@ -122,3 +195,9 @@ def test_global_normalizer() -> None:
         global_normalizer(labels, ids + 2, lam)
     with pytest.raises(ValueError, match="task_weights must be float32"):
         global_normalizer(labels, ids, lam.double())
+    with pytest.raises(ValueError, match="labels must be a tensor or a list of tensors, got NoneType"):
+        global_normalizer(None, ids, lam)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"each of labels must be a torch\.Tensor, got list"):
+        global_normalizer([[0, 1]], [ids], lam)  # type: ignore[list-item]
+    whole = global_normalizer([labels, labels], [ids, ids], lam)
+    assert whole == global_normalizer(iter([labels, labels]), iter([ids, ids]), lam) == 12

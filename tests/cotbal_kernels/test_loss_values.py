@@ -36,7 +36,9 @@ def assert_same(out: TaskLoss, expected: TaskLoss, tolerance: float) -> None:
     assert out.loss.dtype == out.task_loss.dtype == out.lse.dtype == torch.float32
     assert error(out.loss, expected.loss) <= tolerance
     assert error(out.task_loss, expected.task_loss) <= tolerance
-    assert error(out.lse, expected.lse) <= tolerance
+    # A maximum plus a logarithm, which may cancel: four roundings of terms of order one.
+    absolute = float((out.lse.double() - expected.lse).abs().max()) if out.lse.numel() else 0.0
+    assert error(out.lse, expected.lse) <= tolerance or absolute <= 4 * 2**-24
     assert out.task_tokens.tolist() == expected.task_tokens.tolist()
     assert out.task_correct.tolist() == expected.task_correct.tolist()
 
@@ -179,6 +181,7 @@ def test_float64_is_exact_to_gradcheck() -> None:
     seed=st.integers(0, 1000),
 )
 @example(1, 2, 6, 35, 2, 0.0, "token", False, False, False, False, None, 140)  # d lambda cancels to zero
+@example(1, 2, 2, 2, 1, 0.3, "token", False, False, False, False, None, 116)  # lse does, nearly
 def test_any_shape(
     batch, length, D, V, K, ignored, aggregation, shift, per_sequence, differentiable, zero_first, chunk_size, seed
 ) -> None:

@@ -136,7 +136,7 @@ class StageRunner:
         done = sum(map(self.is_done, self.stages.values()))
         lines = [f"{done} of {len(self.stages)} stages are finished"]
         if lost := self.would_lose():
-            lines.append(f"finished for other inputs, and deleted by a run with --overwrite: {', '.join(lost)}")
+            lines.append(f"finished for other inputs, and deleted by a run with --overwrite: {_listed(lost)}")
         return "\n".join(lines)
 
     def refuse_to_lose(self, overwrite: bool) -> None:
@@ -144,7 +144,7 @@ class StageRunner:
         lost = self.would_lose()
         if lost and not overwrite:
             raise UserError(
-                f"finished work does not fit the configuration, the records or the model: {', '.join(lost)}; "
+                f"finished work does not fit the configuration, the records or the model: {_listed(lost)}; "
                 "--overwrite deletes it and does it again, another output folder keeps it"
             )
 
@@ -229,6 +229,11 @@ class StageRunner:
                 "status": status,
             },
         )
+
+
+def _listed(names: Sequence[str], shown: int = 8) -> str:
+    more = [f"{len(names) - shown} more"] if len(names) > shown else []
+    return ", ".join([*names[:shown], *more])
 
 
 @contextmanager

@@ -9,13 +9,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from trainer.data.commands import add_commands
 from trainer.errors import UserError
 from trainer.evaluation.commands import add_commands as add_evaluation_commands
 from trainer.settings import parse_settings
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command; an interruption ends here, because typer makes it an exit code without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            print("cotbal: interrupted; the same command continues from here", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="CoTBal: comprehensive task balancing for multi-task visual instruction tuning.",
     no_args_is_help=True,
     add_completion=False,
@@ -251,9 +264,6 @@ def main() -> None:
     except (UserError, TrainingFailedError) as error:
         print(f"cotbal: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("cotbal: interrupted; the same command continues from here", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -430,3 +431,22 @@ def test_as_a_process(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr == "cotbal: none.json does not exist\n"
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
+    """The command waits for a pipe that nobody writes to; an inherited "ignore" of the signal is undone."""
+    pipe = tmp_path / "scores.json"
+    os.mkfifo(pipe)
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from trainer.cli import main; main()"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "weights", str(pipe)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with pipe.open("w"):  # returns when the command has opened it too
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err == "cotbal: interrupted; the same command continues from here\n"

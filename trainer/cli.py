@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from trainer.data.commands import add_commands
-from trainer.errors import UserError
+from trainer.errors import UserError, writing
 from trainer.evaluation.commands import add_commands as add_evaluation_commands
 from trainer.settings import parse_settings
 
@@ -107,7 +107,9 @@ def train(
     from trainer.config import load_config
     from trainer.single import train_once
 
-    train_once(load_config(config, parse_settings(overrides)), output.absolute(), method, weights, overwrite)
+    loaded = load_config(config, parse_settings(overrides))
+    with writing(output):
+        train_once(loaded, output.absolute(), method, weights, overwrite)
 
 
 @app.command()
@@ -147,7 +149,8 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory, finish
     """Write RUN_DIR/report.html from what the run has so far."""
     from trainer.report import build_report
 
-    typer.echo(build_report(run_dir))
+    with writing(run_dir):
+        typer.echo(build_report(run_dir))
 
 
 @app.command()
@@ -211,7 +214,8 @@ def _run(
     elif dry_run:
         typer.echo(_plan_table(plan(config, pipeline.trainings, planned_records(config.built_in, pipeline.tasks))))
     else:
-        typer.echo(f"report: {pipeline.run(overwrite)}")
+        with writing(config.output_dir):
+            typer.echo(f"report: {pipeline.run(overwrite)}")
         return
     if (pipeline.run_dir / "stages").is_dir():
         typer.echo(pipeline.runner().summary())
@@ -254,7 +258,7 @@ def _read_json(path: Path) -> Any:
 
 
 def main() -> None:
-    """Console entry point: a user's mistake is one line on stderr, not a traceback."""
+    """Console entry point: a user's mistake, or a path that cannot be used, is one line on stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from trainer.launching import TrainingFailedError
@@ -263,6 +267,11 @@ def main() -> None:
         app()
     except (UserError, TrainingFailedError) as error:
         print(f"cotbal: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:  # nothing that a path explains: a defect, or a library's own error
+            raise
+        print(f"cotbal: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 

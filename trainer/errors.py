@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import errno
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -47,6 +51,19 @@ def each(check: Callable[[Item], Result], items: Iterable[Item], shown: int | No
         more = [] if shown is None or len(problems) <= shown else [f"... and {len(problems) - shown:,} more like these"]
         raise UserError("\n".join(problems[:shown] + more))
     return results
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Names `output` in the errors of a full disk and of a database, which have no path of their own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = str(output)
+        raise
+    except sqlite3.OperationalError as error:
+        raise UserError(f"{output}: {error}") from error
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -33,7 +33,7 @@ def read_weights(path: Path, tasks: list[str]) -> dict[str, float]:
     """
     try:
         content = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # no file, not UTF-8, not JSON
         raise UserError(f"weights file {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must be an object, {{task: weight}} or the output of `cotbal weights`")

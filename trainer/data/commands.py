@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.errors import UserError
+from trainer.errors import UserError, writing
 from trainer.settings import parse_settings
 
 
@@ -45,10 +45,11 @@ def convert(
         options["limit"] = limit
     if image_root is not None:
         options["image_root"] = str(image_root)
-    manifest = run(
-        name, source, output, options, preset=preset, workers=workers or os.cpu_count() or 1, overwrite=overwrite,
-        progress=not quiet,
-    )  # fmt: skip
+    with writing(output):
+        manifest = run(
+            name, source, output, options, preset=preset, workers=workers or os.cpu_count() or 1, overwrite=overwrite,
+            progress=not quiet,
+        )  # fmt: skip
     typer.echo(summary(manifest.content))
     typer.echo(f"manifest: {manifest.path}")
     if not manifest.complete:

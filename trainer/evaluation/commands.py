@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trainer.errors import UserError, unknown_name
+from trainer.errors import UserError, unknown_name, writing
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -93,7 +93,7 @@ def evaluate(
         overwrite=overwrite,
     )
     ranks = closing(RankProcesses(launch.processes)) if launch.processes > 1 else nullcontext()
-    with ranks as running, nullcontext(lambda meter: None) if quiet else Display() as report:
+    with writing(output), ranks as running, nullcontext(lambda meter: None) if quiet else Display() as report:
         metrics = run(spec, running, report)
     typer.echo(json.dumps(metrics, indent=2))
 

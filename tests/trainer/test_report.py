@@ -21,6 +21,7 @@ from synthetic_run import (
     VALUES,
     make_run,
     page,
+    prediction,
     write,
 )
 
@@ -212,6 +213,26 @@ class TestPage:
         boxes = [attrs for tag, attrs in full.tags if tag == "rect" and attrs.get("class") == "predicted"]
         drawn = {tuple(float(box[k]) for k in ("x", "y", "width", "height")) for box in boxes}
         assert drawn == {(10, 10, 50, 50), (70, 70, 20, 20)}
+
+    def test_losses_have_a_score_and_no_prediction(self, run):
+        """Perplexities of 1.25, 1.5, ..., 3: no answer is right or wrong, none is "empty"."""
+        rows = [prediction(k, "questions") | {"loss_sum": 1.0, "tokens": 2, "score": 1.25 + k / 4} for k in range(8)]
+        for row in rows:
+            del row["prediction"]
+        write(run / "evaluations/cotbal/test/questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        table = json.loads((run / "tasks.json").read_text())
+        table["tasks"][1]["metric"] = "perplexity"
+        write(run / "tasks.json", table)
+        found = page(run)
+        assert re.findall(r"perplexity (\d\.?\d*) Question", found.words) == ["2.75", "2.25", "1.75", "1.25"]
+        assert found.words.count("✓ right") == found.words.count("✗ wrong") == 2  # the boxes' alone
+        cards = (
+            found.words.split("Predictions on test data")[1]
+            .partition("questions perplexity, 4 of 8")[2]
+            .partition("boxes IoU")[0]
+        )
+        assert cards.count("Referenceanswer") == 4
+        assert "Prediction" not in cards
 
     def test_sources(self, full):
         assert full.row("attributions", "Shared set") == [

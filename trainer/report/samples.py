@@ -9,13 +9,14 @@ from typing import Any
 
 from PIL import Image
 
-from trainer.metrics import normalize_answer, parse_box
+from trainer.metrics import METRICS, normalize_answer, parse_box
 from trainer.report.run_directory import RunDirectory, number
 from trainer.report.tables import format_value, metric_label
 
 PER_TASK = 4
 LONGEST_TEXT = 400
 LONGEST_SIDE = 320
+LOSSES = METRICS["perplexity"].label  # of given answers: there is no prediction, and no right or wrong
 
 
 def sample_groups(run: RunDirectory, training: str, split: str = "test") -> list[dict[str, Any]]:
@@ -44,7 +45,7 @@ def sample_groups(run: RunDirectory, training: str, split: str = "test") -> list
 
 def choose(rows: list[dict[str, Any]], label: str) -> list[dict[str, Any]]:
     """For a graded metric four across the range of scores; otherwise two right and two wrong, evenly spread."""
-    if label.startswith("CIDEr"):
+    if _graded(label):
         ranked = sorted(rows, key=lambda row: -(number(row.get("score")) or 0.0))
         return _spread(ranked, PER_TASK)
     right = [row for row in rows if (number(row.get("score")) or 0.0) > 0]
@@ -52,6 +53,10 @@ def choose(rows: list[dict[str, Any]], label: str) -> list[dict[str, Any]]:
     half = PER_TASK // 2
     few_right, few_wrong = max(half, PER_TASK - len(wrong)), max(half, PER_TASK - len(right))
     return _spread(right, few_right) + _spread(wrong, few_wrong)
+
+
+def _graded(label: str) -> bool:
+    return label.startswith("CIDEr") or label == LOSSES
 
 
 def _spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -65,9 +70,9 @@ def _sample(row: dict[str, Any], roots: list[Path], label: str) -> dict[str, Any
     prediction = str(row.get("prediction", ""))
     references = [str(reference) for reference in row.get("references") or []]
     score = number(row.get("score"))
-    graded = label.startswith("CIDEr")
+    graded = _graded(label)
     right = (
-        normalize_answer(prediction) in {normalize_answer(reference) for reference in references}
+        label != LOSSES and normalize_answer(prediction) in {normalize_answer(reference) for reference in references}
         if graded
         else (score or 0.0) > 0
     )
@@ -79,7 +84,7 @@ def _sample(row: dict[str, Any], roots: list[Path], label: str) -> dict[str, Any
     return {
         **picture,
         "question": _shorten(question.replace("<image>", "").strip()),
-        "prediction": _shorten(prediction),
+        "prediction": _shorten(prediction) if label != LOSSES else None,
         "references": [_shorten(reference) for reference in references[:3]],
         "more_references": max(0, len(references) - 3),
         "right": right,

@@ -136,6 +136,7 @@ class TestNumbers:
         assert [row[0] for row in found.tables["stages"][1:]] == ["data", "train-mini", "weights"]
         assert [row[3] for row in found.tables["stages"][1:]] == ["4.2 s", "1 min 15 s", "1 h 01 min"]
         assert "Sum over stages: 1 h 02 min" in found.words
+        assert "The time of a resumed stage is the sum of its attempts." in found.words
 
     def test_lower_is_better_and_several_metrics(self, run):
         table = json.loads((run / "results.json").read_text())
@@ -155,6 +156,21 @@ class TestNumbers:
         assert row[3:] == ["2 ± 0.1at chance", "2.5 ± 0.1at chance", "1 ± 0.1"]
         # (25 % from IoU and 50 % from the error) / 2.
         assert found.row("deltas", "CoTBal")[-1] == "+37.50"
+
+    def test_the_radar_says_how_a_lower_is_better_score_enters(self, run, monkeypatch):
+        """A perplexity of 2 against 4 of the single-task model is drawn at 200 %, as a better score is."""
+        table = json.loads((run / "results.json").read_text())
+        table["tasks"]["captions"]["CIDEr"] = "lower"
+        table["baseline"]["captions"]["CIDEr"] = 4.0
+        for method in table["methods"].values():
+            method["captions"]["CIDEr"] = 2.0
+        write(run / "results.json", table)
+        drawn = {}
+        monkeypatch.setattr(report_plots, "radar", lambda tasks, ratios: drawn.update(ratios) or "<svg></svg>")
+        words = page(run).words
+        assert drawn["CoTBal"] == pytest.approx([2.0, 50 / 40, 25 / 20])
+        assert "divided by it where higher is better, its inverse where lower is better" in words
+        assert "more than 100 % is always better than the single-task model" in words
 
 
 class TestPage:

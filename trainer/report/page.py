@@ -287,8 +287,8 @@ def _radar(scores: ScoreTable) -> Markup | None:
     if len(tasks) >= 3:
         return Markup(plots.radar(tasks, ratios))
     colors = {name: plots.method_color(name, k) for k, name in enumerate(methods)}
-    label = "Score divided by the single-task score"
-    return Markup(plots.grouped_bars(tasks, ratios, colors, 1.0, "score / STL score", label))
+    label = "Bar chart of scores relative to single-task models"
+    return Markup(plots.grouped_bars(tasks, ratios, colors, 1.0, "relative to STL", label))
 
 
 def _stages(run: RunDirectory) -> dict[str, Any]:

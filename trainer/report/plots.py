@@ -219,7 +219,7 @@ def smooth(values: Sequence[float], share: float = 0.06) -> list[float]:
 
 
 def radar(tasks: Sequence[str], ratios: Mapping[str, Sequence[float]]) -> str:
-    """Fig. 2: score of each method divided by the single-task model's, one spoke per task, STL = 100 %."""
+    """Fig. 2: score of each method relative to the single-task model's, one spoke per task, STL = 100 %."""
     values = [value for row in ratios.values() for value in row] + [1.0]
     # Leave the centre out when nothing comes near it, or the differences cannot be seen.
     low = max(0.0, math.floor((min(values) - 0.15) * 10) / 10) if min(values) > 0.5 else 0.0

@@ -38,6 +38,10 @@ class TestScore:
         assert found["exact_match"] == {"metric": "EM", "value": 50.0, "samples": 4}
         assert error == pytest.approx(28.867513459481287, abs=1e-12)
 
+    def test_a_byte_order_mark_is_no_damage(self, cotbal: Command, write: Callable[..., Path]) -> None:
+        outcome = cotbal("score", write("\ufeff" + json.dumps(self.GOOD)), "--metric", "exact_match")
+        assert json.loads(outcome.out)["exact_match"]["value"] == 100.0
+
     def test_losses(self, cotbal: Command, write: Callable[..., Path]) -> None:
         outcome = cotbal("score", write({"loss_sum": 3.0, "tokens": 2}), "--metric", "perplexity")
         assert json.loads(outcome.out)["perplexity"] == {

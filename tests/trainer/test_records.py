@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import json
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_llava_files_load_unchanged(tmp_path: Path, suffix: str) -> None:
         values = [text for turn in loaded.turns for text in (turn.question, turn.answer)]
         assert values == [message["value"] for message in row["conversations"]]
         assert loaded.references == ()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_byte_order_mark_is_no_damage(tmp_path: Path, suffix: str) -> None:
+    path = written(tmp_path, LLAVA, suffix)
+    plain = read_records(path)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert read_records(path) == plain
 
 
 def test_other_spellings(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _raw_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _loads(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8-sig"))  # Windows programs begin a file with a byte-order mark
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or a nesting beyond all limits
         raise RecordError(f"{where}: not valid JSON ({error})") from error
 

@@ -64,7 +64,7 @@ def read_predictions(path: Path, answers: bool = True, losses: bool = False) -> 
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not valid JSON ({error})") from error
         if not isinstance(row, dict):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from trainer.config import TaskConfig
 from trainer.data.records import Record, RecordError, read_records
@@ -59,6 +59,21 @@ def load_task(config: TaskConfig) -> Task:
     return Task(config, **splits)
 
 
+def image_problem(root: Path, image: str) -> str | None:
+    """Why training cannot use an image below `root`, found by decoding it; None if it can."""
+    path = root / image
+    if not path.is_relative_to(root) or ".." in Path(image).parts:  # links inside the root may lead anywhere
+        return f"image {path} is outside the task's image_root {root}"
+    try:
+        if not path.is_file():
+            return f"image {path} does not exist"
+        with Image.open(path) as picture:
+            picture.load()
+    except Exception as error:  # Pillow's plugins raise whatever broken content makes them stumble over
+        return f"image {path} cannot be decoded: {error}"
+    return None
+
+
 def check_images(task: Task) -> int:
     """Decodes every image the task's records name, once each; returns how many there are.
 
@@ -73,17 +88,9 @@ def check_images(task: Task) -> int:
                 first_use.setdefault(image, f"task '{task.name}', {split} record '{record.id}'")
 
     def check(item: tuple[str, str]) -> None:
-        path = task.image_path(item[0])
-        where = f"{item[1]}: image {path}"
-        if not path.is_relative_to(root) or ".." in Path(item[0]).parts:  # links inside the root may lead anywhere
-            raise UserError(f"{where} is outside the task's image_root {root}")
-        if not path.is_file():
-            raise UserError(f"{where} does not exist")
-        try:
-            with Image.open(path) as picture:
-                picture.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{where} cannot be decoded: {error}") from error
+        problem = image_problem(root, item[0])
+        if problem is not None:
+            raise UserError(f"{item[1]}: {problem}")
 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         for _ in pool.map(check, first_use.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import typer
@@ -14,7 +15,7 @@ from trainer.data.commands import add_commands, check_records
 from trainer.data.encoding import ConversationEncoder
 from trainer.errors import UserError
 from trainer.models.loading import load_processor
-from trainer.tasks import load_task
+from trainer.tasks import check_images, load_task
 
 
 @pytest.fixture
@@ -84,6 +85,20 @@ class TestCheck:
                            (9, "not valid JSON")]:  # fmt: skip
             assert any(f"line {line}" in row and text in row for row in result.output.splitlines()), text
         assert check_files([path], task.image_root).files[0].records == 4
+
+    def test_an_image_that_training_refuses_is_a_problem(self, tiny_tasks, tmp_path):
+        """A file that ends in the middle of its pixels, with a whole header: one text for both checks."""
+        task = tiny_tasks[0].model_copy(update={"image_root": tmp_path})
+        shutil.copytree(tiny_tasks[0].image_root / "images", tmp_path / "images")
+        whole = (tmp_path / "images" / "colour_train_5.png").read_bytes()
+        (tmp_path / "images" / "colour_train_5.png").write_bytes(whole[:-30])
+        result = check_files([task.train], tmp_path)
+        with pytest.raises(UserError) as refused:
+            check_images(load_task(task))
+        (shown,) = result.shown
+        assert (result.problems, result.files[0].records) == (1, 7)
+        assert shown.startswith(f"{task.train}, line 6 (id 'colour-train-5'): image ")
+        assert shown.partition(": image ")[2] == str(refused.value).partition(": image ")[2]
 
     def test_a_record_without_room_for_an_answer(self, tiny_tasks, pixel_model):
         result = check_files([tiny_tasks[0].train], None, pixel_model, max_length=6)

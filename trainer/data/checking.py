@@ -1,6 +1,6 @@
 """A look at record files before training: schema, ids, images, lengths in tokens, supervised tokens, steps.
 
-Files are streamed: memory holds one record, the hashes of the ids and the lengths.
+Files are streamed: memory holds a few hundred records, the hashes of the ids and the lengths.
 """
 
 from __future__ import annotations
@@ -8,17 +8,21 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trainer.data.converters.images import ImageChecker
 from trainer.data.raw_json import Damage, elements
 from trainer.data.records import Record, RecordError, _parse
 from trainer.errors import UserError
+from trainer.tasks import image_problem
 
 _SHOWN = 20  # problems in the table; the rest is counted
+_AHEAD = 512  # records whose images are looked at together
+Found = tuple[str, Record | RecordError]  # where it stands, and what is there
 
 
 @dataclass
@@ -88,7 +92,7 @@ def check_files(
 
     Args:
         paths: ``.json`` lists or ``.jsonl`` files of records.
-        image_root: look at the header of every image below it; None leaves images alone.
+        image_root: decode every image below it, once each; None leaves images alone.
         tokenizer: a model folder; its chat template and processor count tokens exactly as training does.
         max_length: longest sample in tokens.
         batch_size: records per optimizer step, over all devices.
@@ -98,8 +102,7 @@ def check_files(
         UserError: a file or folder is missing, or the tokenizer cannot be used.
     """
     encode = _encoder(tokenizer, max_length) if tokenizer else None
-    checker = ImageChecker(image_root, follow_links=True) if image_root else None
-    verdicts: dict[str, tuple[str, str] | None] = {}
+    verdicts: dict[str, str | None] = {}
     result = CheckResult([], [], batch_size, epochs, encode is not None)
     for path in paths:
         if not path.is_file():
@@ -107,18 +110,18 @@ def check_files(
         file = FileCheck(path)
         result.files.append(file)
         seen: set[bytes] = set()
-        for element in elements(path, "lines" if path.suffix == ".jsonl" else "list"):
-            where = f"{path}, {element.where}"
+        found = _records(path)
+        for where, record in _with_verdicts(found, image_root, verdicts) if image_root else found:
             try:
-                if isinstance(element.value, Damage):
-                    raise RecordError(f"{where}: {element.value.reason}")
-                record = _parse(element.value, where)
+                if isinstance(record, RecordError):
+                    raise record
                 digest = hashlib.blake2b(record.id.encode(), digest_size=12).digest()
                 if digest in seen:
                     raise RecordError(f"{where}: id '{record.id}' is already used in this file")
                 seen.add(digest)
-                if checker is not None:
-                    _check_images(record, where, checker, verdicts)
+                problem = next(filter(None, map(verdicts.get, record.images)), None)
+                if problem is not None:
+                    raise RecordError(f"{where} (id '{record.id}'): {problem}")
                 if encode is not None:
                     tokens, supervised, cut = encode(record)
                     file.lengths.append(tokens)
@@ -136,17 +139,28 @@ def check_files(
     return result
 
 
-def _check_images(
-    record: Record, where: str, checker: ImageChecker, verdicts: dict[str, tuple[str, str] | None]
-) -> None:
-    for image in record.images:
-        if Path(image).is_absolute() or ".." in Path(image).parts:
-            raise RecordError(f"{where} (id '{record.id}'): image {image} is outside the image root")
-        if image not in verdicts:
-            verdicts[image] = checker.problem(image)
-        found = verdicts[image]
-        if found is not None:
-            raise RecordError(f"{where} (id '{record.id}'): {found[1]}")
+def _records(path: Path) -> Iterator[Found]:
+    for element in elements(path, "lines" if path.suffix == ".jsonl" else "list"):
+        where = f"{path}, {element.where}"
+        if isinstance(element.value, Damage):
+            yield where, RecordError(f"{where}: {element.value.reason}")
+            continue
+        try:
+            record = _parse(element.value, where)
+        except RecordError as error:
+            yield where, error
+        else:
+            yield where, record
+
+
+def _with_verdicts(found: Iterator[Found], root: Path, verdicts: dict[str, str | None]) -> Iterator[Found]:
+    """Hands `found` on, each record once `verdicts` has its images."""
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
+        while ahead := list(islice(found, _AHEAD)):
+            images = {image for _, record in ahead if isinstance(record, Record) for image in record.images}
+            new = sorted(images - verdicts.keys())
+            verdicts.update(zip(new, pool.map(lambda image: image_problem(root, image), new), strict=True))
+            yield from ahead
 
 
 def _encoder(folder: Path, max_length: int) -> Callable[[Record], tuple[int, int, bool]]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Trainer, TrainingArguments
 
-from trainer.data.mixtures import Mixture, mini_size, mini_subset, select
+from trainer.data.mixtures import Mixture, mini_size, mini_subset, optimizer_steps, select
 
 ratios = st.floats(0.001, 0.999)
 sizes = st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.integers(1, 400), min_size=2, max_size=5)
@@ -93,3 +97,29 @@ def test_shares(mixture: Mixture, shares: dict[str, float]) -> None:
     assert {task: len(select(rows, share, 0, task)) for task, share in shares.items()} == {
         task: {0.0: 0, 0.25: 3, 1.0: 12}[share] for task, share in shares.items()
     }
+
+
+class _Square(torch.nn.Module):
+    """The smallest model that a Trainer accepts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"loss": (self.weight * x).square().mean()}
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "epochs", "accumulation"), [(13, 4, 6, 1), (13, 4, 1.5, 3), (8, 4, 2, 1), (3, 4, 0.5, 2)]
+)
+def test_steps_are_those_that_transformers_makes(
+    tmp_path: Path, samples: int, batch: int, epochs: float, accumulation: int
+) -> None:
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=batch, num_train_epochs=epochs, report_to=[], save_strategy="no",
+        gradient_accumulation_steps=accumulation, use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(_Square(), arguments, train_dataset=[{"x": torch.ones(())}] * samples)
+    trainer.train()
+    assert trainer.state.global_step == optimizer_steps(samples, batch, epochs, accumulation)

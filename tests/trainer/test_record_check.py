@@ -69,6 +69,11 @@ class TestCheck:
         assert result.steps == 6  # 16 records in batches of 3
         assert "steps: 6" in result.table()
 
+    def test_the_last_batch_of_an_epoch_is_a_step_of_its_own(self, app, tiny_tasks):
+        """12 records, 5 a step: 5, 5 and 2, six times."""
+        result = run(app, "check", tiny_tasks[0].train, tiny_tasks[0].test, "--batch-size", 5, "--epochs", 6)
+        assert "steps: 18 " in result.output
+
     def test_every_problem_is_named(self, app, tiny_tasks, tmp_path):
         task = tiny_tasks[0]
         lines = task.train.read_text().splitlines()

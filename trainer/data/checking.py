@@ -6,7 +6,6 @@ Files are streamed: memory holds a few hundred records, the hashes of the ids an
 from __future__ import annotations
 
 import hashlib
-import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trainer.data.mixtures import optimizer_steps
 from trainer.data.raw_json import Damage, elements
 from trainer.data.records import Record, RecordError, _parse
 from trainer.errors import UserError
@@ -56,7 +56,7 @@ class CheckResult:
     @property
     def steps(self) -> int:
         """Optimizer steps of a training on all files."""
-        return math.ceil(sum(file.records for file in self.files) * self.epochs / self.batch_size)
+        return optimizer_steps(sum(file.records for file in self.files), self.batch_size, self.epochs)
 
     def table(self) -> str:
         """Lines to print."""

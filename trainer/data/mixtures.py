@@ -8,6 +8,7 @@ Auxiliary tasks are in the mini mixtures as minis, in the full mixture whole, an
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,3 +55,15 @@ def select(records: Sequence[T], share: float, seed: int, task: str) -> list[T]:
     if share >= 1.0:
         return list(records)
     return mini_subset(records, share, seed, task) if share > 0.0 else []
+
+
+def optimizer_steps(samples: int, batch: int, epochs: float, accumulation: int = 1) -> int:
+    """Steps of a training, as transformers counts them: an epoch ends with a smaller batch and a smaller window.
+
+    Args:
+        samples: records, or packed sequences.
+        batch: samples of one micro-batch, over all processes.
+        accumulation: micro-batches of one step.
+    """
+    windows = math.ceil(math.ceil(samples / batch) / accumulation)
+    return math.ceil(windows * epochs)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer.balancing.registry import SINGLE_TASK, is_cotbal, read_options
 from trainer.config import CotbalConfig, RunConfig, TaskConfig
-from trainer.data.mixtures import Mixture, select
+from trainer.data.mixtures import Mixture, optimizer_steps, select
 from trainer.data.packing import pack
 from trainer.pipeline.planned_data import PlannedData
 
@@ -121,8 +120,7 @@ def plan(
             for key in ("tokens", "supervised", "images"):
                 row[key] = round(sum(getattr(found, key) for found in kept) * config.training.epochs)
             row["sequences"] = sequences
-        batches = -(-sequences // window)
-        steps = math.ceil(-(-batches // config.training.gradient_accumulation_steps) * config.training.epochs)
+        steps = optimizer_steps(sequences, window, config.training.epochs, config.training.gradient_accumulation_steps)
         rows.append(row | {"steps": steps, "scored on": ", ".join(training.splits)})
     final = next(row["records"] for row in rows if row["training"] == "cotbal")
     for row in rows:

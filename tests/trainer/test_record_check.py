@@ -49,6 +49,26 @@ class TestConvert:
         assert result.exit_code == 1
         assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 8
 
+    @pytest.mark.parametrize(("bad", "end", "cut"), [(1, "\n", False), (1, "", False), (2, "\n", False), (2, "", True)])
+    def test_a_bad_line_of_json_lines_is_rejected_and_the_rest_goes_on(self, app, tmp_path, bad, end, cut):
+        """The file is complete unless its last line is the broken one and has no end."""
+        lines = []
+        for k in range(3):
+            answer = {"from": "gpt", "value": f"Answer {k} of some length."}
+            turns = [{"from": "human", "value": "How is the weather today?"}, answer]
+            lines.append(json.dumps({"id": f"r{k}", "conversations": turns}))
+        lines[bad] = lines[bad][:-9]
+        source = write_raw(tmp_path / "raw", {"a.jsonl": ("\n".join(lines) + end).encode()})
+        result = run(app, "convert", "sharegpt", source, tmp_path / "out", "--quiet")
+        manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+        assert (result.exit_code, manifest["complete"]) == (int(cut), not cut)
+        assert ("could not be read to its end" in result.output) == cut
+        assert manifest["rejected"] == {"damaged": 1}
+        (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+        assert rejected["position"] == f"line {bad + 1}"
+        written = [json.loads(line)["id"] for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
+        assert sorted(written) == sorted({"r0", "r1", "r2"} - {f"r{bad}"})
+
     def test_list_and_missing_arguments(self, app):
         assert "refcoco-bbox" in run(app, "convert", "list").output
         with pytest.raises(UserError, match=r"`convert gqa` takes SOURCE and OUTPUT; 'gqa' needs .*balanced"):

@@ -24,9 +24,10 @@ _SPACE = " \t\n\r"
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Why no value could be read at a place."""
+    """Why no value could be read at a place, and whether the file breaks off there."""
 
     reason: str
+    ends: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,9 @@ def _lines(path: Path) -> Iterator[Element]:
                 while (rest := file.readline(LARGEST_ELEMENT)) and not rest.endswith(b"\n"):
                     offset += len(rest)
                 offset += len(rest)
-                yield Element(f"line {number}", None, Damage(f"is longer than {LARGEST_ELEMENT} bytes"), offset)
+                yield Element(
+                    f"line {number}", None, Damage(f"is longer than {LARGEST_ELEMENT} bytes", ends=False), offset
+                )
             elif line.strip():
                 yield Element(f"line {number}", None, _loads(line), offset)
 
@@ -80,7 +83,7 @@ def _loads(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number or a nesting beyond all limits
-        return Damage(f"is not valid JSON: {error}")
+        return Damage(f"is not valid JSON: {error}", ends=not line.endswith(b"\n"))
 
 
 class _Reader:

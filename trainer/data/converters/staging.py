@@ -113,7 +113,7 @@ class _Reader:
         raw_id = element.key
         try:
             if isinstance(element.value, Damage):
-                self.damaged += 1
+                self.damaged += element.value.ends
                 raise Rejected("damaged", element.value.reason)
             items = self.work.converter.items(element, self.context)
             for item in items:
@@ -175,7 +175,7 @@ class _Reader:
                 place = f"{side.path.name}: {element.where}"
                 try:
                     if isinstance(element.value, Damage):
-                        self.damaged += 1
+                        self.damaged += element.value.ends
                         raise Rejected("damaged", element.value.reason)
                     for key, value in self.work.converter.side_rows(side, element.value):
                         _encodable(key)

@@ -238,21 +238,23 @@ def test_gradnorm(name: str) -> None:
         np.testing.assert_allclose(found[:-1], expected[1:], **FLOAT32)
 
 
-def test_famo() -> None:
-    """w = z / (c D) of the step's own batch, and xi from how much of log D the step removed."""
+@pytest.mark.parametrize("minimum", [0.0, 1.5])
+def test_famo(minimum: float) -> None:
+    """w = z / (c D) of the step's own batch, and xi from how much of log D the step removed; losses fall below 1.5."""
     record = Recording(15)
     lr, gamma = 0.1, 0.02
-    found = record.play(make("famo", {"learning_rate": lr, "decay": gamma}))
+    found = record.play(make("famo", {"learning_rate": lr, "decay": gamma, "minimum_loss": minimum}))
     filled = forward_filled(record)
+    assert np.nanmin(filled) < 1.5 < np.nanmax(filled)
     xi, gradients = np.zeros(N), []
     for t in range(15):
-        D = filled[t] + 1e-8
+        D = np.maximum(filled[t] - minimum, 0) + 1e-8
         D = np.where(np.isnan(D), np.nanmean(D), D)
         z = softmax(xi)
         c = (z / D).sum()
         np.testing.assert_allclose(found[t], N * z / (c * D), **FLOAT32)
         here = record.tokens[t] > 0
-        after = record.after[t] / np.maximum(record.tokens[t], 1) + 1e-8
+        after = np.maximum(record.after[t] / np.maximum(record.tokens[t], 1) - minimum, 0) + 1e-8
         delta = np.where(here, np.log(D) - np.log(np.where(here, after, 1)), 0)
         jacobian = np.diag(z) - np.outer(z, z)
         gradients.append(jacobian.T @ delta)
@@ -274,15 +276,17 @@ def test_famo_weights_are_the_gradient_of_its_loss() -> None:
     np.testing.assert_allclose(method.weights.numpy() / N, gradient.numpy(), **FLOAT32)
 
 
-def test_famo_star() -> None:
+@pytest.mark.parametrize("minimum", [0.0, 1.5])
+def test_famo_star(minimum: float) -> None:
     record = Recording(15)
-    found = record.play(make("famo_star", {"learning_rate": 0.1}))
+    found = record.play(make("famo_star", {"learning_rate": 0.1, "minimum_loss": minimum}))
     np.testing.assert_allclose(found[0], np.ones(N), **FLOAT32)
     xi, gradients = np.zeros(N), []
     for t in range(1, 15):
         here = record.tokens[t - 1] > 0
-        before = np.where(here, record.mean[t - 1] + 1e-8, 1)
-        after = np.where(here, record.after[t - 1] / np.maximum(record.tokens[t - 1], 1) + 1e-8, 1)
+        before = np.where(here, np.maximum(record.mean[t - 1] - minimum, 0) + 1e-8, 1)
+        after = record.after[t - 1] / np.maximum(record.tokens[t - 1], 1)
+        after = np.where(here, np.maximum(after - minimum, 0) + 1e-8, 1)
         z = softmax(xi)
         delta = np.log(before) - np.log(after)
         gradients.append((np.diag(z) - np.outer(z, z)).T @ delta)

@@ -31,12 +31,13 @@ class FamoOptions(TaskSumOptions):
 
 
 class Famo(BalancingMethod):
-    """z = softmax(xi), D_i = L_i - minimum + 1e-8, c = sum_i z_i / D_i; the step descends sum_i z_i log D_i / c.
+    """z = softmax(xi), D_i = max(L_i - minimum, 0) + 1e-8, c = sum z_i / D_i; the step descends sum_i z_i log D_i / c.
 
     The gradient of that loss is sum_i w_i grad L_i with w_i = z_i / (c D_i), which sums to 1: these are the weights.
     D is of the step's own batch, so its losses are measured before the step, and once more after it:
     delta = log D_before - log D_after, and xi takes an Adam step along J_softmax^T delta. A task that is absent from
-    the batch has delta 0 and keeps its last D; before it was seen, D is the mean of the others'.
+    the batch has delta 0 and keeps its last D; before it was seen, D is the mean of the others'. The 1e-8 is of FAMO's
+    public code. There a loss below the minimum ends in the log of a negative number; here it counts as the minimum.
     """
 
     Options = FamoOptions
@@ -67,7 +68,7 @@ class Famo(BalancingMethod):
         self._descend(self._before, report.losses_after)
 
     def _distance(self, loss: Tensor) -> Tensor:
-        return loss - self.options.minimum_loss + 1e-8
+        return (loss - self.options.minimum_loss).clamp(min=0) + 1e-8
 
     def _descend(self, before: TaskLosses, after: TaskLosses) -> None:
         gone = self._distance(before.mean).log() - self._distance(after.mean).log()

@@ -519,7 +519,8 @@ class TestPathsThatCannotBeUsed:
         latin = tmp_path / "latin.json"
         latin.write_bytes(b'{"colour": 1, "\xe9": 2}')
         outcome = cotbal("train", config, "--output", tmp_path / "one", "--weights", tmp_path)
-        assert (outcome.code, outcome.err) == (2, f"cotbal: {tmp_path}: Is a directory\n")
+        assert outcome.code == 2
+        assert outcome.err.startswith(f"cotbal: weights file {tmp_path} cannot be read: [Errno 21] Is a directory")
         outcome = cotbal("train", config, "--output", tmp_path / "one", "--weights", latin)
         assert outcome.code == 2
         assert outcome.err.startswith(f"cotbal: weights file {latin} cannot be read: 'utf-8' codec can't decode byte")

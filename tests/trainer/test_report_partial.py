@@ -8,6 +8,7 @@ import math
 import pytest
 from synthetic_run import PIECES, make_run, page, write
 
+from trainer.pipeline.places import last_step
 from trainer.report import build_report
 from trainer.report import plots as report_plots
 from trainer.report.run_directory import RunDirectory
@@ -65,6 +66,20 @@ class TestPartialRuns:
         steps = RunDirectory(run).log("cotbal")
         assert [step["step"] for step in steps] == list(range(1, 11))
         assert steps[3]["loss"] == 123.0
+
+    def test_a_loss_that_is_null_leaves_a_gap(self, run, monkeypatch):
+        """As log.jsonl has it where a loss is not a number."""
+        log = run / "trainings/cotbal/log.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines[3] |= {"loss": None, "grad_norm": None}
+        lines[3]["tasks"]["boxes"]["loss"] = None
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        drawn = {}
+        monkeypatch.setattr(report_plots, "loss_curves", lambda panels: drawn.update(panels) or "<svg></svg>")
+        assert "Could not be read" not in page(run).words
+        assert drawn["boxes"]["CoTBal"][0] == (10, 20, 30, 50, 60, 70, 80, 90, 100)
+        assert len(drawn["captions"]["CoTBal"][0]) == 10
+        assert last_step(log) == (10, 10)
 
     def test_test_scores_before_the_results(self, run):
         (run / "results.json").unlink()

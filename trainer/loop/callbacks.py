@@ -17,7 +17,10 @@ COMPLETE = "COMPLETE"  # written last into a checkpoint folder: one without it w
 
 
 class RunLog(TrainerCallback):
-    """``log.jsonl``: one line per logged step, continued after a resume without a gap or a repeated step."""
+    """``log.jsonl``: one line per logged step, continued after a resume without a gap or a repeated step.
+
+    JSON has no NaN and no infinity: a loss or a norm that is not finite is null.
+    """
 
     def __init__(self, path: Path, task_names: list[str]) -> None:
         self.path = path
@@ -29,7 +32,7 @@ class RunLog(TrainerCallback):
             return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in map(_parsed, lines) if line and line["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.path.write_text("".join(map(_line, kept)))
         self._started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
 
     def on_log(
@@ -51,7 +54,7 @@ class RunLog(TrainerCallback):
             if f"task_loss/{name}" in logs
         }
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(_line(line))
 
 
 class CompleteCheckpoints(TrainerCallback):
@@ -82,6 +85,17 @@ class StopWhenDiverged(TrainerCallback):
                 f"the training has diverged: its loss is {loss} at step {state.global_step} of {state.max_steps}; "
                 "lower training.learning_rate, or look for the task whose loss grew first in log.jsonl"
             )
+
+
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(_with_nulls(content), allow_nan=False) + "\n"
+
+
+def _with_nulls(value: Any) -> Any:
+    """Nested values with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _with_nulls(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

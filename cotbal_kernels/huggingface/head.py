@@ -10,6 +10,7 @@ probe, and calls the head again, this time with targets and with all its hooks, 
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,7 @@ class FusedLoss:
     replaced: dict[str, Any] = field(default_factory=dict)  # of vars(model), for remove_fused_loss
     measured: bool = False
     targets: Targets | None = None
+    thread: int | None = None  # that `targets` belong to; None: any, since torch.compile cannot trace the question
     hidden: Tensor | None = None
     head: "FusedHead | None" = field(default=None, repr=False)
     result: TaskLoss | None = field(default=None, repr=False)
@@ -63,6 +65,8 @@ class FusedLoss:
 
     def begin(self, targets: Targets) -> None:
         """A labelled forward pass starts."""
+        if self.targets is not None and self.current() is None:
+            raise ValueError(f"model {self.name} is in a labelled forward pass of another thread: only one at a time")
         normalizer = targets.normalizer
         if isinstance(normalizer, Tensor) and normalizer.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
@@ -81,11 +85,17 @@ class FusedLoss:
                 f"aggregation='task' needs num_items_in_batch [K = {count}], the tokens of each task, got a scalar: "
                 "Trainer counts tokens of all tasks; use TaskWeightedTrainerMixin, or global_task_tokens"
             )
+        self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
         self.targets = targets
+
+    def current(self) -> Targets | None:
+        """Targets of the labelled pass that the calling thread is in: another thread may generate meanwhile."""
+        ours = torch.compiler.is_compiling() or self.thread in (None, threading.get_ident())
+        return self.targets if ours else None
 
     def end(self) -> None:
         """Forget the pass, whether it succeeded or not."""
-        self.targets = self.hidden = self.head = self.result = None
+        self.targets = self.thread = self.hidden = self.head = self.result = None
 
     def defer(self, head: "FusedHead", hidden: Tensor) -> Tensor:
         """Keep what reached the head; returns the probe ``[1, ..., 1, V]`` for the model to go on with."""
@@ -108,6 +118,7 @@ class FusedLoss:
                 f"the loss of a patched {self.name} was reached around its patched forward, without task weights: "
                 "model.forward was replaced after apply_fused_loss, or model.loss_function was called by hand"
             )
+        targets = self.current()
         if targets is None:
             return self.own_loss(logits, labels, *args, **kwargs)
         if self.head is None or self.hidden is None:
@@ -156,7 +167,7 @@ class FusedHead(nn.Module):
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the module with all its hooks; while a loss is wanted, keep the hidden states for it instead."""
-        if self.fused.targets is not None:
+        if self.fused.current() is not None:
             return self.fused.defer(self, hidden)
         return super().__call__(hidden, *args, **kwargs)
 
@@ -184,7 +195,8 @@ class FusedHead(nn.Module):
         task_ids = labels.new_zeros(labels.shape[:1]) if task_ids is None else task_ids.to(hidden.device)
         fused = self.fused
         # Not an argument of the call: FSDP casts those to the parameters' dtype.
-        normalizer = None if fused.targets is None else fused.targets.normalizer
+        targets = fused.current()
+        normalizer = None if targets is None else targets.normalizer
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.to(hidden.device)
         features, weight, bias = self.operands(hidden)

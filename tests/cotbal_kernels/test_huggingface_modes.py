@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -182,6 +185,46 @@ def test_fp16_model_with_a_large_loss_scale() -> None:
     (model(**kwargs).loss * 2.0**12).backward()
     found = {n: g.float() / 2.0**12 for n, g in gradients(model).items()}
     assert_same_gradients(found, exact, 16 * 2**-11)  # parameters and gradients in fp16 too
+
+
+# --- threads ----------------------------------------------------------------------------------------------
+
+
+def in_a_thread(work: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def test_another_thread_during_a_labelled_pass() -> None:
+    """Without labels it gets its logits, with labels it is refused; the pass that it came into is not disturbed."""
+    model, kwargs = case("llama")
+    batch = batch_for("llama")
+    logits = model(**batch).logits
+    loss, wanted = step(model, kwargs)
+    seen = []
+
+    def meanwhile(module: nn.Module, args: Any, output: Any) -> None:
+        if not seen:
+            seen.append(None)  # once, not in the other thread's own pass
+            seen.append(in_a_thread(lambda: model(**batch).logits))
+            with pytest.raises(ValueError, match="LlamaForCausalLM is in a labelled forward pass of another thread"):
+                in_a_thread(lambda: model(**kwargs))
+
+    model.model.norm.register_forward_hook(meanwhile)  # between the start of the pass and the head
+    again, found = step(model, kwargs)
+    assert torch.equal(seen[1], logits)
+    assert error(again, loss) <= FP32
+    assert_same_gradients(found, wanted, SAME_OPERATIONS)
+
+
+def test_recomputation_in_another_thread() -> None:
+    """As the autograd engine does it on a GPU: the whole labelled pass runs again in the thread of the backward."""
+    model, kwargs = case("llama")
+    loss, wanted = step(model, kwargs)
+    again = checkpoint(lambda: model(**kwargs).loss, use_reentrant=False)
+    in_a_thread(again.backward)
+    assert error(again.detach(), loss) <= FP32
+    assert_same_gradients(gradients(model), wanted, SAME_OPERATIONS)
 
 
 # --- memory -----------------------------------------------------------------------------------------------

@@ -27,6 +27,12 @@ settings.load_profile("trainer")
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 220), "yellow": (240, 220, 40)}
 COUNTS = {"train": 8, "validation": 4, "test": 4}
+# A table of validation scores: what `cotbal weights` takes.
+SCORES: dict[str, Any] = {
+    "tasks": ["a", "b"],
+    "mini": {"a": 0.31, "b": 0.2},
+    "full": {"a": {"a": 0.6, "b": 0.25}, "b": {"a": 0.35, "b": 0.5}},
+}
 SIDE = 64  # pixels of an image, two by two patches of either tower
 
 
@@ -196,3 +202,15 @@ def cotbal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 @pytest.fixture
 def run_config(run_data: dict[str, Any]) -> RunConfig:
     return parse_config(run_data, "the tests' configuration")
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the score table, changed as told, and returns its path."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "scores.json"
+        path.write_text(json.dumps(SCORES | changes))
+        return path
+
+    return write

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,26 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from raw_data import RAW, write_raw
 
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
-from trainer.errors import UserError, writing
-from trainer.pipeline.stages import locked
-from trainer.single import read_weights
-from trainer.training import TrainingSpec
 
 Command = Callable[..., Any]
 
-SCORES: dict[str, Any] = {
-    "tasks": ["a", "b"],
-    "mini": {"a": 0.31, "b": 0.2},
-    "full": {"a": {"a": 0.6, "b": 0.25}, "b": {"a": 0.35, "b": 0.5}},
-}
 OPTIONS = {
-    "demo": ["--output", "--small", "--methods", "--seeds", "--dry-run", "--set"],
-    "run": ["config", "--methods", "--seeds", "--dry-run", "--set"],
-    "train": ["config", "--output", "--method", "--weights", "--set"],
+    "demo": ["--output", "--small", "--methods", "--seeds", "--dry-run", "--overwrite", "--set"],
+    "run": ["config", "--methods", "--seeds", "--dry-run", "--overwrite", "--set"],
+    "train": ["config", "--output", "--method", "--weights", "--overwrite", "--set"],
     "weights": ["scores", "--temperature", "--alpha", "--on-degenerate", "--difficulty"],
     "compare": ["results"],
     "report": ["run_dir"],
@@ -48,18 +35,6 @@ OPTIONS = {
     "score": ["predictions", "--metric"],
     "doctor": [],
 }  # fmt: skip
-
-
-@pytest.fixture
-def scores(tmp_path: Path) -> Callable[..., Path]:
-    """Writes the score table, changed as told, and returns its path."""
-
-    def write(**changes: Any) -> Path:
-        path = tmp_path / "scores.json"
-        path.write_text(json.dumps(SCORES | changes))
-        return path
-
-    return write
 
 
 class TestHelp:
@@ -103,7 +78,7 @@ class TestWeights:
         }  # fmt: skip
         # Beyond the design's keys: the inputs that produced them, and what had to be changed.
         assert set(printed) == promised | {"tasks", "temperature", "alpha", "clipped", "warnings"}
-        assert printed == cotbal_weights(Scores.from_json(SCORES)).to_json()
+        assert printed == cotbal_weights(Scores.from_json(json.loads(scores().read_text()))).to_json()
         assert printed["tasks"] == ["a", "b"]
         # Eq. 3-11 on two tasks by hand.
         c_ab, c_ba = (0.25 - 0.2) / (0.5 - 0.2), (0.35 - 0.31) / (0.6 - 0.31)
@@ -116,7 +91,7 @@ class TestWeights:
 
     def test_options_reach_the_library(self, cotbal: Command, scores: Callable[..., Path]) -> None:
         printed = json.loads(cotbal("weights", scores(), "--temperature", 2, "--alpha", 0.25).out)
-        assert printed == cotbal_weights(Scores.from_json(SCORES), 2.0, 0.25).to_json()
+        assert printed == cotbal_weights(Scores.from_json(json.loads(scores().read_text())), 2.0, 0.25).to_json()
 
     def test_a_degenerate_task_is_named(self, cotbal: Command, scores: Callable[..., Path]) -> None:
         path = scores(mini={"a": 0.31, "b": 0.55})
@@ -300,125 +275,6 @@ class TestSet:
         assert message in outcome.err
 
 
-class TestTrain:
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            ({"a": 1.0, "c": 2.0}, "unknown task in .*w.json 'c'"),
-            ({"a": -1.0}, "weight of 'a' must be a finite number of at least 0, got -1.0"),
-            ({"a": "1"}, "weight of 'a' must be a finite number"),
-            ({"a": True}, "weight of 'a' must be a finite number"),
-            ({"a": 3.0}, "w.json has no weight for b; give every balanced task one"),
-            ({"a": 0, "b": 0.0}, "every weight is 0"),
-            ([1.0], "must be an object"),
-            ({"tasks": ["a", "b"], "weights": [1.0]}, "must be lists of the same length"),
-            ({"tasks": "ab", "weights": 3}, "must be lists of the same length"),
-        ],
-    )
-    def test_bad_weights(self, tmp_path: Path, content: Any, message: str) -> None:
-        (tmp_path / "w.json").write_text(json.dumps(content))
-        with pytest.raises(UserError, match=message):
-            read_weights(tmp_path / "w.json", ["a", "b"])
-
-    def test_weights_of_any_origin(self, cotbal: Command, tmp_path: Path, scores: Callable[..., Path]) -> None:
-        path = tmp_path / "w.json"
-        path.write_text(cotbal("weights", scores()).out)
-        found = read_weights(path, ["b", "a"])
-        assert found == cotbal_weights(Scores.from_json(SCORES)).by_strategy()
-        path.write_text(json.dumps({"a": 2, "b": 0}))
-        assert read_weights(path, ["a", "b"]) == {"a": 2.0, "b": 0.0}
-        path.write_text(json.dumps({"tasks": ["b", "a"], "weights": [1, 1], "applied": [0.5, 1.5]}))
-        assert read_weights(path, ["a", "b"]) == {"b": 0.5, "a": 1.5}
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (["--method", "cotbl"], "unknown method 'cotbl' (did you mean 'cotbal'?); valid: stl, ew, tla, uniform, "),
-            (["--set", "balancing.method=cobaa"], "balancing.method: unknown method 'cobaa' (did you mean 'coba'?)"),
-            (["--method", "cotbal_precise"], "method 'cotbal_precise' needs --weights"),
-            (
-                ["--method", "coba", "--weights", "w.json"],
-                "method 'coba' finds its weights by itself; --weights is for",
-            ),
-            (["--method", "cotbal"], "method 'cotbal' needs --weights"),
-            (["--weights", "none.json"], "weights file none.json cannot be read"),
-        ],
-    )
-    def test_errors(
-        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
-        options: list[str], message: str,
-    ) -> None:  # fmt: skip
-        outcome = cotbal("train", write_config(run_data), "--output", tmp_path / "one", *options)
-        assert outcome.code == 2
-        assert message in outcome.err
-        assert not (tmp_path / "one").exists()
-
-    def test_a_method_of_the_file_or_of_the_command_line(
-        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
-        """What the training process is told; STL is one training per balanced task, each of which continues alone."""
-        ran: list[TrainingSpec] = []
-
-        def run_training(spec: Path, *_: Any) -> None:
-            ran.append(TrainingSpec.model_validate_json(spec.read_text()))
-
-        monkeypatch.setattr("trainer.single.run_training", run_training)
-        run_data["balancing"] = {"method": "coba", "options": {"coba": {"warmup": 3}, "dwa": {"window": 4}}}
-        config = write_config(run_data)
-        assert cotbal("train", config, "--output", tmp_path / "a").code == 0
-        assert cotbal("train", config, "--output", tmp_path / "b", "--method", "dwa").code == 0
-        assert [(spec.method, spec.options, spec.mixture) for spec in ran] == [
-            ("coba", {"warmup": 3}, "all"), ("dwa", {"window": 4}, "all"),
-        ]  # fmt: skip
-        (tmp_path / "w.json").write_text(json.dumps({"colour": 1.5, "box": 0.5}))
-        assert cotbal("train", config, "--output", tmp_path / "c", "--weights", tmp_path / "w.json").code == 0
-        assert (ran[2].method, ran[2].task_weights) == ("cotbal", {"colour": 1.5, "box": 0.5})
-        outcome = cotbal("train", config, "--output", tmp_path / "s", "--method", "stl")
-        assert outcome.out == f"model: {tmp_path / 's/colour/model'}\nmodel: {tmp_path / 's/box/model'}\n"
-        single = [("ew", "single", "colour"), ("ew", "single", "box")]
-        assert [(spec.method, spec.mixture, spec.mixture_task) for spec in ran[3:]] == single
-
-    def test_a_used_folder(
-        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
-        """Finished: nothing to do. Cut off: goes on. Of other options: started anew, or refused if it was finished."""
-        ran: list[tuple[str, list[str]]] = []
-        fails = {"colour"}
-
-        def run_training(spec: Path, *_: Any) -> None:
-            training = TrainingSpec.model_validate_json(spec.read_text())
-            folder = training.output_dir
-            ran.append((folder.name, sorted(path.name for path in folder.iterdir() if path.name != "spec.json")))
-            (folder / "log.jsonl").write_text('{"step": 1, "steps": 2}')
-            if folder.name in fails:
-                raise KeyboardInterrupt
-            (folder / "model").mkdir(exist_ok=True)
-
-        monkeypatch.setattr("trainer.single.run_training", run_training)
-        options = ["train", write_config(run_data), "--output", tmp_path / "s", "--method", "stl"]
-        cotbal(*options)
-        fails.clear()
-        assert cotbal(*options).code == 0
-        assert cotbal(*options).out.count("model: ") == 2
-        assert ran == [("colour", []), ("colour", ["log.jsonl"]), ("box", [])]
-
-        ran.clear()
-        options += ["--set", "training.learning_rate=0.5"]
-        outcome = cotbal(*options)
-        assert (outcome.code, ran) == (2, [])
-        assert "train-stl-colour, train-stl-box; --overwrite deletes it" in outcome.err
-        with locked(tmp_path / "s"):
-            assert "another process is working on" in cotbal(*options, "--overwrite").err
-        assert cotbal(*options, "--overwrite").code == 0
-        assert ran == [("colour", []), ("box", [])]
-
-        (tmp_path / "mine" / "model").mkdir(parents=True)
-        assert cotbal("train", options[1], "--output", tmp_path / "mine").code == 2
-        assert (tmp_path / "mine" / "model").is_dir()
-
-
 def test_report_without_a_run(cotbal: Command, tmp_path: Path) -> None:
     outcome = cotbal("report", tmp_path / "none")
     assert outcome.code == 2
@@ -454,84 +310,3 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert err == "cotbal: interrupted; the same command continues from here\n"
-
-
-class TestPathsThatCannotBeUsed:
-    """One line that names the path and the reason of the system."""
-
-    @pytest.mark.parametrize("command", ["run", "train", "evaluate", "convert"])
-    @pytest.mark.parametrize("below", ["", "/sub"])
-    def test_a_file_in_place_of_the_output_folder(
-        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
-        command: str, below: str,
-    ) -> None:  # fmt: skip
-        file = tmp_path / "file"
-        file.write_text("mine")
-        output = f"{file}{below}"
-        if command == "convert":
-            raw = write_raw(tmp_path / "raw", RAW["gqa"]())
-            outcome = cotbal("convert", "gqa", raw, output, "--workers", 1, "--quiet")
-        elif command == "evaluate":
-            records = ("--records", run_data["tasks"][0]["test"], "--image-root", run_data["tasks"][0]["image_root"])
-            options = ("--metric", "exact_match", "--device", "cpu", "--quiet", "--output", output)
-            outcome = cotbal("evaluate", run_data["model"]["path"], *records, *options)
-        else:
-            config = write_config(run_data | {"output_dir": output})
-            outcome = cotbal(command, config, *(("--output", output) if command == "train" else ()))
-        assert outcome.code == 2
-        assert re.fullmatch(f"cotbal: {file}[^:]*: (File exists|Not a directory)\n", outcome.err)
-        assert file.read_text() == "mine"
-
-    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-    def test_a_full_disk(self, cotbal: Command, tmp_path: Path) -> None:
-        raw = write_raw(tmp_path / "raw", RAW["gqa"]())
-        output = tmp_path / "out"
-        output.mkdir()
-        (output / "train.jsonl.partial").symlink_to("/dev/full")
-        outcome = cotbal("convert", "gqa", raw, output, "--workers", 1, "--quiet")
-        assert (outcome.code, outcome.err) == (2, f"cotbal: {output}: No space left on device\n")
-
-    @pytest.mark.parametrize("command", ["run", "train"])
-    def test_a_disk_that_fills_up_during_a_run(
-        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], command: str,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:  # fmt: skip
-        def full(*_: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr("trainer.pipeline.algorithm1.Pipeline.run", full)
-        monkeypatch.setattr("trainer.single.run_training", full)
-        output = run_data["output_dir"]
-        outcome = cotbal(command, write_config(run_data), *(("--output", output) if command == "train" else ()))
-        assert outcome.code == 2
-        assert outcome.err.splitlines()[-1] == f"cotbal: {output}: No space left on device"
-
-    def test_a_broken_database(self, tmp_path: Path) -> None:
-        folder = tmp_path / "folder"
-        folder.mkdir()
-        with pytest.raises(UserError, match=f"^{folder}: unable to open database file$"), writing(folder):
-            sqlite3.connect(folder).execute("SELECT 1")
-
-    def test_weights_that_are_no_text_file(
-        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
-    ) -> None:
-        config = write_config(run_data)
-        latin = tmp_path / "latin.json"
-        latin.write_bytes(b'{"colour": 1, "\xe9": 2}')
-        outcome = cotbal("train", config, "--output", tmp_path / "one", "--weights", tmp_path)
-        assert outcome.code == 2
-        assert outcome.err.startswith(f"cotbal: weights file {tmp_path} cannot be read: [Errno 21] Is a directory")
-        outcome = cotbal("train", config, "--output", tmp_path / "one", "--weights", latin)
-        assert outcome.code == 2
-        assert outcome.err.startswith(f"cotbal: weights file {latin} cannot be read: 'utf-8' codec can't decode byte")
-        assert len(outcome.err.splitlines()) == 1
-
-    def test_an_error_without_a_path_keeps_its_traceback(
-        self, cotbal: Command, scores: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def broken(*_: Any, **__: Any) -> None:
-            raise OSError("a defect")
-
-        monkeypatch.setattr("trainer.balancing.cotbal.cotbal_weights", broken)
-        with pytest.raises(OSError, match="a defect"):
-            cotbal("weights", scores())

@@ -1,0 +1,141 @@
+"""``cotbal train``: its weights files, what the training process is told, and a folder that is used again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.balancing.cotbal import cotbal_weights
+from trainer.balancing.scores import Scores
+from trainer.errors import UserError
+from trainer.pipeline.stages import locked
+from trainer.single import read_weights
+from trainer.training import TrainingSpec
+
+Command = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": 1.0, "c": 2.0}, "unknown task in .*w.json 'c'"),
+        ({"a": -1.0}, "weight of 'a' must be a finite number of at least 0, got -1.0"),
+        ({"a": "1"}, "weight of 'a' must be a finite number"),
+        ({"a": True}, "weight of 'a' must be a finite number"),
+        ({"a": 3.0}, "w.json has no weight for b; give every balanced task one"),
+        ({"a": 0, "b": 0.0}, "every weight is 0"),
+        ([1.0], "must be an object"),
+        ({"tasks": ["a", "b"], "weights": [1.0]}, "must be lists of the same length"),
+        ({"tasks": "ab", "weights": 3}, "must be lists of the same length"),
+    ],
+)
+def test_bad_weights(tmp_path: Path, content: Any, message: str) -> None:
+    (tmp_path / "w.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "w.json", ["a", "b"])
+
+
+def test_weights_of_any_origin(cotbal: Command, tmp_path: Path, scores: Callable[..., Path]) -> None:
+    path = tmp_path / "w.json"
+    path.write_text(cotbal("weights", scores()).out)
+    found = read_weights(path, ["b", "a"])
+    assert found == cotbal_weights(Scores.from_json(json.loads(scores().read_text()))).by_strategy()
+    path.write_text(json.dumps({"a": 2, "b": 0}))
+    assert read_weights(path, ["a", "b"]) == {"a": 2.0, "b": 0.0}
+    path.write_text(json.dumps({"tasks": ["b", "a"], "weights": [1, 1], "applied": [0.5, 1.5]}))
+    assert read_weights(path, ["a", "b"]) == {"b": 0.5, "a": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "cotbl"], "unknown method 'cotbl' (did you mean 'cotbal'?); valid: stl, ew, tla, uniform, "),
+        (["--set", "balancing.method=cobaa"], "balancing.method: unknown method 'cobaa' (did you mean 'coba'?)"),
+        (["--method", "cotbal_precise"], "method 'cotbal_precise' needs --weights"),
+        (
+            ["--method", "coba", "--weights", "w.json"],
+            "method 'coba' finds its weights by itself; --weights is for",
+        ),
+        (["--method", "cotbal"], "method 'cotbal' needs --weights"),
+        (["--weights", "none.json"], "weights file none.json cannot be read"),
+    ],
+)
+def test_errors(
+    cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
+    options: list[str], message: str,
+) -> None:  # fmt: skip
+    outcome = cotbal("train", write_config(run_data), "--output", tmp_path / "one", *options)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not (tmp_path / "one").exists()
+
+
+def test_a_method_of_the_file_or_of_the_command_line(
+    cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What the training process is told; STL is one training per balanced task, each of which continues alone."""
+    ran: list[TrainingSpec] = []
+
+    def run_training(spec: Path, *_: Any) -> None:
+        ran.append(TrainingSpec.model_validate_json(spec.read_text()))
+
+    monkeypatch.setattr("trainer.single.run_training", run_training)
+    run_data["balancing"] = {"method": "coba", "options": {"coba": {"warmup": 3}, "dwa": {"window": 4}}}
+    config = write_config(run_data)
+    assert cotbal("train", config, "--output", tmp_path / "a").code == 0
+    assert cotbal("train", config, "--output", tmp_path / "b", "--method", "dwa").code == 0
+    assert [(spec.method, spec.options, spec.mixture) for spec in ran] == [
+        ("coba", {"warmup": 3}, "all"), ("dwa", {"window": 4}, "all"),
+    ]  # fmt: skip
+    (tmp_path / "w.json").write_text(json.dumps({"colour": 1.5, "box": 0.5}))
+    assert cotbal("train", config, "--output", tmp_path / "c", "--weights", tmp_path / "w.json").code == 0
+    assert (ran[2].method, ran[2].task_weights) == ("cotbal", {"colour": 1.5, "box": 0.5})
+    outcome = cotbal("train", config, "--output", tmp_path / "s", "--method", "stl")
+    assert outcome.out == f"model: {tmp_path / 's/colour/model'}\nmodel: {tmp_path / 's/box/model'}\n"
+    single = [("ew", "single", "colour"), ("ew", "single", "box")]
+    assert [(spec.method, spec.mixture, spec.mixture_task) for spec in ran[3:]] == single
+
+
+def test_a_used_folder(
+    cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Finished: nothing to do. Cut off: goes on. Of other options: started anew, or refused if it was finished."""
+    ran: list[tuple[str, list[str]]] = []
+    fails = {"colour"}
+
+    def run_training(spec: Path, *_: Any) -> None:
+        training = TrainingSpec.model_validate_json(spec.read_text())
+        folder = training.output_dir
+        ran.append((folder.name, sorted(path.name for path in folder.iterdir() if path.name != "spec.json")))
+        (folder / "log.jsonl").write_text('{"step": 1, "steps": 2}')
+        if folder.name in fails:
+            raise KeyboardInterrupt
+        (folder / "model").mkdir(exist_ok=True)
+
+    monkeypatch.setattr("trainer.single.run_training", run_training)
+    options = ["train", write_config(run_data), "--output", tmp_path / "s", "--method", "stl"]
+    cotbal(*options)
+    fails.clear()
+    assert cotbal(*options).code == 0
+    assert cotbal(*options).out.count("model: ") == 2
+    assert ran == [("colour", []), ("colour", ["log.jsonl"]), ("box", [])]
+
+    ran.clear()
+    options += ["--set", "training.learning_rate=0.5"]
+    outcome = cotbal(*options)
+    assert (outcome.code, ran) == (2, [])
+    assert "train-stl-colour, train-stl-box; --overwrite deletes it" in outcome.err
+    with locked(tmp_path / "s"):
+        assert "another process is working on" in cotbal(*options, "--overwrite").err
+    assert cotbal(*options, "--overwrite").code == 0
+    assert ran == [("colour", []), ("box", [])]
+
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    assert cotbal("train", options[1], "--output", tmp_path / "mine").code == 2
+    assert (tmp_path / "mine" / "model").is_dir()

@@ -103,6 +103,8 @@ def train_once(
             output_dir=folder,
         )
         write_json(folder / "spec.json", spec.model_dump(mode="json"))
+        if (folder / "model").is_dir():  # killed between the end of the training and its manifest
+            return
         print(f"training; output goes to {folder / 'output.log'}", file=sys.stderr)
 
         def poll() -> None:
@@ -110,9 +112,10 @@ def train_once(
 
         run_training(folder / "spec.json", config.launch, device, 0, folder / "output.log", poll)
 
+    # One stage for a folder, whatever the method: its manifest tells whose the folder is.
     stages = [
         Stage(
-            f"train-{training.name}",
+            "-".join(["train", *folder.relative_to(output).parts]),
             [identity.training(training), task_weights],
             (),
             (folder / "model",),

@@ -130,7 +130,7 @@ def test_a_used_folder(
     options += ["--set", "training.learning_rate=0.5"]
     outcome = cotbal(*options)
     assert (outcome.code, ran) == (2, [])
-    assert "train-stl-colour, train-stl-box; --overwrite deletes it" in outcome.err
+    assert "train-colour, train-box; --overwrite deletes it" in outcome.err
     with locked(tmp_path / "s"):
         assert "another process is working on" in cotbal(*options, "--overwrite").err
     assert cotbal(*options, "--overwrite").code == 0
@@ -139,3 +139,23 @@ def test_a_used_folder(
     (tmp_path / "mine" / "model").mkdir(parents=True)
     assert cotbal("train", options[1], "--output", tmp_path / "mine").code == 2
     assert (tmp_path / "mine" / "model").is_dir()
+
+
+def test_another_method_in_the_folder_of_one_that_was_cut_off(
+    cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It starts anew, and so does the first one afterwards: nobody goes on with another's checkpoints."""
+    ran: list[tuple[str, bool]] = []
+
+    def run_training(spec: Path, *_: Any) -> None:
+        training = TrainingSpec.model_validate_json(spec.read_text())
+        checkpoints = training.output_dir / "checkpoints"
+        ran.append((training.method, checkpoints.exists()))
+        checkpoints.mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.single.run_training", run_training)
+    for method in ("ew", "ew", "tla", "ew"):
+        cotbal("train", write_config(run_data), "--output", tmp_path / "t", "--method", method)
+    assert ran == [("ew", False), ("ew", True), ("tla", False), ("ew", False)]

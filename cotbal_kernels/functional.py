@@ -107,16 +107,12 @@ def linear_task_cross_entropy(
 
     Cost in products of 2*M*V*D flop over the computed rows: 3 with gradients for both, 2 with a frozen head
     or trunk, 1 without gradients. Ignored rows cost none, nor do rows of weight 0, unless ``task_weights``
-    requires grad or ``differentiable_tasks`` is set. No second derivative, no forward-mode derivative, no
-    ``torch.func`` transforms, no ``is_grads_batched``.
+    requires grad or ``differentiable_tasks`` is set. No second derivative, no forward mode, no transforms of
+    ``torch.func``, one upstream gradient at a time.
 
     Raises:
         ValueError: an argument is wrong. Values out of range raise on a CPU; on a GPU they make the loss NaN.
     """
-    if backend != "reference":
-        validation.refuse_transforms(
-            hidden=hidden, weight=weight, bias=bias, labels=labels, task_ids=task_ids, task_weights=task_weights
-        )
     if vocab_size is not None:
         validation.require_integer("vocab_size", vocab_size)
     head = local_head(Head(hidden, weight, bias, grad_weight_out, process_group, vocab_size))
@@ -160,6 +156,15 @@ def linear_task_cross_entropy(
             aggregation=aggregation,
             **token_loss,
         )
+    validation.check_not_transformed(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        labels=labels,
+        task_ids=task_ids,
+        task_weights=task_weights,
+        normalizer=normalizer,
+    )
     backend = resolve_backend(backend, hidden.device.type)
     all_rows = weight.shape[0] if shard is None else shard.vocab_size
     targets = _prepare(
@@ -219,8 +224,6 @@ def task_cross_entropy(
     ``differentiable_tasks``. The backward pass reads the logits again and allocates nothing but their
     gradient and one chunk.
     """
-    if backend != "reference":
-        validation.refuse_transforms(logits=logits, labels=labels, task_ids=task_ids, task_weights=task_weights)
     validation.check_scores("logits", logits)
     validation.check_task_weights(task_weights, "logits", logits)
     validation.check_targets(labels, task_ids, leading=logits.shape[:-1], like_name="logits", like=logits)
@@ -250,6 +253,9 @@ def task_cross_entropy(
             aggregation=aggregation,
             **token_loss,
         )
+    validation.check_not_transformed(
+        logits=logits, labels=labels, task_ids=task_ids, task_weights=task_weights, normalizer=normalizer
+    )
     backend = resolve_backend(backend, logits.device.type)
     vocab_size = logits.shape[-1]
     targets = _prepare(
@@ -319,6 +325,8 @@ def _divide_or_zero(numerator: Tensor, denominator: Tensor | float) -> Tensor:
     # Filled where it is used: a copy of a number to a GPU waits for the device, and no CUDA graph can capture it.
     if isinstance(denominator, Tensor):
         denominator = denominator.to(numerator.device, torch.float32)
+        # Where its value could not be checked, one out of range makes the loss NaN.
+        denominator = torch.where((denominator >= 0) & denominator.isfinite(), denominator, torch.nan)
     else:
         denominator = torch.full((), denominator, dtype=torch.float32, device=numerator.device)
     # The inner where keeps 0/0 out of the backward pass, the outer one out of the result.

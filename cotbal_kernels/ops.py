@@ -26,6 +26,17 @@ def refuse_double_backward(op: str) -> None:
         raise RuntimeError(f"{op} has no second derivative: create_graph=True is not supported")
 
 
+def refuse_batched_backward(op: str, grad: Tensor) -> None:
+    """Raise where a backward pass that writes into memory of its own is to run for many upstream gradients at once."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError(
+            f"{op} takes one upstream gradient: is_grads_batched=True and torch.vmap are not supported; "
+            "call torch.autograd.grad for each"
+        )
+
+
 # --- targets: validation, counts, which rows are computed -------------------------------------------------
 
 
@@ -156,6 +167,7 @@ def _linear_task_ce_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tup
     if grad_loss is None:
         return (None,) * 12
     refuse_double_backward("cotbal::linear_task_ce")
+    refuse_batched_backward("cotbal::linear_task_ce", grad_loss)
     task_loss_K, *gradients = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[i] and need for i, need in enumerate(ctx.need)]
     grad_hidden, grad_weight, grad_bias = (
@@ -337,6 +349,7 @@ def _linear_rows_backward(ctx: Any, grad_M: Tensor | None, *_: Any) -> tuple[Any
     if grad_M is None:
         return (None,) * 10
     refuse_double_backward("cotbal::linear_task_ce_rows")
+    refuse_batched_backward("cotbal::linear_task_ce_rows", grad_M)
     need = list(ctx.needs_input_grad[:3])
     hidden_MD, *saved = ctx.saved_tensors
     gradients = linear_task_ce_rows_backward(

@@ -11,7 +11,6 @@ import os
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 AGGREGATIONS = ("token", "task", "sum", "none")
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -29,23 +28,6 @@ def require_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if hasattr(value, "placements") and hasattr(value, "device_mesh"):
         raise ValueError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor(), or to_local()")
-
-
-def refuse_transforms(**tensors: Tensor | None) -> None:
-    """Refuse what no derivative here is made for: forward-mode AD, and the transforms of torch.func and vmap."""
-    if torch.compiler.is_compiling():
-        return
-    forward_mode = forward_ad._current_level >= 0
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            continue
-        if torch._C._functorch.is_functorch_wrapped_tensor(value) or (
-            forward_mode and forward_ad.unpack_dual(value).tangent is not None
-        ):
-            raise ValueError(
-                f"{name} must be a plain tensor, got one inside a transform (torch.vmap, torch.func.grad, jvp, forward-"
-                "mode AD); take gradients with backward() or torch.autograd.grad, or use backend='reference' there"
-            )
 
 
 def require_number(name: str, value: object) -> None:
@@ -67,6 +49,34 @@ def require_integer(name: str, value: object) -> None:
 def _require_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {value.device}")
+
+
+def check_not_transformed(**arguments: object) -> None:
+    """Refuse tensors inside ``torch.func`` transforms, ``torch.vmap`` and forward-mode differentiation.
+
+    The ops have a reverse-mode formula only: gradients and tangents would be missing without a word, or the error
+    would be one of PyTorch's internals. A compiler traces with tensors of its own, of which none of this can be asked.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if torch._C._functorch.is_batchedtensor(tensor):
+            raise ValueError(
+                f"{name} must be a plain tensor, got one inside torch.vmap; the batch may have any number of leading "
+                "dimensions, so pass it whole (aggregation='none' returns the loss of every position)"
+            )
+        if torch._C._functorch.is_gradtrackingtensor(tensor):
+            raise ValueError(
+                f"{name} must be a plain tensor, got one inside a torch.func transform (grad, vjp, jvp, ...); use "
+                "loss.backward() or torch.autograd.grad, or backend='reference', which is differentiable by any of them"
+            )
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ValueError(
+                f"{name} must carry no tangent: there is no forward-mode derivative; use loss.backward() or "
+                "torch.autograd.grad, or backend='reference'"
+            )
 
 
 def check_scores(name: str, value: Tensor) -> None:
@@ -231,8 +241,11 @@ def _check_normalizer(normalizer: Tensor | float, aggregation: str, num_tasks: i
 
 def _check_normalizer_values(normalizer: Tensor) -> None:
     """Where reading values waits for nothing: on a CPU, outside of graphs, of tensors that have values."""
-    has_values = normalizer.device.type == "cpu" and type(normalizer) in (Tensor, torch.nn.Parameter)
-    if torch.compiler.is_compiling() or not has_values:
+    if torch.compiler.is_compiling() or normalizer.device.type != "cpu":
+        return
+    if type(normalizer) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(
+        normalizer
+    ):
         return
     if not bool((torch.isfinite(normalizer) & (normalizer >= 0)).all()):
         raise ValueError(f"normalizer must be finite and >= 0, got {normalizer.tolist()}")

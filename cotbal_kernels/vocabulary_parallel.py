@@ -115,6 +115,7 @@ class _ShardedRows(torch.autograd.Function):
         if grad_M is None:
             return (None,) * 11
         ops.refuse_double_backward("a vocabulary-parallel loss")
+        ops.refuse_batched_backward("a vocabulary-parallel loss", grad_M)
         gradients = _shard_gradients(ctx, grad_M, *ctx.saved_tensors)
         return *gradients, *(None,) * 8
 

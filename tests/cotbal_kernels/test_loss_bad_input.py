@@ -3,7 +3,6 @@
 import pytest
 import torch
 from loss_problems import make_problem
-from torch.autograd import forward_ad
 
 from cotbal_kernels import (
     LinearTaskCrossEntropy,
@@ -12,6 +11,7 @@ from cotbal_kernels import (
     linear_task_cross_entropy,
     portable,
     task_cross_entropy,
+    validation,
 )
 from cotbal_kernels.validation import checks_requested
 
@@ -122,33 +122,16 @@ def test_logits(wrong: dict, message: str) -> None:
         task_cross_entropy(logits[:, 1:], **good)
 
 
-@pytest.mark.parametrize("function", ["linear", "logits"])
-def test_transforms_that_would_lose_a_derivative(function: str) -> None:
-    """Forward-mode AD would give a tangent of zero, vmap a gradient of none; the reference has them all."""
-    good = arguments()
-    run, name = linear_task_cross_entropy, "hidden"
-    if function == "logits":
-        run, name, good["logits"] = task_cross_entropy, "logits", good.pop("hidden") @ good.pop("weight").t()
-    scores = good.pop(name)
-    direction = torch.randn(scores.shape, generator=torch.Generator().manual_seed(0))
-
-    def loss(x: torch.Tensor, **options: str) -> torch.Tensor:
-        return run(**{name: x}, **good, **options).loss
-
-    message = f"{name} must be a plain tensor, got one inside a transform"
-    for transformed in (
-        lambda: torch.func.jvp(loss, (scores,), (direction,)),
-        lambda: torch.func.grad(loss)(scores),
-        lambda: torch.vmap(loss)(scores.expand(2, *scores.shape)),
-    ):
-        with pytest.raises(ValueError, match=message):
-            transformed()
-    with forward_ad.dual_level(), pytest.raises(ValueError, match=message):
-        loss(forward_ad.make_dual(scores, direction))
-    leaf = scores.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
-    tangent = torch.func.jvp(lambda x: loss(x, backend="reference"), (scores,), (direction,))[1]
-    assert float(tangent) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+@pytest.mark.parametrize("value", [-3.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"differentiable_tasks": True}, {"aggregation": "none"}], ids=str)
+def test_a_normalizer_whose_value_is_not_read_makes_the_loss_nan(
+    monkeypatch: pytest.MonkeyPatch, value: float, options: dict
+) -> None:
+    """What a GPU does, shown on the CPU by taking the check away."""
+    monkeypatch.setattr(validation, "_check_normalizer_values", lambda _: None)
+    given = arguments()
+    out = linear_task_cross_entropy(**given, normalizer=torch.tensor(value), **options)
+    assert bool((out.loss if out.loss.dim() == 0 else out.loss[given["labels"] != -100]).isnan().all())
 
 
 def test_modules_are_checked_when_they_are_made() -> None:

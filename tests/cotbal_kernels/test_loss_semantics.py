@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_problems import FP32, Problem, error, make_problem
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from cotbal_kernels import backends, linear_task_cross_entropy, portable, task_cross_entropy
@@ -212,6 +213,56 @@ def test_second_derivative_is_refused(function: str) -> None:
     out, leaves = call(function, make_problem())
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(out.loss, leaves, create_graph=True)
+
+
+@pytest.mark.parametrize("function", ["linear", "linear-rows"])
+def test_many_upstream_gradients_at_once_are_refused(function: str) -> None:
+    out, leaves = call(function, make_problem())
+    with pytest.raises(RuntimeError, match=r"is_grads_batched=True .* not supported; call torch\.autograd\.grad"):
+        torch.autograd.grad(out.loss, leaves, torch.ones(2), is_grads_batched=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"torch\.vmap are not supported"):
+        torch.vmap(lambda one: torch.autograd.grad(out.loss, leaves, one))(torch.ones(2))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("name", ["scores", "task_weights", "normalizer"])
+def test_transforms_are_refused_by_name(function: str, name: str) -> None:
+    """Tangents and gradients were missing without a word; ``backend="reference"``, the advice, has the right ones."""
+    p = make_problem()
+    logits = (p.hidden @ p.weight.t()).detach()
+    scores = logits if function == "logits" else p.hidden.detach()
+    given = {"scores": scores, "task_weights": p.task_weights.detach(), "normalizer": torch.tensor(7.0)}
+    point, weight = given[name], p.weight.detach()
+    tangent = torch.linspace(-1, 1, point.numel()).reshape(point.shape)
+
+    def loss(value: torch.Tensor, backend: str = "portable") -> torch.Tensor:
+        scores, task_weights, normalizer = {**given, name: value}.values()
+        rest = (p.labels, p.task_ids, task_weights)
+        if function == "logits":
+            return task_cross_entropy(scores, *rest, normalizer=normalizer, backend=backend).loss
+        rows = function == "linear-rows"
+        return linear_task_cross_entropy(
+            scores, weight, *rest, normalizer=normalizer, backend=backend, differentiable_tasks=rows
+        ).loss
+
+    shown = {"scores": "logits" if function == "logits" else "hidden"}.get(name, name)
+    with pytest.raises(ValueError, match=f"{shown} must be .* torch.func transform .* torch.autograd.grad"):
+        torch.func.jvp(loss, (point,), (tangent,))
+    with pytest.raises(ValueError, match=f"{shown} must be .* torch.func transform .* torch.autograd.grad"):
+        torch.func.grad(loss)(point)
+    with pytest.raises(ValueError, match=f"{shown} must be .* inside torch.vmap; .* pass it whole"):
+        torch.vmap(loss)(point.expand(2, *point.shape))
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=f"{shown} must carry no tangent"):
+        loss(forward_ad.make_dual(point, tangent))
+
+    def by_reference(value: torch.Tensor) -> torch.Tensor:
+        return loss(value, "reference")
+
+    gradient = torch.autograd.grad(loss(point.requires_grad_()), point)[0]
+    point = point.detach()
+    assert error(torch.func.grad(by_reference)(point), gradient) <= 10 * FP32
+    _, directional = torch.func.jvp(by_reference, (point,), (tangent,))
+    assert error(directional, (gradient * tangent).sum()) <= 100 * FP32  # terms of both signs cancel
 
 
 @pytest.mark.parametrize("rows", [False, True])

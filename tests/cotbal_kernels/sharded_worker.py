@@ -8,6 +8,7 @@ micro-batches a step, as a user without a Trainer writes them.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ def main() -> None:
         torch.save(found, folder / f"{dist.get_world_size()}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    # Threads of native libraries can abort an ordinary exit ("terminate called without an active exception").
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ A raw ``deepspeed.initialize`` loop, independent of the Trainer subclass: it che
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -66,6 +67,8 @@ def main() -> None:
         torch.save(results, out)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # Threads of native libraries can abort an ordinary exit ("terminate called without an active exception").
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from trainer.errors import UserError, unknown_name
 from trainer.launching import ERROR_FILE, resolve_device, run_training
 from trainer.pipeline.identity import Identity
 from trainer.pipeline.places import last_step
+from trainer.pipeline.preflight import check_all
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked, write_json
 from trainer.pipeline.trainings import Training
@@ -126,6 +127,9 @@ def train_once(
         for folder, training in trainings.items()
     ]
     with locked(output):
-        StageRunner(output / "stages", stages, 1, Progress()).run(overwrite)
+        runner = StageRunner(output / "stages", stages, 1, Progress())
+        if runner.would_lose():  # a mistyped path must not cost what is finished
+            check_all(config, config.model.path)
+        runner.run(overwrite)
     for folder in trainings:
         print(f"model: {folder / 'model'}")

@@ -218,7 +218,7 @@ class FusedHead(nn.Module):
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Features ``[B, S, D]``, weight ``[V, D]`` and bias ``[V]`` whose product the logits are."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say which product its logits are")
 
 
 class FusedLinear(FusedHead, nn.Linear):  # type: ignore[misc]  # forward takes targets too

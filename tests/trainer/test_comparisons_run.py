@@ -307,3 +307,15 @@ def test_results_of_other_settings_are_gone_before_anything_runs(
     assert "coba" not in found.trainings  # still there, for the day when it is wanted again
     assert "train-coba" not in {stage["stage"] for stage in found.stages}
     assert (run_dir / "trainings" / "coba").exists()
+
+
+def test_a_mistyped_path_costs_nothing_that_is_finished(
+    run: Callable[..., Path], runs: Runs, run_data: dict[str, Any]
+) -> None:
+    """A missing file is another file to a fingerprint: it is named before anything is deleted."""
+    run_dir = run(comparisons=["stl", "ew"])
+    run_data["tasks"][0]["train"] += "x"
+    with pytest.raises(UserError, match=f"{run_data['tasks'][0]['train']}.*does not exist"):
+        run(overwrite=True, comparisons=["stl", "ew"])
+    assert all((run_dir / "trainings" / name / "model").is_dir() for name in EVERY)
+    assert (run_dir / "results.json").exists()

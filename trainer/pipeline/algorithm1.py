@@ -34,7 +34,7 @@ from trainer.pipeline import built_in, outcome
 from trainer.pipeline.evaluations import Evaluators, evaluation_spec
 from trainer.pipeline.identity import FORMAT, Identity
 from trainer.pipeline.places import PLAN, Places, environment, last_step, weights_stage
-from trainer.pipeline.preflight import check_run, check_validation
+from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked, write_json
 from trainer.pipeline.trainings import Training, list_trainings, weight_variants
@@ -123,6 +123,8 @@ class Pipeline:
         """
         with locked(self.run_dir), closing(Evaluators(self.config.launch, self.device)) as self._evaluators:
             runner = self.runner()
+            if self.identity.on_disk and runner.would_lose():  # a mistyped path must not cost what is finished
+                check_all(self.resolved, self.model_path if self.features is None else None)
             runner.refuse_to_lose(overwrite)
             (self.run_dir / "config.yaml").write_text(self.config.to_yaml())
             write_json(self.run_dir / "environment.json", environment(config=self.config, device=self.device))

@@ -7,19 +7,17 @@ neighbours as before.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from trainer.errors import UserError
 from trainer.evaluation.planning import Batch
+from trainer.locks import holding
 
 _CLOSED = 2**62
 _ORPHANS_END = 30.0  # seconds
@@ -117,28 +115,22 @@ class Claims:
 
     def take(self, reserved: int | None = None) -> int:
         """The next position, or the `reserved` one; at least 2**62 once closed."""
-        with self._path.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends
-            number = int(file.read())
+        with self._alone():
+            number = int(self._path.read_text())
             if number >= _CLOSED:
                 return number
             if reserved is not None:
                 return reserved
-            self._put(file, number + 1)
+            self._path.write_text(str(number + 1))
             return number
 
     def close(self) -> None:
         """Hands out nothing more: ranks end after the batches they have."""
-        with self._path.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._put(file, _CLOSED)
+        with self._alone():
+            self._path.write_text(str(_CLOSED))
 
-    @staticmethod
-    def _put(file: Any, number: int) -> None:
-        file.seek(0)
-        file.truncate()
-        file.write(str(number))
-        file.flush()
+    def _alone(self) -> AbstractContextManager[None]:
+        return holding(self._path.with_suffix(".lock"), f"a rank holds on to {self._path}", patience=_ORPHANS_END)
 
 
 @contextmanager
@@ -149,7 +141,7 @@ def sole_use(directory: Path) -> Iterator[None]:
         UserError: another process works in it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / ".lock", fcntl.LOCK_EX, f"another process is evaluating into {directory}", 0.0):
+    with holding(directory / ".lock", f"another process is evaluating into {directory}"):
         yield
 
 
@@ -157,29 +149,14 @@ def sole_use(directory: Path) -> Iterator[None]:
 def no_ranks(directory: Path) -> Iterator[None]:
     """Waits until ranks of a killed evaluation have ended, and lets none start meanwhile."""
     reason = f"ranks of an earlier evaluation still write into {directory}"
-    with _locked(directory / ".ranks", fcntl.LOCK_EX, reason, _ORPHANS_END):
+    with holding(directory / ".ranks", reason, patience=_ORPHANS_END):
         yield
 
 
 @contextmanager
 def as_rank(directory: Path) -> Iterator[None]:
     """Held by every rank while it writes."""
-    with _locked(directory / ".ranks", fcntl.LOCK_SH, f"{directory} is being tidied up", _ORPHANS_END):
-        yield
-
-
-@contextmanager
-def _locked(path: Path, kind: int, reason: str, patience: float) -> Iterator[None]:
-    deadline = time.monotonic() + patience
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() >= deadline:
-                    raise UserError(f"{reason}; wait for it or stop it") from error
-                time.sleep(0.1)
+    with holding(directory / ".ranks", f"{directory} is being tidied up", shared=True, patience=_ORPHANS_END):
         yield
 
 

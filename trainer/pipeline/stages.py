@@ -11,7 +11,6 @@ A stage's fingerprint covers its own inputs and, through what it needs, everythi
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -26,6 +25,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.locks import holding
 from trainer.pipeline.progress import Progress
 
 
@@ -244,11 +244,7 @@ def locked(directory: Path) -> Iterator[None]:
         UserError: another process has it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is working on {directory}; wait for it or stop it") from error
+    with holding(directory / ".lock", f"another process is working on {directory}"):
         yield
 
 

@@ -47,6 +47,13 @@ Seeds = Annotated[
     int | None, typer.Option(min=1, help="train every final model with this many seeds, for means and spreads")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print stages, steps and cost, and stop")]
+NodeRank = Annotated[
+    int | None,
+    typer.Option(help="which of launch.nodes machines this is, from 0; default: as SLURM says"),
+]
+Master = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="where node 0 listens; default: as for --node-rank, port 29400")
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="delete finished work that the configuration or data no longer fits")
 ]
@@ -62,12 +69,14 @@ def demo(
     seeds: Seeds = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    node_rank: NodeRank = None,
+    master: Master = None,
     overrides: Overrides = None,
 ) -> None:
     """Run the whole of Algorithm 1 on built-in tasks and write a report. Run it again to continue."""
     preset = Path(__file__).parent / "configs" / ("demo_small.yaml" if small else "demo.yaml")
     own = {"output_dir": str(output), **_final_trainings(methods, seeds), **parse_settings(overrides)}
-    _run(preset, own, dry_run, overwrite)
+    _run(preset, own, dry_run, overwrite, node_rank, master)
 
 
 @app.command()
@@ -83,11 +92,13 @@ def run(
         float, typer.Option(min=0.001, max=1, help="for --dry-run: share of the peak that is reached")
     ] = 0.4,
     overwrite: Overwrite = False,
+    node_rank: NodeRank = None,
+    master: Master = None,
     overrides: Overrides = None,
 ) -> None:
     """Run the pipeline of CONFIG. Run it again after an interruption: it continues where it was."""
     own = {**_final_trainings(methods, seeds), **parse_settings(overrides)}
-    _run(config, own, dry_run, overwrite, tflops, mfu)
+    _run(config, own, dry_run, overwrite, node_rank, master, tflops, mfu)
 
 
 @app.command()
@@ -101,15 +112,22 @@ def train(
         Path | None, typer.Option(help="for cotbal: JSON of `cotbal weights`, or {task: weight}")
     ] = None,
     overwrite: Overwrite = False,
+    node_rank: NodeRank = None,
+    master: Master = None,
     overrides: Overrides = None,
 ) -> None:
     """Train once on the tasks of CONFIG with one balancing method. Run it again to continue."""
     from trainer.config import load_config
+    from trainer.nodes import find_membership, follow
     from trainer.single import train_once
 
     loaded = load_config(config, parse_settings(overrides))
+    node = find_membership(loaded.launch, node_rank, master)
+    if node.rank > 0:
+        follow(loaded, node)
+        return
     with writing(output):
-        train_once(loaded, output.absolute(), method, weights, overwrite)
+        train_once(loaded, output.absolute(), method, weights, overwrite, node)
 
 
 @app.command()
@@ -193,16 +211,23 @@ def _run(
     overrides: dict[str, Any],
     dry_run: bool,
     overwrite: bool,
+    node_rank: int | None,
+    master: str | None,
     tflops: float | None = None,
     mfu: float = 0.4,
 ) -> None:
     from trainer.config import load_config
+    from trainer.nodes import find_membership, follow
     from trainer.pipeline.algorithm1 import Pipeline
     from trainer.pipeline.built_in import planned_records
     from trainer.pipeline.trainings import plan
 
-    pipeline = Pipeline(load_config(path, overrides))
-    config = pipeline.config
+    config = load_config(path, overrides)
+    node = None if dry_run else find_membership(config.launch, node_rank, master)
+    if node is not None and node.rank > 0:
+        follow(config, node)
+        return
+    pipeline = Pipeline(config, node=node)
     if dry_run and not isinstance(config.tasks, str):
         from trainer.pipeline.estimate import report
         from trainer.pipeline.planned_data import planned_data

@@ -149,13 +149,39 @@ class CotbalConfig(Options):
 
 
 class LaunchConfig(Options):
-    """Where trainings run. ``parallel`` independent trainings go at once, each on ``processes`` processes."""
+    """Where trainings run, and how many at once; for several machines see docs/machines.md."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    processes: Annotated[int, Field(ge=1)] = Field(1, description="processes (GPUs) per training on this machine")
-    parallel: Annotated[int, Field(ge=1)] = Field(1, description="independent trainings at once")
+    processes: Annotated[int, Field(ge=1)] = Field(1, description="processes (GPUs) per training and machine")
+    parallel: Annotated[int, Field(ge=1)] = Field(1, description="independent trainings at once on a machine")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads per process; 0 = cores shared evenly")
-    torchrun_args: list[str] = Field([], description="handed to torchrun as they are, for several machines")
+    nodes: Annotated[int, Field(ge=1)] = Field(1, description="machines that work on a run, each with the same command")
+    nodes_per_training: Annotated[int, Field(ge=1)] = Field(
+        1, description="machines that one training spans; the others train something else meanwhile"
+    )
+
+    @property
+    def ranks(self) -> int:
+        """Processes of one training, on all of its machines."""
+        return self.processes * self.nodes_per_training
+
+    @property
+    def groups(self) -> int:
+        """Groups of machines that train something of their own."""
+        return self.nodes // self.nodes_per_training
+
+    @property
+    def slots(self) -> int:
+        """Independent trainings at once, on all machines."""
+        return self.parallel * self.groups
+
+    @field_validator("nodes_per_training")
+    @classmethod
+    def _divides_the_nodes(cls, own: int, others: ValidationInfo) -> int:
+        nodes = others.data.get("nodes", own)
+        if nodes % own:
+            raise ValueError(f"must divide launch.nodes, so that no machine is left over; launch.nodes is {nodes}")
+        return own
 
 
 class RunConfig(Options):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.config import LaunchConfig
@@ -76,18 +77,42 @@ def threads_per_process(launch: LaunchConfig) -> int:
     return launch.threads or max(1, (os.cpu_count() or 1) // (launch.processes * launch.parallel))
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where the machines of one training meet.
+
+    Attributes:
+        rank: of this machine in the training; machine 0 has the processes from rank 0 on.
+        nodes: machines of the training.
+        host, port: of machine 0.
+    """
+
+    rank: int
+    nodes: int
+    host: str
+    port: int
+
+
 def run_training(
-    spec: Path, launch: LaunchConfig, device: str, slot: int, log: Path, poll: Callable[[], None] = lambda: None
+    spec: Path,
+    launch: LaunchConfig,
+    device: str,
+    place: int,
+    log: Path,
+    poll: Callable[[], None] = lambda: None,
+    meeting: Meeting | None = None,
 ) -> None:
     """Runs ``trainer.training`` on `spec`, under torchrun for several processes, and waits for it.
 
     Args:
         spec: path of a ``TrainingSpec`` in JSON.
-        launch: processes, threads and extra torchrun arguments.
+        launch: processes and threads.
         device: ``cpu`` or ``cuda``.
-        slot: which of the ``launch.parallel`` places this training takes; slot i gets the i-th group of GPUs.
+        place: which of this machine's ``launch.parallel`` places this training takes; the i-th has the i-th group of
+            GPUs.
         log: file that receives all output.
         poll: called about twice a second while the training runs.
+        meeting: with the other machines of the training; None is a training of this machine alone.
 
     Raises:
         TrainingFailedError: the training ended with an error.
@@ -101,19 +126,20 @@ def run_training(
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     elif launch.parallel > 1:
-        first = slot * launch.processes
+        first = place * launch.processes
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + index) for index in range(launch.processes))
     command = [sys.executable]
-    if launch.processes > 1 or launch.torchrun_args:
+    if launch.processes > 1 or meeting:
         command += ["-m", "trainer.launching", f"--nproc_per_node={launch.processes}"]
-        command += launch.torchrun_args or ["--standalone"]
+        command += _torchrun_options(meeting) if meeting else ["--standalone"]
     else:  # what torchrun would set, without the seconds that its own process takes to start
         environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     command += ["-m", "trainer.training", str(spec)]
     log.parent.mkdir(parents=True, exist_ok=True)
     reason = spec.parent / ERROR_FILE
-    reason.unlink(missing_ok=True)
+    if meeting is None or meeting.rank == 0:
+        reason.unlink(missing_ok=True)
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -130,6 +156,15 @@ def run_training(
         raise TrainingFailedError(
             f"training {spec.parent.name} ended with code {process.returncode}; all its output is in {log}:\n{tail}"
         )
+
+
+def _torchrun_options(meeting: Meeting) -> list[str]:
+    return [
+        f"--nnodes={meeting.nodes}",
+        f"--node_rank={meeting.rank}",
+        f"--master_addr={meeting.host}",
+        f"--master_port={meeting.port}",
+    ]
 
 
 def main() -> None:

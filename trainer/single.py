@@ -11,7 +11,9 @@ from trainer.balancing.registry import SINGLE_TASK, check_name, is_cotbal
 from trainer.config import BUILT_IN, RunConfig
 from trainer.data.mixtures import Mixture
 from trainer.errors import UserError, unknown_name
-from trainer.launching import ERROR_FILE, resolve_device, run_training
+from trainer.launching import ERROR_FILE, resolve_device
+from trainer.nodes import Cluster, Membership
+from trainer.nodes.machine import log_of
 from trainer.pipeline.identity import Identity
 from trainer.pipeline.places import last_step
 from trainer.pipeline.preflight import check_all
@@ -57,7 +59,12 @@ def read_weights(path: Path, tasks: list[str]) -> dict[str, float]:
 
 
 def train_once(
-    config: RunConfig, output: Path, method: str | None, weights: Path | None, overwrite: bool = False
+    config: RunConfig,
+    output: Path,
+    method: str | None,
+    weights: Path | None,
+    overwrite: bool = False,
+    node: Membership | None = None,
 ) -> None:
     """Trains with one method and leaves ``output/model``; STL leaves ``output/<task>/model``.
 
@@ -67,10 +74,12 @@ def train_once(
         method: name; None is CoTBal when there are `weights`, else the configuration's.
         weights: for CoTBal.
         overwrite: delete a finished training of another configuration, other records or another model.
+        node: this machine, which leads the others of ``launch.nodes``; None is a training of this machine alone.
 
     Raises:
         UserError: an unknown method, missing weights, tasks and a model that only a pipeline run can make, a finished
-            training that would be lost, or another process that works in `output`.
+            training that would be lost, another process that works in `output`, or a machine of several that cannot
+            take part.
     """
     method = method or ("cotbal" if weights else config.balancing.method)
     check_name(method)
@@ -82,6 +91,11 @@ def train_once(
         raise UserError(
             "`cotbal train` takes tasks and a model from disk; for the built-in ones run `cotbal demo` once and "
             "point at its folders data/ and trainings/pretraining/model/"
+        )
+    if config.launch.groups > 1:
+        raise UserError(
+            f"a single training has nothing to do for some of the {config.launch.nodes} machines; let it span all of "
+            f"them with launch.nodes_per_training: {config.launch.nodes}"
         )
     balanced = [task.name for task in config.tasks if not task.auxiliary]
     options = config.balancing.options.get(method, {})
@@ -111,8 +125,9 @@ def train_once(
         def poll() -> None:
             context.report(*last_step(folder / "log.jsonl"), "step")
 
-        run_training(folder / "spec.json", config.launch, device, 0, folder / "output.log", poll)
+        cluster.train(folder / "spec.json", context.slot, folder / "output.log", poll)
 
+    other_logs = [log_of(Path("output.log"), rank).name for rank in range(1, config.launch.nodes)]
     # One stage for a folder, whatever the method: its manifest tells whose the folder is.
     stages = [
         Stage(
@@ -122,12 +137,13 @@ def train_once(
             (folder / "model",),
             partial(train, folder, training),
             costly=True,
-            leaves=tuple(folder / name for name in LEAVES),
+            leaves=tuple(folder / name for name in (*LEAVES, *other_logs)),
         )
         for folder, training in trainings.items()
     ]
-    with locked(output):
-        runner = StageRunner(output / "stages", stages, 1, Progress())
+    progress = Progress()
+    with locked(output), Cluster(config, device, node or Membership(), output, progress.say) as cluster:
+        runner = StageRunner(output / "stages", stages, 1, progress)
         if runner.would_lose():  # a mistyped path must not cost what is finished
             check_all(config, config.model.path)
         runner.run(overwrite)

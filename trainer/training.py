@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -347,7 +348,8 @@ def main() -> None:
         train(spec)
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else traceback.format_exc()
-        (spec.output_dir / ERROR_FILE).write_text(text)  # torchrun's own last words would bury it
+        with suppress(FileExistsError), (spec.output_dir / ERROR_FILE).open("x") as file:
+            file.write(text)  # torchrun's own last words would bury it, and what other ranks say follows from the first
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

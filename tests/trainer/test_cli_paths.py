@@ -61,7 +61,7 @@ class TestPathsThatCannotBeUsed:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr("trainer.pipeline.algorithm1.Pipeline.run", full)
-        monkeypatch.setattr("trainer.single.run_training", full)
+        monkeypatch.setattr("trainer.nodes.machine.run_training", full)
         output = run_data["output_dir"]
         outcome = cotbal(command, write_config(run_data), *(("--output", output) if command == "train" else ()))
         assert outcome.code == 2

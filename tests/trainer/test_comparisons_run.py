@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from synthetic_run import Page
 
-import trainer.pipeline.algorithm1 as algorithm1
-import trainer.pipeline.evaluations as evaluations
+import trainer.nodes.machine as machine
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.comparison import compare
@@ -82,8 +81,8 @@ class Runs:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     runs = Runs()
-    monkeypatch.setattr(algorithm1, "run_training", runs.train)
-    monkeypatch.setattr(evaluations, "evaluate", runs.evaluate)
+    monkeypatch.setattr(machine, "run_training", runs.train)
+    monkeypatch.setattr(machine, "evaluate", runs.evaluate)
     return runs
 
 

@@ -101,7 +101,7 @@ class TestTextModel:
         with pytest.raises(UserError, match=f"^{message}"):  # of the dry run
             planned_data(run, run.tasks)
         spec = evaluation_spec(
-            run, text_model, split, ("colour",), tmp_path / "out", features=None, device="cpu", slot=0
+            run, text_model, split, ("colour",), tmp_path / "out", features=None, device="cpu", place=0
         )
         with pytest.raises(UserError, match=f"^{message}"):
             evaluate(spec)

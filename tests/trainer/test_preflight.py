@@ -43,7 +43,7 @@ def data(run_data: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
     def start(*arguments: Any, **options: Any) -> None:
         raise TrainingStarted
 
-    monkeypatch.setattr("trainer.pipeline.algorithm1.run_training", start)
+    monkeypatch.setattr("trainer.nodes.machine.run_training", start)
     for task in run_data["tasks"]:
         task["image_root"] = str(folder)
         for split in ("train", "validation", "test"):

@@ -84,7 +84,7 @@ def test_a_method_of_the_file_or_of_the_command_line(
     def run_training(spec: Path, *_: Any) -> None:
         ran.append(TrainingSpec.model_validate_json(spec.read_text()))
 
-    monkeypatch.setattr("trainer.single.run_training", run_training)
+    monkeypatch.setattr("trainer.nodes.machine.run_training", run_training)
     run_data["balancing"] = {"method": "coba", "options": {"coba": {"warmup": 3}, "dwa": {"window": 4}}}
     config = write_config(run_data)
     assert cotbal("train", config, "--output", tmp_path / "a").code == 0
@@ -118,7 +118,7 @@ def test_a_used_folder(
             raise KeyboardInterrupt
         (folder / "model").mkdir(exist_ok=True)
 
-    monkeypatch.setattr("trainer.single.run_training", run_training)
+    monkeypatch.setattr("trainer.nodes.machine.run_training", run_training)
     options = ["train", write_config(run_data), "--output", tmp_path / "s", "--method", "stl"]
     cotbal(*options)
     fails.clear()
@@ -155,7 +155,7 @@ def test_another_method_in_the_folder_of_one_that_was_cut_off(
         checkpoints.mkdir(exist_ok=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainer.single.run_training", run_training)
+    monkeypatch.setattr("trainer.nodes.machine.run_training", run_training)
     for method in ("ew", "ew", "tla", "ew"):
         cotbal("train", write_config(run_data), "--output", tmp_path / "t", "--method", method)
     assert ran == [("ew", False), ("ew", True), ("tla", False), ("ew", False)]

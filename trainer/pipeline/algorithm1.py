@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +28,10 @@ from trainer.balancing.registry import method_class
 from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
 from trainer.data.mixtures import Mixture
-from trainer.launching import resolve_device, run_training
+from trainer.launching import resolve_device
+from trainer.nodes import Cluster, Membership
 from trainer.pipeline import built_in, outcome
-from trainer.pipeline.evaluations import Evaluators, evaluation_spec
+from trainer.pipeline.evaluations import evaluation_spec
 from trainer.pipeline.identity import FORMAT, Identity
 from trainer.pipeline.places import PLAN, Places, environment, last_step, weights_stage
 from trainer.pipeline.preflight import check_all, check_run, check_validation
@@ -48,10 +48,12 @@ class Pipeline:
     Args:
         config: the validated configuration.
         progress: where to show what happens.
+        node: this machine, which leads the others of ``launch.nodes``; None is a run of this machine alone.
     """
 
-    def __init__(self, config: RunConfig, progress: Progress | None = None) -> None:
+    def __init__(self, config: RunConfig, progress: Progress | None = None, node: Membership | None = None) -> None:
         self.config = config
+        self.node = node or Membership()
         self.run_dir = config.output_dir
         self.progress = progress or Progress()
         self.places = Places(config.output_dir)
@@ -75,7 +77,7 @@ class Pipeline:
         self.model_path = str(own_path) if own_model else config.model.path
         self.features = self.run_dir / "features" if own_model else None
         self.identity = Identity(self.resolved, self.tasks, on_disk=not isinstance(config.tasks, str))
-        self._evaluators: Evaluators | None = None
+        self._cluster: Cluster | None = None
 
     # -- what is run ---------------------------------------------------------------------------------------
 
@@ -107,7 +109,7 @@ class Pipeline:
 
     def runner(self) -> StageRunner:
         """Of all stages, with what has become of them so far."""
-        return StageRunner(self.run_dir / "stages", self.stages(), self.config.launch.parallel, self.progress)
+        return StageRunner(self.run_dir / "stages", self.stages(), self.config.launch.slots, self.progress)
 
     def run(self, overwrite: bool = False) -> Path:
         """Runs what is not done yet and returns the path of the report.
@@ -117,11 +119,12 @@ class Pipeline:
                 model any more.
 
         Raises:
-            UserError: bad input, found before any training starts; finished work would be deleted unasked; or another
-                process works on this run.
+            UserError: bad input, found before any training starts; finished work would be deleted unasked; another
+                process works on this run; or a machine of several cannot take part.
             TrainingFailedError: a training process ended with an error.
         """
-        with locked(self.run_dir), closing(Evaluators(self.config.launch, self.device)) as self._evaluators:
+        machines = Cluster(self.config, self.device, self.node, self.run_dir, self.progress.say)
+        with locked(self.run_dir), machines as self._cluster:
             runner = self.runner()
             if self.identity.on_disk and runner.would_lose():  # a mistyped path must not cost what is finished
                 check_all(self.resolved, self.model_path if self.features is None else None)
@@ -264,12 +267,12 @@ class Pipeline:
         directory = self.places.training(training)
         directory.mkdir(parents=True, exist_ok=True)
         weights = json.loads(self.places.weights(training.weights).read_text()) if training.weights else None
-        config, launch, model_path = self.resolved, self.config.launch, self.model_path
+        config, launch, model_path = self.resolved, None, self.model_path
         if training is self.pretraining:  # alone, on its own records, from random weights
             epochs = {"epochs": config.model.tiny_llava.pretraining_epochs}
             tasks = [built_in.pretraining_task(self.run_dir / "corpus")]
             config = config.model_copy(update={"tasks": tasks, "training": config.training.model_copy(update=epochs)})
-            launch, model_path = launch.model_copy(update={"parallel": 1}), str(self.initial_model)
+            launch, model_path = config.launch.model_copy(update={"parallel": 1}), str(self.initial_model)
         spec = TrainingSpec(
             name=training.name,
             config=config,
@@ -291,9 +294,11 @@ class Pipeline:
             step, steps = last_step(directory / "log.jsonl")
             context.report(step, steps, "step")
 
-        run_training(directory / "spec.json", launch, self.device, context.slot, directory / "output.log", poll)
+        assert self._cluster is not None
+        self._cluster.train(directory / "spec.json", context.slot, directory / "output.log", poll, launch)
 
     def _evaluate(self, training: Training, split: str, context: StageContext) -> None:
+        assert self._cluster is not None
         spec = evaluation_spec(
             self.resolved,
             self.places.training(training) / "model",
@@ -302,10 +307,13 @@ class Pipeline:
             self.places.evaluation(training, split),
             features=self.features,
             device=self.device,
-            slot=context.slot,
+            place=self._cluster.place(context.slot),
         )
-        assert self._evaluators is not None
-        self._evaluators.run(spec, context)
+
+        def report(done: int, total: int, note: str) -> None:
+            context.report(done, total, "sample", note)
+
+        self._cluster.evaluate(spec, context.slot, report)
 
     def _compute_weights(self, name: str) -> None:
         options = self.variants[name]

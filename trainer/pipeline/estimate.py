@@ -104,7 +104,7 @@ def _patches(config: Any) -> int:
 
 def memory_per_gpu(size: ModelSize, config: RunConfig) -> dict[str, float]:
     """Bytes on one GPU by purpose, at the longest batch; what the allocator and the driver keep comes on top."""
-    training, gpus = config.training, config.launch.processes
+    training, gpus = config.training, config.launch.ranks
     stage = training.zero_stage
     number = 2 if training.precision == "bf16" else 4
     added = size.trained if config.model.lora is not None else 0  # beside the model's own parameters
@@ -136,12 +136,14 @@ def memory_per_gpu(size: ModelSize, config: RunConfig) -> dict[str, float]:
 
 
 def memory_of_host(size: ModelSize, config: RunConfig) -> dict[str, float]:
-    """Bytes by purpose that ``training.offload`` takes of the host, for all processes of this machine."""
+    """Bytes by purpose that ``training.offload`` takes of one machine, for a training's processes on it."""
     training = config.training
     memory = {"optimizer states": 12.0 * size.trained, "gradients": 4.0 * size.trained}  # float32
     if training.offload == "parameters":
         memory["parameters"] = (2.0 if training.precision == "bf16" else 4.0) * size.total
-    return {} if training.offload == "none" else memory
+    if training.offload == "none":
+        return {}
+    return {purpose: size / config.launch.nodes_per_training for purpose, size in memory.items()}
 
 
 def training_flop(size: ModelSize, tokens: int, images: int) -> float:
@@ -183,7 +185,7 @@ def report(
         found = None
     size = model_size(found, config.model) if found else None
     peak, source = peak_tflops() if tflops is None else (tflops, "--tflops")
-    gpus = config.launch.processes
+    gpus = config.launch.ranks
     speed = gpus * peak * 1e12 * mfu
     width = max(28, *(len(row["training"]) + 1 for row in rows))
     unit = "sequences" if packed else "samples"

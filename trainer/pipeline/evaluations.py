@@ -4,41 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from trainer.config import LaunchConfig, RunConfig, TaskConfig
+from trainer.config import RunConfig, TaskConfig
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.records import Record
 from trainer.errors import each
-from trainer.evaluation import EvaluationSet, EvaluationSpec, RankProcesses, evaluate
+from trainer.evaluation import EvaluationSet, EvaluationSpec
 from trainer.evaluation.generation import encode
 from trainer.launching import rank_devices, threads_per_process
 
-if TYPE_CHECKING:
-    from trainer.pipeline.stages import StageContext
-
 SHOWN = 10  # records of a split that errors name; the rest is counted
-
-
-class Evaluators:
-    """The processes that evaluate: a group of ``launch.processes`` ranks for each of ``launch.parallel`` places."""
-
-    def __init__(self, launch: LaunchConfig, device: str) -> None:
-        self._groups = [RankProcesses(launch.processes) for _ in range(launch.parallel)]
-        self._device = device
-
-    def run(self, spec: EvaluationSpec, context: StageContext) -> None:
-        """Evaluates in the ranks of the stage's place, and gives their GPU memory back to the trainings."""
-        group = self._groups[context.slot]
-        try:
-            evaluate(spec, group, lambda meter: context.report(meter.done, meter.total, "sample", meter.rates()))
-        finally:
-            if self._device != "cpu":
-                group.close()
-
-    def close(self) -> None:
-        for group in self._groups:
-            group.close()
 
 
 def evaluation_set(task: TaskConfig, split: str) -> EvaluationSet:
@@ -77,14 +52,14 @@ def evaluation_spec(
     *,
     features: Path | None,
     device: str,
-    slot: int,
+    place: int,
 ) -> EvaluationSpec:
     """The evaluation of a trained model on a split of some tasks.
 
     Args:
         config: the run's resolved configuration, with its tasks spelled out.
         split: ``validation`` or ``test``.
-        slot: place among the parallel stages; slot i takes the i-th group of GPUs.
+        place: among those of a machine; the i-th takes the i-th group of GPUs.
     """
     assert not isinstance(config.tasks, str), "the pipeline spells the tasks out"
     ranks = config.launch.processes
@@ -94,7 +69,7 @@ def evaluation_spec(
         output_dir=output_dir,
         batch_size=config.evaluation.batch_size,
         precision=config.training.precision,
-        devices=rank_devices(device, ranks, first=slot * ranks),
+        devices=rank_devices(device, ranks, first=place * ranks),
         threads=threads_per_process(config.launch),
         attention=config.model.attention,
         max_length=config.model.max_length,

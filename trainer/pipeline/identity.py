@@ -67,7 +67,7 @@ class Identity:
             "records": self.records("train", *(["validation"] if validates else []), of=seen) if own_records else None,
             "training": self.config.training.fingerprint(),
             "model": self.model,
-            "processes": self.config.launch.processes,
+            "processes": self.config.launch.ranks,
             "seed": self.config.seed + training.repetition,
             "balancing": [training.method, training.options],
         }

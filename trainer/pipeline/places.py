@@ -45,8 +45,8 @@ def environment(config: RunConfig, device: str) -> dict[str, Any]:
         **{package: version(package) for package in packages},
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
-        "world_size": config.launch.processes,
-        "parallel": config.launch.parallel,
+        "world_size": config.launch.ranks,
+        "parallel": config.launch.slots,
     }
 
 

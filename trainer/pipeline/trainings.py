@@ -101,7 +101,7 @@ def plan(
         data: their lengths: with them, packed sequences and records that are dropped count as they are in training,
             and rows have sequences (or samples), and tokens, supervised tokens and images over all epochs.
     """
-    window = config.training.batch_size * config.launch.processes
+    window = config.training.batch_size * config.launch.ranks
     rows: list[dict[str, Any]] = []
     for training in trainings:
         chosen = [

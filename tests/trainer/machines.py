@@ -1,0 +1,58 @@
+"""Runs of several machines, each a process of this one with the same command."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# `python -c` in place of `cotbal`: a machine that is gone is missed within seconds.
+COTBAL = "import trainer.nodes.cluster as cluster; cluster.SILENCE = 5.0; import trainer.cli; trainer.cli.main()"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Machines:
+    """Starts `cotbal` as node 0, 1, ... of one run."""
+
+    def __init__(self, count: int, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.count = count
+        self.processes: dict[int, subprocess.Popen[str]] = {}
+
+    def start(self, *arguments: object, ranks: range | None = None) -> None:
+        for rank in ranks or range(self.count):
+            own = ["--node-rank", str(rank), "--master", f"127.0.0.1:{self.port}"]
+            self.processes[rank] = subprocess.Popen(
+                [sys.executable, "-c", COTBAL, *map(str, arguments), *own],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            )
+
+    def wait(self, timeout: float = 600) -> list[tuple[int, str]]:
+        """Exit code and stderr of every machine, by rank."""
+        ended = []
+        try:
+            for _, process in sorted(self.processes.items()):
+                _, errors = process.communicate(timeout=timeout)
+                ended.append((process.returncode, errors))
+        finally:
+            for process in self.processes.values():
+                process.kill()
+        return ended
+
+
+def write(path: Path, data: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(data))
+    return path

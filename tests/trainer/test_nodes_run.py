@@ -1,0 +1,134 @@
+"""Whole runs on two machines equal those on one, and survive the loss of either."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from machines import Machines, write
+from transformers import AutoModelForImageTextToText
+
+from trainer.loop.callbacks import COMPLETE
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def data(run_data: dict[str, Any]) -> dict[str, Any]:
+    """The run without comparisons, with weights that training moves."""
+    run_data["training"] |= {"epochs": 2, "learning_rate": 1e-2, "logging_steps": 1}
+    run_data["cotbal"] |= {"on_degenerate": "clip"}
+    run_data["comparisons"] = []
+    return run_data
+
+
+def with_launch(data: dict[str, Any], folder: Path, **launch: Any) -> dict[str, Any]:
+    return data | {"output_dir": str(folder), "launch": data["launch"] | launch}
+
+
+def run(machines: Machines, *arguments: object) -> list[str]:
+    """Runs a command on all machines to a good end; returns what each said."""
+    machines.start(*arguments)
+    ended = machines.wait()
+    assert [code for code, _ in ended] == [0] * machines.count, "\n".join(said[-3000:] for _, said in ended)
+    return [said for _, said in ended]
+
+
+def parameters(model: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).state_dict()
+
+
+def assert_equal(found: Path, expected: Path) -> None:
+    ours, theirs = parameters(found), parameters(expected)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def newest_step(folder: Path) -> int:
+    """Of the complete checkpoints of a training."""
+    return max((int(path.parent.name.split("-")[1]) for path in folder.glob(f"checkpoints/*/{COMPLETE}")), default=0)
+
+
+def until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def survivors(folder: Path) -> list[str]:
+    """Command lines of training processes of a run that still live."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(folder / "trainings") in line:
+            found.append(line)
+    return found
+
+
+def test_trainings_spread_over_two_machines_end_as_on_one(data: dict[str, Any], tmp_path: Path) -> None:
+    """Bit for bit: which machine trains and scores a model changes nothing."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = write(tmp_path / "one.yaml", with_launch(data, one))
+    subprocess.run([sys.executable, "-m", "trainer.cli", "run", str(alone)], check=True, capture_output=True)
+    said = run(Machines(2), "run", write(tmp_path / "two.yaml", with_launch(data, two, nodes=2)))
+    assert "all 2 machines are here" in said[0]
+    done_there = {line.split(": ", 1)[1].split("/")[0] for line in said[1].splitlines() if "node 1: " in line}
+    assert {"trainings", "evaluations"} <= done_there, said[1]
+    for name in ("scores.json", "weights.json", "results.json"):
+        assert json.loads((two / name).read_text()) == json.loads((one / name).read_text()), name
+    for training in ("mini", "plus-colour", "plus-box", "cotbal"):
+        assert_equal(two / "trainings" / training / "model", one / "trainings" / training / "model")
+
+
+def test_one_training_on_two_machines(data: dict[str, Any], tmp_path: Path) -> None:
+    """Equals two processes of one machine, bit for bit. Either machine's death ends it on both, and it goes on."""
+    data["training"] |= {"epochs": 30, "save_steps": 2, "zero_stage": 2}
+    alone = write(tmp_path / "one.yaml", with_launch(data, tmp_path / "run", processes=2))
+    both = write(tmp_path / "two.yaml", with_launch(data, tmp_path / "run", nodes=2, nodes_per_training=2))
+    command = ["train", alone, "--method", "rlw", "--output", tmp_path / "one"]
+    subprocess.run([sys.executable, "-m", "trainer.cli", *map(str, command)], check=True, capture_output=True)
+
+    two = tmp_path / "two"
+    for victim in (1, 0):
+        machines = Machines(2)
+        machines.start("train", both, "--method", "rlw", "--output", two)
+        before = newest_step(two)
+        until(lambda before=before: newest_step(two) > before)
+        machines.processes[victim].kill()
+        ended = machines.wait()
+        assert ended[1 - victim][0] == 2, ended[1 - victim][1]
+        said = ended[1 - victim][1].splitlines()[-1]
+        if victim == 0:
+            assert said.startswith("cotbal: contact with node 0"), said
+        until(lambda: not survivors(two))
+        assert not (two / "model").exists()
+    run(Machines(2), "train", both, "--method", "rlw", "--output", two)
+    assert_equal(two / "model", tmp_path / "one" / "model")
+    assert (two / "weights.csv").read_text() == (tmp_path / "one" / "weights.csv").read_text()
+    assert (two / "output.node1.log").exists()
+
+
+def test_what_goes_wrong_on_another_machine_is_told_by_node_0(data: dict[str, Any], tmp_path: Path) -> None:
+    """A training of node 1 alone fails; node 1 is lost while it has work; both name it, and both machines end."""
+    data["comparisons"] = ["ew"]
+    config = write(tmp_path / "run.yaml", with_launch(data, tmp_path / "run", nodes=2))
+    machines = Machines(2)
+    machines.start("run", config)
+    until(lambda: any((tmp_path / "run" / "trainings").glob("*/output.log")))
+    machines.processes[1].kill()
+    ended = machines.wait()
+    assert ended[0][0] == 2
+    assert "node 1 (" in ended[0][1].splitlines()[-1], ended[0][1]
+    assert "has not been heard of" in ended[0][1].splitlines()[-1]

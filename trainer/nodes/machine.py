@@ -1,0 +1,81 @@
+"""What one machine does for a run: trainings and evaluations in its places."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from trainer.config import LaunchConfig
+from trainer.evaluation import EvaluationSpec, RankProcesses, evaluate
+from trainer.launching import Meeting, run_training
+from trainer.nodes.mailbox import POLL, Mailbox
+from trainer.nodes.messages import Port, TrainingJob
+
+Report = Callable[[int, int, str], None]  # records done, records in all, a note on the speed
+
+
+class Machine:
+    """The processes of this machine: a group of ``launch.processes`` for each of its ``launch.parallel`` places."""
+
+    def __init__(self, launch: LaunchConfig, device: str, rank: int = 0) -> None:
+        self.device = device
+        self.rank = rank
+        self._groups = [RankProcesses(launch.processes) for _ in range(launch.parallel)]
+
+    def train(self, job: TrainingJob, poll: Callable[[], None], mailbox: Mailbox | None = None) -> None:
+        """This machine's part of a training, to its end.
+
+        Raises:
+            TrainingFailedError: a training process ended with an error.
+        """
+        meeting, log = None, job.log
+        if len(job.nodes) > 1:
+            assert mailbox is not None
+            meeting = _meet(job, self.rank, mailbox, poll)
+            log = log_of(job.log, meeting.rank)
+        run_training(job.spec, job.launch, self.device, job.place, log, poll, meeting)
+
+    def evaluate(self, spec: EvaluationSpec, place: int, report: Report) -> None:
+        """Evaluates in the ranks of a place, and gives their GPU memory back to the trainings."""
+        group = self._groups[place]
+        try:
+            evaluate(spec, group, lambda meter: report(meter.done, meter.total, meter.rates()))
+        finally:
+            if self.device != "cpu":
+                group.close()
+
+    def close(self) -> None:
+        for group in self._groups:
+            group.close()
+
+
+def log_of(log: Path, rank: int) -> Path:
+    """The output of a training on its `rank`-th machine."""
+    return log if rank == 0 else log.with_name(f"{log.stem}.node{rank}{log.suffix}")
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on every machine."""
+    packages = {name: version(name) for name in ("cotbal", "torch", "transformers", "deepspeed", "accelerate")}
+    return {"python": platform.python_version(), **packages}
+
+
+def _meet(job: TrainingJob, node: int, mailbox: Mailbox, poll: Callable[[], None]) -> Meeting:
+    """The first machine of the training finds a free port; the others wait to hear of it."""
+    key, rank = f"port/{job.number}", job.nodes.index(node)
+    if rank == 0:
+        mailbox.post(key, Port(port=_free_port()))
+    while (found := mailbox.read(key, Port)) is None:
+        poll()
+        time.sleep(POLL)
+    return Meeting(rank, len(job.nodes), job.address, found.port)
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

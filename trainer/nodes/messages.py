@@ -1,0 +1,106 @@
+"""What machines of a run tell each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from trainer.config import LaunchConfig
+from trainer.evaluation import EvaluationSpec
+
+
+class Hello(BaseModel):
+    """A machine has come.
+
+    Attributes:
+        host, address: its name, and its address as node 0 can reach it.
+        versions: of what must be the same everywhere, by name.
+        device: ``cpu`` or ``cuda``.
+        config: the configuration that it was started with.
+        problems: why it cannot take part.
+    """
+
+    host: str
+    address: str
+    versions: dict[str, str]
+    device: str
+    config: dict[str, Any]
+    problems: list[str]
+
+
+class SharedFolder(BaseModel):
+    """A file that every machine must be able to read, and what is in it: the run's folder is one folder."""
+
+    path: Path
+    content: str
+
+
+class TrainingJob(BaseModel):
+    """A training, or one machine's part in it.
+
+    Attributes:
+        number: of the job.
+        spec: path of a ``TrainingSpec`` in JSON.
+        log: gets all output of the first machine; that of the others goes into files beside it.
+        launch: processes and threads.
+        place: which group of GPUs it takes on each of its machines.
+        nodes: ranks of its machines; the first one has rank 0 of the training.
+        address: of the first one.
+    """
+
+    number: int
+    spec: Path
+    log: Path
+    launch: LaunchConfig
+    place: int
+    nodes: tuple[int, ...]
+    address: str
+
+
+class EvaluationJob(BaseModel):
+    """An evaluation on one machine."""
+
+    number: int
+    spec: EvaluationSpec
+    place: int
+
+
+class Job(BaseModel):
+    """Work for one machine: one of the two."""
+
+    work: TrainingJob | EvaluationJob
+
+
+class Port(BaseModel):
+    """Where the processes of a training meet; chosen by its first machine."""
+
+    port: int
+
+
+class Advance(BaseModel):
+    """How far an evaluation is."""
+
+    done: int
+    total: int
+    note: str
+
+
+class Ended(BaseModel):
+    """A machine's part of a job is over.
+
+    Attributes:
+        kind: ``done``, or what kind of error: a training process's, a user's, or any other.
+        text: of the error.
+    """
+
+    kind: Literal["done", "training", "user", "other"] = "done"
+    text: str = ""
+
+
+class Notice(BaseModel):
+    """Something that has no more to it than a reason: a job is cancelled, the run is over, a machine leaves."""
+
+    failed: bool = False
+    reason: str = ""

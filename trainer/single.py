@@ -11,6 +11,7 @@ from trainer.balancing.registry import SINGLE_TASK, check_name, is_cotbal
 from trainer.config import BUILT_IN, RunConfig
 from trainer.data.mixtures import Mixture
 from trainer.errors import UserError, unknown_name
+from trainer.files import write_json
 from trainer.launching import ERROR_FILE, resolve_device
 from trainer.nodes import Cluster, Membership
 from trainer.nodes.machine import log_of
@@ -18,7 +19,7 @@ from trainer.pipeline.identity import Identity
 from trainer.pipeline.places import last_step
 from trainer.pipeline.preflight import check_all
 from trainer.pipeline.progress import Progress
-from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked, write_json
+from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
 from trainer.pipeline.trainings import Training
 from trainer.training import TrainingSpec
 

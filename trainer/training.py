@@ -36,6 +36,7 @@ from trainer.data.packing import PackedCollator, PackedDataset, pack
 from trainer.data.records import Record
 from trainer.data.whole_batches import WholeBatches
 from trainer.errors import UserError
+from trainer.files import write_json
 from trainer.launching import ERROR_FILE, die_with_parent
 from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, StopWhenDiverged
 from trainer.loop.packing_probe import PackingProbe
@@ -46,7 +47,6 @@ from trainer.models.features import FeatureStore
 from trainer.models.loading import load_model, load_processor
 from trainer.models.lora import add_lora, save_merged
 from trainer.models.packable import finds_samples_in_one_row, refuse_unpackable
-from trainer.pipeline.stages import write_json
 from trainer.tasks import Task, load_task
 
 

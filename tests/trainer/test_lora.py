@@ -21,6 +21,7 @@ from trainer.data.encoding import ConversationEncoder
 from trainer.data.records import Record, Turn, write_jsonl
 from trainer.errors import UserError
 from trainer.evaluation import evaluate
+from trainer.files import write_json
 from trainer.launching import run_training
 from trainer.loop.callbacks import COMPLETE
 from trainer.models.loading import load_model, load_processor
@@ -29,7 +30,6 @@ from trainer.models.tiny_llava import train_tokenizer
 from trainer.pipeline.evaluations import evaluation_spec
 from trainer.pipeline.planned_data import planned_data
 from trainer.pipeline.preflight import check_config
-from trainer.pipeline.stages import write_json
 from trainer.training import TrainingSpec
 
 # As the templates of text models are: content is a string.

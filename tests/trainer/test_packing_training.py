@@ -24,6 +24,7 @@ from trainer.data.collator import Collator
 from trainer.data.encoding import ConversationEncoder, Encoded
 from trainer.data.packing import PackedCollator, PackedDataset, pack
 from trainer.errors import UserError
+from trainer.files import write_json
 from trainer.launching import run_training
 from trainer.loop.packing_probe import PackingProbe
 from trainer.loop.trainer import TaskWeightedTrainer
@@ -33,7 +34,6 @@ from trainer.models.loading import load_processor
 from trainer.models.lora import add_lora
 from trainer.models.packable import finds_samples_in_one_row, unpackable_because
 from trainer.pipeline.preflight import check_config
-from trainer.pipeline.stages import write_json
 from trainer.tasks import load_task
 from trainer.training import TrainingSpec
 

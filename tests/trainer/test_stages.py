@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from trainer.errors import UserError
+from trainer.files import write_json
 from trainer.pipeline.progress import Progress
-from trainer.pipeline.stages import Cancelled, Stage, StageContext, StageRunner, fingerprints, write_json
+from trainer.pipeline.stages import Cancelled, Stage, StageContext, StageRunner, fingerprints
 
 
 class Silent(Progress):

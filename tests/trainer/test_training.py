@@ -16,10 +16,10 @@ from trainer.config import LaunchConfig, parse_config
 from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import ConversationEncoder
 from trainer.errors import UserError
+from trainer.files import write_json
 from trainer.launching import TrainingFailedError, run_training
 from trainer.loop.callbacks import COMPLETE
 from trainer.models.loading import load_processor
-from trainer.pipeline.stages import write_json
 from trainer.tasks import load_task
 from trainer.training import TrainingSpec, newest_checkpoint
 

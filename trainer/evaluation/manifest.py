@@ -14,7 +14,7 @@ from typing import Any
 from trainer.data.records import Record
 from trainer.errors import UserError
 from trainer.evaluation.spec import EvaluationSpec
-from trainer.pipeline.stages import write_json
+from trainer.files import write_json
 
 FORMAT = 1
 _PIECES, _PIECE = 256, 16 * 1024  # of a large file: what its digest reads, evenly spread, in bytes

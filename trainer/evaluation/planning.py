@@ -22,7 +22,7 @@ from trainer.data.lengths import BlankImages
 from trainer.data.records import Record
 from trainer.evaluation.generation import encode
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
-from trainer.pipeline.stages import write_json
+from trainer.files import write_json
 
 _PROBES = ((64, 64), (1344, 336))  # pixels; a processor with a dynamic resolution tells them apart
 

@@ -25,7 +25,7 @@ from trainer.evaluation.progress import Meter
 from trainer.evaluation.ranks import RankProcesses, load_encoder, run_rank
 from trainer.evaluation.scoring import compute, entry, read_predictions
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
-from trainer.pipeline.stages import write_json
+from trainer.files import write_json
 
 Result = TypeVar("Result")
 _POLL = 0.5  # seconds

@@ -28,6 +28,7 @@ from trainer.balancing.registry import method_class
 from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
 from trainer.data.mixtures import Mixture
+from trainer.files import write_json
 from trainer.launching import resolve_device
 from trainer.nodes import Cluster, Membership
 from trainer.pipeline import built_in, outcome
@@ -36,7 +37,7 @@ from trainer.pipeline.identity import FORMAT, Identity
 from trainer.pipeline.places import PLAN, Places, environment, last_step, weights_stage
 from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
-from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked, write_json
+from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
 from trainer.pipeline.trainings import Training, list_trainings, weight_variants
 from trainer.report import build_report
 from trainer.training import TrainingSpec

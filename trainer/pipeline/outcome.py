@@ -12,8 +12,8 @@ from typing import Any
 from trainer.balancing.registry import SINGLE_TASK_LABEL, training_label
 from trainer.baselines import majority_answer, question_only
 from trainer.config import RunConfig
+from trainer.files import write_json
 from trainer.metrics import get_metric, takes_losses
-from trainer.pipeline.stages import write_json
 from trainer.pipeline.trainings import Training
 from trainer.tasks import load_task
 

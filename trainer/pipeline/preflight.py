@@ -14,12 +14,12 @@ from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import SampleLength, sample_length, token_counter
 from trainer.data.records import Record
 from trainer.errors import UserError, each
+from trainer.files import write_json
 from trainer.launching import resolve_device
 from trainer.models.loading import empty_model, load_config, load_processor
 from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
 from trainer.pipeline.evaluations import SHOWN, check_scoring
-from trainer.pipeline.stages import write_json
 from trainer.pipeline.trainings import list_trainings
 from trainer.tasks import SPLITS, Task, check_images, load_task
 

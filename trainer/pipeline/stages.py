@@ -25,6 +25,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.files import write_json
 from trainer.locks import holding
 from trainer.pipeline.progress import Progress
 
@@ -246,11 +247,3 @@ def locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with holding(directory / ".lock", f"another process is working on {directory}"):
         yield
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)

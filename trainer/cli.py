@@ -16,6 +16,8 @@ from trainer.errors import UserError, writing
 from trainer.evaluation.commands import add_commands as add_evaluation_commands
 from trainer.settings import parse_settings
 
+_CONTINUE = ("demo", "run", "train", "evaluate", "convert")  # commands that go on where they were
+
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
@@ -23,7 +25,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            print("cotbal: interrupted; the same command continues from here", file=sys.stderr)
+            more = "; the same command continues from here" if ctx.invoked_subcommand in _CONTINUE else ""
+            print(f"cotbal: interrupted{more}", file=sys.stderr)
             raise typer.Exit(130) from error
 
 

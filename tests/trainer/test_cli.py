@@ -293,8 +293,10 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert found.stderr == "cotbal: none.json does not exist\n"
 
 
-def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
-    """The command waits for a pipe that nobody writes to; an inherited "ignore" of the signal is undone."""
+@pytest.mark.parametrize(("command", "more"), [("run", "; the same command continues from here"), ("weights", "")])
+def test_an_interruption_says_how_to_go_on(tmp_path: Path, command: str, more: str) -> None:
+    """Where there is something to go on with. The command waits for a pipe that nobody writes to; an inherited
+    "ignore" of the signal is undone."""
     pipe = tmp_path / "scores.json"
     os.mkfifo(pipe)
     code = (
@@ -302,11 +304,11 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "weights", str(pipe)],
+        [sys.executable, "-c", code, command, str(pipe)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     with pipe.open("w"):  # returns when the command has opened it too
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert err == "cotbal: interrupted; the same command continues from here\n"
+    assert err == f"cotbal: interrupted{more}\n"

@@ -233,6 +233,24 @@ def test_offload_to_the_host(cotbal: Any, write_records: Any, llava_folder: Path
     assert "optimizer states" not in on_gpu
 
 
+def test_several_machines(cotbal: Any, write_records: Any, llava_folder: Path) -> None:
+    """Two trainings at once, each on two machines of eight GPUs: half the steps, states, host memory and hours."""
+    write_records("cotbal_llava15_7b.yaml")
+    options = ["--tflops", "100", "--set", "training.offload=optimizer"]
+    one = dry_run(cotbal, "cotbal_llava15_7b.yaml", llava_folder, *options)
+    launch = ["--set", "launch.nodes=4", "--set", "launch.nodes_per_training=2"]
+    four = dry_run(cotbal, "cotbal_llava15_7b.yaml", llava_folder, *options, *launch)
+    records = int(table(one, "records")["cotbal"][0])
+    assert int(table(four, "records")["cotbal"][1]) == math.ceil(records / (16 * 16))
+    for line, precision in ((r"hours ([\d.]+) for all", 0.006), (r"memory of the host: an estimate, ([\d.]+)", 0.06)):
+        assert printed(line, four) == pytest.approx(printed(line, one) / 2, abs=precision), line
+    hours = [float(row[3]) for row in table(four, "samples").values()]
+    at_once = printed(r"at least ([\d.]+) with 2 at once", four)
+    assert at_once == pytest.approx(max(sum(hours) / 2, max(hours)), abs=0.006)
+    assert "at once" not in one
+    assert "on 16 GPU(s) of 100 TFLOP/s" in four
+
+
 def test_coba(cotbal: Any, write_records: Any, qwen_folder: Path) -> None:
     """A text model, 160 sequences a step, ZeRO-2; the method of `cotbal train` is CoBa with the paper's options."""
     records = write_records("coba_qwen.yaml")

@@ -190,12 +190,13 @@ def report(
     width = max(28, *(len(row["training"]) + 1 for row in rows))
     unit = "sequences" if packed else "samples"
     lines = [f"{'training':<{width}}{unit:>10}{'tokens':>15}{'supervised':>14}{'hours':>9}"]
-    hours = 0.0
+    hours = longest = 0.0
     for row in rows:
         row_hours = "-"
         if size:
             own = training_flop(size, row["tokens"], row["images"]) / speed / 3600
             hours += own
+            longest = max(longest, own)
             row_hours = f"{own:.3g}"
         numbers = f"{row['sequences']:>10,}{row['tokens']:>15,}{row['supervised']:>14,}{row_hours:>9}"
         lines.append(f"{row['training']:<{width}}{numbers}")
@@ -209,8 +210,10 @@ def report(
             "give a local folder with --set model.path=FOLDER"
         )
         return "\n".join(lines)
+    slots = config.launch.slots
+    at_once = f", at least {max(hours / slots, longest):.2f} with {slots} at once" if slots > 1 else ""
     lines.append(
-        f"hours {hours:.2f} for all trainings one after the other, {hours * gpus:.2f} GPU hours: an estimate, "
+        f"hours {hours:.2f} for all trainings one after the other{at_once}, {hours * gpus:.2f} GPU hours: an estimate, "
         f"4 P + 2 P trained FLOP a token on {gpus} GPU(s) of {peak:g} TFLOP/s ({source}), of which {mfu:.0%} are "
         "assumed to be reached (--mfu); padding and generation not counted"
     )

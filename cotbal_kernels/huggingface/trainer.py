@@ -10,7 +10,7 @@ transformers is not imported: the mixin overrides what ``Trainer`` (5.17 to 5.24
 # Shapes: B sequences, S positions, K tasks.
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..distributed import global_task_tokens
 from ..functional import task_normalizer
 from .patching import carries_patched_forward, fused_loss, unwrapped
+from .repeats import without_repeated_labels
 
 
 class TaskWeightedTrainerMixin:
@@ -27,7 +28,8 @@ class TaskWeightedTrainerMixin:
 
     Batches have ``labels [B, S]`` and ``loss_task_ids`` (``[B]`` or ``[B, S]``; task 0 without them). Gradients then
     equal those of one large batch, whatever the accumulation and the number of ranks, which the count of tokens that
-    ``Trainer`` takes by itself gives for weights of 1 only.
+    ``Trainer`` takes by itself gives for weights of 1 only. Samples that fill the last batch of several ranks up count
+    once (:mod:`.repeats`).
 
     Logged beside the loss, over all ranks since the last log: ``task_loss/NAME`` (mean cross-entropy per token),
     ``task_tokens/NAME`` and ``task_weight/NAME``, and ``eval_task_loss/NAME``, ``eval_task_tokens/NAME`` with the
@@ -109,6 +111,27 @@ class TaskWeightedTrainerMixin:
         normalizer = self.step_normalizer(batch_samples)
         return normalizer / copies if copies > 1 else normalizer
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        # Lazily: the loader says of the batch that it yielded last whether it ends the epoch.
+        batches = map(self._without_repeats, epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)  # type: ignore[misc]
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss is the mean over ranks: where ``Trainer`` gathers it, it cuts the last ranks off."""
+        inputs = self._without_repeats(inputs)
+        loss, sums, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if loss is not None and dist.is_initialized() and dist.get_world_size() > 1:
+            loss = loss / dist.get_world_size()
+            dist.all_reduce(loss)
+        return loss, sums, labels
+
+    def _without_repeats(self, batch: Any) -> Any:
+        trainer: Any = self
+        if hasattr(trainer, "get_sp_size") and trainer.get_sp_size() > 1:
+            return batch  # DeepSpeed's loader hands the batches of other ranks on, in parts
+        loader = trainer.accelerator.gradient_state.active_dataloader
+        return without_repeated_labels(batch, loader, fused_loss(trainer.model).options["ignore_index"])
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -134,6 +157,12 @@ class TaskWeightedTrainerMixin:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the means of the tasks that had tokens to the metrics, of ``evaluate`` and of ``predict``."""
         self._task_sums[False].zero_()
+        trainer: Any = self
+        gather = trainer.gather_function
+        # The sums are K numbers per batch: cut to the number of samples in the last batches, they would lose tasks.
+        trainer.gather_function = lambda data: (
+            trainer.accelerator.gather(data) if isinstance(data, tuple) else gather(data)
+        )
         out = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         prefix = kwargs.get("metric_key_prefix", "eval")
         for name, total, tokens in zip(self.task_names, *self._take_task_sums(False), strict=True):

@@ -35,6 +35,11 @@ class _TaskWeighted(nn.Module):
     ) -> None:
         super().__init__()
         validation.check_task_weights(task_weights, "task_weights", task_weights)
+        if task_weights.requires_grad:
+            raise ValueError(
+                "task_weights must not require grad: a module keeps a copy that gets no gradient. Call "
+                "linear_task_cross_entropy or task_cross_entropy, or pass task_weights.detach()"
+            )
         validation.check_options(
             aggregation=aggregation,
             normalizer=None,
@@ -47,7 +52,7 @@ class _TaskWeighted(nn.Module):
             ignore_index=ignore_index,
         )
         check_backend_name(backend)
-        self.register_buffer("task_weights", task_weights.detach().clone())
+        self.register_buffer("task_weights", task_weights.clone())
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "shift": shift,
@@ -82,10 +87,13 @@ class LinearTaskCrossEntropy(_TaskWeighted):
         task_weights: ``[K]`` float32, kept as a float32 buffer in the state dict, without gradient. Assign in place
             (``module.task_weights.copy_(new)``) to change them during training.
 
-    The other options are those of the function; what belongs to one call only (``max_tokens``, ``recompute``,
-    ``grad_weight_out``, a lambda that learns) needs the function. The head's weight is an argument of ``forward``: it
-    stays a parameter of the model.
+    The other options are those of the function. What belongs to one call is an argument of ``forward``, the head's
+    weight too, which stays a parameter of the model. A lambda that learns needs the function.
     """
+
+    def __init__(self, task_weights: Tensor, *, recompute: bool = False, **options: Any) -> None:
+        super().__init__(task_weights, **options)
+        self.options["recompute"] = recompute
 
     def forward(
         self,
@@ -96,6 +104,8 @@ class LinearTaskCrossEntropy(_TaskWeighted):
         *,
         bias: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        grad_weight_out: Tensor | None = None,
+        max_tokens: int | None = None,
         process_group: ProcessGroup | None = None,
         vocab_size: int | None = None,
     ) -> TaskLoss:
@@ -108,6 +118,8 @@ class LinearTaskCrossEntropy(_TaskWeighted):
             self.task_weights,
             bias=bias,
             normalizer=normalizer,
+            grad_weight_out=grad_weight_out,
+            max_tokens=max_tokens,
             process_group=process_group,
             vocab_size=vocab_size,
             **self.options,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,8 @@ class TestWork:
             spec: Path, launch: LaunchConfig, device: str, place: int, log: Path, poll: Any, meeting: Meeting | None
         ) -> None:
             rank = meeting.rank if meeting else 0
+            if (spec.parent.name, rank) == ("slot-1", 1):
+                time.sleep(1.5)  # the last one to end, by more than node 0's looks are apart
             found[spec.parent.name, rank] = (place, log.name, meeting)
             if spec.parent.name == f"fails-on-{rank}":
                 raise TrainingFailedError("out of memory")
@@ -299,6 +302,7 @@ class TestWork:
             for slot in range(four.launch.slots):
                 spec = self.spec(tmp_path, f"slot-{slot}")
                 cluster.train(spec, slot, spec.parent / "output.log", lambda: None)
+                assert {(f"slot-{slot}", 0), (f"slot-{slot}", 1)} <= calls.keys()
         assert {(name, rank): (place, log) for (name, rank), (place, log, _) in calls.items()} == {
             (f"slot-{slot}", rank): (slot // 2, "output.node1.log" if rank else "output.log")
             for slot in range(4)

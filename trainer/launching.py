@@ -117,7 +117,10 @@ def run_training(
     Raises:
         TrainingFailedError: the training ended with an error.
     """
-    environment = os.environ | {
+    # torchrun takes options that it is not given from PET_*: where those start one process per machine of a run, a
+    # training of one machine would wait for the others.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+    environment |= {
         "OMP_NUM_THREADS": str(threads_per_process(launch)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -1,12 +1,16 @@
-"""No training process outlives the one that started it, not even one whose parent is gone before it can ask."""
+"""What a training process gets from the one that starts it, and that it does not outlive it."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from trainer.launching import PARENT
+import trainer.launching as launching
+from trainer.config import LaunchConfig
+from trainer.launching import PARENT, run_training
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked, and only Linux can be")
@@ -19,3 +23,27 @@ def test_a_process_whose_parent_is_gone_ends_at_once(parent: str) -> None:
     script = "from trainer.launching import die_with_parent; die_with_parent(); print('lives')"
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == ((1, "") if parent == "gone" else (0, "lives\n")), found.stderr
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The command and the environment of a training, in whose place something ends at once."""
+    popen, found = subprocess.Popen, dict[str, Any]()
+
+    def start(command: list[str], *, env: dict[str, str], **options: Any) -> Any:
+        found.update(command=command, env=env)
+        return popen([sys.executable, "-c", ""], env=env, **options)
+
+    monkeypatch.setattr(launching.subprocess, "Popen", start)
+    return found
+
+
+def test_a_training_of_one_machine_does_not_hear_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, started: dict[str, Any], tmp_path: Path
+) -> None:
+    """torchrun would read how many machines there are from what has started this one."""
+    for name, value in {"PET_NNODES": "4", "PET_NODE_RANK": "1", "PET_RDZV_BACKEND": "c10d"}.items():
+        monkeypatch.setenv(name, value)
+    run_training(tmp_path / "t" / "spec.json", LaunchConfig(processes=2), "cpu", 0, tmp_path / "output.log")
+    assert "--standalone" in started["command"]
+    assert not [name for name in started["env"] if name.startswith("PET_")]

@@ -129,8 +129,10 @@ def run_training(
     if device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     elif launch.parallel > 1:
+        given = environment.get("CUDA_VISIBLE_DEVICES")  # a scheduler's or the user's: numbers count within it
+        visible = given.split(",") if given else [str(index) for index in range(launch.processes * launch.parallel)]
         first = place * launch.processes
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + index) for index in range(launch.processes))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + launch.processes])
     command = [sys.executable]
     if launch.processes > 1 or meeting:
         command += ["-m", "trainer.launching", f"--nproc_per_node={launch.processes}"]

@@ -47,3 +47,18 @@ def test_a_training_of_one_machine_does_not_hear_of_the_others(
     run_training(tmp_path / "t" / "spec.json", LaunchConfig(processes=2), "cpu", 0, tmp_path / "output.log")
     assert "--standalone" in started["command"]
     assert not [name for name in started["env"] if name.startswith("PET_")]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, "2,3"), ("4,5,6,7", "6,7"), ("GPU-a,GPU-b,GPU-c,GPU-d", "GPU-c,GPU-d")]
+)
+def test_trainings_at_once_share_the_gpus_that_this_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, started: dict[str, Any], tmp_path: Path, given: str | None, expected: str
+) -> None:
+    """Not the first ones of the machine, which may be another job's."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    launch = LaunchConfig(processes=2, parallel=2)
+    run_training(tmp_path / "t" / "spec.json", launch, "cuda", 1, tmp_path / "output.log")
+    assert started["env"]["CUDA_VISIBLE_DEVICES"] == expected

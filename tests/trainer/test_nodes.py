@@ -388,3 +388,19 @@ class TestWork:
             with pytest.raises(UserError, match=r"^node 1 \(.*\): image a\.png cannot be read$"):
                 cluster.evaluate(spec, 1, report)
         assert seen == [spec, spec]
+
+    @pytest.mark.parametrize("output", ["/output", "/mnt/output"])
+    def test_an_output_folder_near_the_root(
+        self,
+        config: Callable[..., RunConfig],
+        followers: Followers,
+        tmp_path: Path,
+        calls: dict[tuple[str, int], Any],
+        output: str,
+    ) -> None:
+        """`cotbal train` has its specification right in its output folder, as mounted into a container."""
+        two = config(nodes=2, nodes_per_training=2)
+        followers.start(two, 1)
+        with led(two, followers, tmp_path / "run") as cluster:
+            cluster.train(Path(output) / "spec.json", 0, Path(output) / "output.log", lambda: None)
+        assert calls.keys() == {("output", 0), ("output", 1)}

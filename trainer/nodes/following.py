@@ -123,10 +123,10 @@ def _perform(job: Job, machine: Machine, rank: int, mailbox: Mailbox, stop: thre
 
     try:
         if isinstance(work, TrainingJob):
-            _say(f"node {rank}: {work.spec.parent.relative_to(work.spec.parents[2])}")
+            _say(f"node {rank}: {Path(*work.spec.parent.parts[-2:])}")
             machine.train(work, poll, mailbox)
         else:
-            _say(f"node {rank}: {work.spec.output_dir.relative_to(work.spec.output_dir.parents[2])}")
+            _say(f"node {rank}: {Path(*work.spec.output_dir.parts[-3:])}")
             machine.evaluate(work.spec, work.place, report)
         ended = Ended()
     except TrainingFailedError as error:

@@ -250,6 +250,20 @@ class TestWhoMayTakePart:
         ):
             pytest.fail("the run has begun")
 
+    def test_one_that_leaves_before_all_have_come(
+        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def work(*_: Any) -> None:
+            raise RuntimeError("interrupted")
+
+        monkeypatch.setattr(following, "_work", work)
+        followers.start(config(nodes=3), 1)
+        with (
+            pytest.raises(TrainingFailedError, match=r"^node 1 \(.*\) has left: interrupted"),
+            led(config(nodes=3), followers, tmp_path / "run"),
+        ):
+            pytest.fail("the run has begun")
+
     def test_a_port_that_is_taken(self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path) -> None:
         held = Mailbox.open(followers.node(0, config(nodes=2)))
         with (

@@ -57,6 +57,7 @@ class Cluster:
 
         Raises:
             UserError: there are too few GPUs, or a machine does not come or cannot take part.
+            TrainingFailedError: a machine is gone before all have come.
         """
         rank_devices(self._device, self._launch.processes * self._launch.parallel)
         if self._node.count > 1:
@@ -155,6 +156,8 @@ class Cluster:
                     f"start the same command there, with --master {self._node.address} and its own --node-rank, or "
                     "all of them with srun --ntasks-per-node=1"
                 )
+            for rank in self._hellos:  # one that is gone again cannot come back: its rank is taken
+                self._check_alive(rank)
             time.sleep(POLL)
         problems = [
             f"{self._name(rank)}: {problem}" for rank in sorted(self._hellos) for problem in self._problems(rank)

@@ -12,7 +12,10 @@ from typing import Any
 import yaml
 
 # `python -c` in place of `cotbal`: a machine that is gone is missed within seconds.
-COTBAL = "import trainer.nodes.cluster as cluster; cluster.SILENCE = 5.0; import trainer.cli; trainer.cli.main()"
+COTBAL = (
+    "import trainer.nodes.cluster as cluster; import trainer.nodes.following as following; "
+    "cluster.SILENCE = following.SILENCE = 5.0; import trainer.cli; trainer.cli.main()"
+)
 
 
 def free_port() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -132,3 +133,21 @@ def test_what_goes_wrong_on_another_machine_is_told_by_node_0(data: dict[str, An
     assert ended[0][0] == 2
     assert "node 1 (" in ended[0][1].splitlines()[-1], ended[0][1]
     assert "has not been heard of" in ended[0][1].splitlines()[-1]
+
+
+def test_a_machine_that_node_0_does_not_answer_ends_with_its_training(data: dict[str, Any], tmp_path: Path) -> None:
+    """Its connection is whole, as when node 0 has lost power or its network: nothing tells it so."""
+    data["training"] |= {"epochs": 200}
+    config = write(tmp_path / "run.yaml", with_launch(data, tmp_path / "run", nodes=2))
+    machines = Machines(2)
+    machines.start("run", config)
+    try:
+        until(lambda: len(list((tmp_path / "run" / "trainings").glob("*/log.jsonl"))) == 2)
+        machines.processes[0].send_signal(signal.SIGSTOP)
+        assert machines.processes[1].wait(60) == 2
+        until(lambda: len(survivors(tmp_path / "run")) == 1)  # node 0's own
+    finally:
+        machines.processes[0].kill()
+        (_, (_, said)) = machines.wait()
+    assert "node 0 has not answered for 5 s" in said.splitlines()[-1]
+    until(lambda: not survivors(tmp_path / "run"))

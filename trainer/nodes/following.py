@@ -8,13 +8,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.launching import TrainingFailedError, rank_devices, resolve_device
+from trainer.nodes.cluster import SILENCE
 from trainer.nodes.machine import Machine, versions
 from trainer.nodes.mailbox import POLL, ContactLost, Mailbox
 from trainer.nodes.membership import Membership
@@ -88,26 +90,57 @@ def _work(machine: Machine, rank: int, mailbox: Mailbox) -> None:
     running: dict[int, threading.Event] = {}  # jobs, and what calls them off
     with closing(machine), ThreadPoolExecutor(64) as pool:
         try:
-            while (end := mailbox.read("end", Notice)) is None:
-                mailbox.beat(rank)
-                if not begun and mailbox.read("start", Notice) is not None:
-                    begun = True
-                    _say(f"node {rank}: at work; node 0 shows how far the run is")
-                while (job := mailbox.read(f"jobs/{rank}/{posted}", Job)) is not None:
-                    posted += 1
-                    stop = running[job.work.number] = threading.Event()
-                    pool.submit(_perform, job, machine, rank, mailbox, stop)
-                for number, stop in list(running.items()):
-                    if mailbox.read(f"ended/{number}/{rank}", Ended) is not None:
-                        del running[number]
-                    elif mailbox.read(f"cancel/{number}", Notice) is not None:
-                        stop.set()
-                time.sleep(POLL)
+            with _ending_in_silence(rank) as heard:
+                while (end := mailbox.read("end", Notice)) is None:
+                    mailbox.beat(rank)
+                    heard()
+                    if not begun and mailbox.read("start", Notice) is not None:
+                        begun = True
+                        _say(f"node {rank}: at work; node 0 shows how far the run is")
+                    while (job := mailbox.read(f"jobs/{rank}/{posted}", Job)) is not None:
+                        posted += 1
+                        stop = running[job.work.number] = threading.Event()
+                        pool.submit(_perform, job, machine, rank, mailbox, stop)
+                    for number, stop in list(running.items()):
+                        if mailbox.read(f"ended/{number}/{rank}", Ended) is not None:
+                            del running[number]
+                        elif mailbox.read(f"cancel/{number}", Notice) is not None:
+                            stop.set()
+                    time.sleep(POLL)
         finally:  # the pool waits for its threads
             for stop in running.values():
                 stop.set()
     if end.failed:
         raise UserError(f"node 0 has ended the run: {end.reason}")
+
+
+@contextmanager
+def _ending_in_silence(rank: int) -> Iterator[Callable[[], None]]:
+    """Ends this process unless what is yielded is called from time to time.
+
+    A machine that is cut off from node 0 waits for its answer without end, while its trainings write where those of a
+    new run may. They end with this process, however that does.
+    """
+    last, over = time.monotonic(), threading.Event()
+
+    def heard() -> None:
+        nonlocal last
+        last = time.monotonic()
+
+    def watch() -> None:
+        while not over.wait(1.0):
+            if time.monotonic() - last > SILENCE:
+                _say(
+                    f"node {rank}: node 0 has not answered for {SILENCE:.0f} s; "
+                    "start the same command on every machine to go on"
+                )
+                os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield heard
+    finally:
+        over.set()
 
 
 def _perform(job: Job, machine: Machine, rank: int, mailbox: Mailbox, stop: threading.Event) -> None:

@@ -363,6 +363,28 @@ class TestWork:
         followers.join()
         assert str(followers.errors[1]) == "node 0 has ended the run: KeyboardInterrupt"
 
+    def test_a_machine_that_is_interrupted_at_work(
+        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path,
+        calls: dict[tuple[str, int], Any], monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """Node 0 says so in a line."""
+        two = config(nodes=2)
+        spec = self.spec(tmp_path, "endless")
+        beat = Mailbox.beat
+
+        def interrupted(mailbox: Mailbox, rank: int) -> None:
+            if calls:
+                raise UserError("interrupted")
+            beat(mailbox, rank)
+
+        monkeypatch.setattr(Mailbox, "beat", interrupted)
+        followers.start(two, 1)
+        with (
+            pytest.raises(TrainingFailedError, match=r"^node 1 \(.*\): this machine was interrupted"),
+            led(two, followers, tmp_path / "run") as cluster,
+        ):
+            cluster.train(spec, 1, spec.parent / "output.log", lambda: None)
+
     def test_an_evaluation_goes_to_the_first_machine_of_its_slot(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

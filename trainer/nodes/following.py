@@ -166,8 +166,8 @@ def _perform(job: Job, machine: Machine, rank: int, mailbox: Mailbox, stop: thre
         ended = Ended(kind="training", text=str(error))
     except UserError as error:
         ended = Ended(kind="user", text=str(error))
-    except _Stopped:
-        ended = Ended(kind="other", text="called off")
+    except _Stopped:  # node 0 asks for the text only if it is not the one that has called the work off
+        ended = Ended(kind="training", text="this machine was interrupted; start the same command on every machine")
     except BaseException:  # also what would end this thread without a word
         ended = Ended(kind="other", text=traceback.format_exc())
     with suppress(ContactLost):

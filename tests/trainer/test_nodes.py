@@ -363,6 +363,29 @@ class TestWork:
         followers.join()
         assert str(followers.errors[1]) == "node 0 has ended the run: KeyboardInterrupt"
 
+    def test_an_error_that_names_what_is_no_text(
+        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A file name of other bytes than UTF-8, or half an emoji in a record."""
+
+        def train(*_: Any) -> None:
+            raise TrainingFailedError("photo-\udce9.png is broken")
+
+        monkeypatch.setattr(machine_module, "run_training", train)
+        two = config(nodes=2)
+        followers.start(two, 1)
+        spec = self.spec(tmp_path, "ew")
+        deadline = time.monotonic() + 20
+
+        def poll() -> None:
+            assert time.monotonic() < deadline
+
+        with (
+            pytest.raises(TrainingFailedError, match=r"photo-\?\.png is broken"),
+            led(two, followers, tmp_path / "run") as cluster,
+        ):
+            cluster.train(spec, 1, spec.parent / "output.log", poll)
+
     def test_a_machine_that_is_interrupted_at_work(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path,
         calls: dict[tuple[str, int], Any], monkeypatch: pytest.MonkeyPatch,

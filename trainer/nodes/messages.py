@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
 from trainer.config import LaunchConfig
 from trainer.evaluation import EvaluationSpec
+
+# Errors quote file names and records, which may hold what is no Unicode text and would not become a message.
+Quoting = Annotated[str, BeforeValidator(lambda text: text.encode(errors="replace").decode())]
 
 
 class Hello(BaseModel):
@@ -27,7 +30,7 @@ class Hello(BaseModel):
     versions: dict[str, str]
     device: str
     config: dict[str, Any]
-    problems: list[str]
+    problems: list[Quoting]
 
 
 class SharedFolder(BaseModel):
@@ -96,11 +99,11 @@ class Ended(BaseModel):
     """
 
     kind: Literal["done", "training", "user", "other"] = "done"
-    text: str = ""
+    text: Quoting = ""
 
 
 class Notice(BaseModel):
     """Something that has no more to it than a reason: a job is cancelled, the run is over, a machine leaves."""
 
     failed: bool = False
-    reason: str = ""
+    reason: Quoting = ""

@@ -69,6 +69,7 @@ class TestMembership:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         assert find_membership(FOUR, *options) == expected
+        assert find_membership(FOUR, expected.rank, expected.address) == expected
 
     @pytest.mark.parametrize(
         ("environment", "options", "message"),

@@ -32,7 +32,8 @@ class Membership:
 
     @property
     def address(self) -> str:
-        return f"{self.host}:{self.port}"
+        """As ``--master`` takes it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def find_membership(launch: LaunchConfig, rank: int | None = None, master: str | None = None) -> Membership:

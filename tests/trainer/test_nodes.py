@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,18 @@ class TestWork:
             assert (here.rank, there.rank) == (0, 1)
             assert (here.nodes, here.host, here.port) == (there.nodes, there.host, there.port)
             assert (here.nodes, here.host) == (2, "127.0.0.1")
+
+    def test_every_machine_meets_node_0_where_it_has_found_it(
+        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, calls: dict[tuple[str, int], Any]
+    ) -> None:
+        two = config(nodes=2, nodes_per_training=2)
+        followers.start(two, 1)
+        own = replace(followers.node(0, two), host="localhost")
+        (tmp_path / "run").mkdir()
+        spec = self.spec(tmp_path, "ew")
+        with Cluster(two, "cpu", own, tmp_path / "run", lambda text: None) as cluster:
+            cluster.train(spec, 0, spec.parent / "output.log", lambda: None)
+        assert [calls["ew", rank][2].host for rank in (0, 1)] == ["localhost", "127.0.0.1"]
 
     @pytest.mark.parametrize("rank", [0, 1])
     @pytest.mark.parametrize("slot", [0, 1])

@@ -100,7 +100,7 @@ class Cluster:
             launch=launch or self._launch,
             place=self.place(slot),
             nodes=tuple(range(first, first + span)),
-            address=self._node.host if first == 0 else self._hellos[first].address,
+            address="" if first == 0 else self._hellos[first].address,
         )
         if job.nodes == (0,):
             self._machine.train(job, poll)

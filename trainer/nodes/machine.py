@@ -72,7 +72,9 @@ def _meet(job: TrainingJob, node: int, mailbox: Mailbox, poll: Callable[[], None
     while (found := mailbox.read(key, Port)) is None:
         poll()
         time.sleep(POLL)
-    return Meeting(rank, len(job.nodes), job.address, found.port)
+    # What node 0 calls itself may be another machine's loopback there: "localhost", or a name of its own hosts file.
+    host = mailbox.host if job.nodes[0] == 0 else job.address
+    return Meeting(rank, len(job.nodes), host, found.port)
 
 
 def _free_port() -> int:

@@ -28,10 +28,15 @@ class ContactLost(RuntimeError):
 
 
 class Mailbox:
-    """A connection to node 0's messages; safe to use from several threads."""
+    """A connection to node 0's messages; safe to use from several threads.
 
-    def __init__(self, store: TCPStore) -> None:
+    Attributes:
+        host: of node 0, as this machine reaches it.
+    """
+
+    def __init__(self, store: TCPStore, host: str) -> None:
         self._store = store
+        self.host = host
 
     @classmethod
     def open(cls, node: Membership) -> Mailbox:
@@ -41,7 +46,8 @@ class Mailbox:
             UserError: the port cannot be used.
         """
         try:
-            return cls(TCPStore(node.host, node.port, is_master=True, wait_for_workers=False, timeout=_ANSWER))
+            store = TCPStore(node.host, node.port, is_master=True, wait_for_workers=False, timeout=_ANSWER)
+            return cls(store, node.host)
         except DistError as error:
             raise UserError(
                 f"node 0 cannot listen at {node.address}: {_first_line(error)}; name an address of this machine and a "
@@ -60,7 +66,8 @@ class Mailbox:
             try:
                 with socket.create_connection((node.host, node.port), timeout=5.0) as probe:
                     own = probe.getsockname()[0]
-                return cls(TCPStore(node.host, node.port, is_master=False, timeout=_ANSWER)), own
+                store = TCPStore(node.host, node.port, is_master=False, timeout=_ANSWER)
+                return cls(store, node.host), own
             except (OSError, DistError) as error:
                 if time.monotonic() >= deadline:
                     raise UserError(

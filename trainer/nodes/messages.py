@@ -50,7 +50,7 @@ class TrainingJob(BaseModel):
         launch: processes and threads.
         place: which group of GPUs it takes on each of its machines.
         nodes: ranks of its machines; the first one has rank 0 of the training.
-        address: of the first one.
+        address: of the first one, if that is not node 0, whose address each machine knows.
     """
 
     number: int

@@ -35,14 +35,15 @@ def holding(path: Path, busy: str, *, shared: bool = False, patience: float = 0.
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = time.monotonic() + patience
     with ExitStack() as opened:
-        file = opened.enter_context(path.open("a"))
+        # NFS wants a file that can be read for a shared lock, and one that can be written for the other.
+        file = opened.enter_context(path.open("a+"))
         while True:
             try:
                 fcntl.flock(file, kind | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno in _NO_LOCKS and file.name == str(path):
-                    file = opened.enter_context(_stand_in(path).open("a"))
+                    file = opened.enter_context(_stand_in(path).open("a+"))
                     continue
                 if time.monotonic() >= deadline:
                     raise UserError(f"{busy}; wait for it or stop it") from error

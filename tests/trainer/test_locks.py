@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import subprocess
 import sys
 import tempfile
@@ -119,3 +120,19 @@ def test_claims_are_handed_out_once_each(folder: Path) -> None:
     assert sorted(taken) == list(range(8 * 21))
     Claims(folder).close()
     assert Claims(folder).take() >= 2**62
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_nfs_asks_how_a_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    """It makes byte-range locks of them, a shared one of a file that can be read (flock(2))."""
+    flock = fcntl.flock
+
+    def as_nfs(file: Any, kind: int) -> None:
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if mode == (os.O_WRONLY if kind & fcntl.LOCK_SH else os.O_RDONLY):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    with holding(tmp_path / "a", "a is taken", shared=shared):
+        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -376,6 +377,25 @@ class TestWork:
             cluster.train(spec, 1, spec.parent / "output.log", poll)
         followers.join()
         assert str(followers.errors[1]) == "node 0 has ended the run: KeyboardInterrupt"
+
+    def test_what_another_machine_has_written_is_looked_for_again(
+        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path,
+        calls: dict[tuple[str, int], Any], monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """A network file system may remember on node 0 that there was no model."""
+        opened, scandir = [], os.scandir
+
+        def noted(path: Any) -> Any:
+            opened.append((Path(path), len(calls)))
+            return scandir(path)
+
+        monkeypatch.setattr(cluster_module.os, "scandir", noted)
+        two = config(nodes=2)
+        followers.start(two, 1)
+        spec = self.spec(tmp_path, "ew")
+        with led(two, followers, tmp_path / "run") as cluster:
+            cluster.train(spec, 1, spec.parent / "output.log", lambda: None)
+        assert (spec.parent, 1) in opened
 
     def test_an_error_that_names_what_is_no_text(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -116,6 +116,7 @@ class Cluster:
             while not others_ended():
                 poll()
                 time.sleep(POLL)
+        _look_again(spec.parent)
 
     def evaluate(self, spec: EvaluationSpec, slot: int, report: Report) -> None:
         """Runs an evaluation on the first machine of its slot, and waits for it.
@@ -138,6 +139,7 @@ class Cluster:
                 advance = self._mailbox.read(f"progress/{job.number}", Advance) or Advance(done=0, total=0, note="")
                 report(advance.done, advance.total, advance.note)
                 time.sleep(POLL)
+        _look_again(*reversed(spec.output_dir.parents[:3]), spec.output_dir)
 
     # -- the others ----------------------------------------------------------------------------------------
 
@@ -264,6 +266,16 @@ class Cluster:
         except TrainingFailedError:
             return False
         return True
+
+
+def _look_again(*folders: Path) -> None:
+    """Opens folders that another machine has written into, each before what is in it.
+
+    NFS remembers for up to a minute that a name was not there, but asks again when the folder around it is opened.
+    """
+    for folder in folders:
+        with suppress(OSError), os.scandir(folder):
+            pass
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -248,7 +248,7 @@ class TestWhoMayTakePart:
         monkeypatch.setattr(following, "versions", versions)
         followers.start(config(nodes=2), 1)
         with (
-            pytest.raises(UserError, match="node 1 cannot take part: no metadata of torch"),
+            pytest.raises(UserError, match="node 1 cannot take part: RuntimeError: no metadata of torch"),
             led(config(nodes=2), followers, tmp_path / "run"),
         ):
             pytest.fail("the run has begun")
@@ -262,7 +262,7 @@ class TestWhoMayTakePart:
         monkeypatch.setattr(following, "_work", work)
         followers.start(config(nodes=3), 1)
         with (
-            pytest.raises(TrainingFailedError, match=r"^node 1 \(.*\) has left: interrupted"),
+            pytest.raises(TrainingFailedError, match=r"^node 1 \(.*\) has left: RuntimeError: interrupted"),
             led(config(nodes=3), followers, tmp_path / "run"),
         ):
             pytest.fail("the run has begun")
@@ -441,6 +441,17 @@ class TestWork:
             led(two, followers, tmp_path / "run") as cluster,
         ):
             cluster.train(spec, 1, spec.parent / "output.log", lambda: None)
+
+    def test_a_defect_on_node_0_is_told_with_its_kind(
+        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path
+    ) -> None:
+        """Node 0 may be ended before it can show a traceback, as soon as the first of the others has left."""
+        two = config(nodes=2)
+        followers.start(two, 1)
+        with pytest.raises(KeyError), led(two, followers, tmp_path / "run"):
+            raise KeyError("boxes")
+        followers.join()
+        assert str(followers.errors[1]) == "node 0 has ended the run: KeyError: 'boxes'"
 
     def test_an_evaluation_goes_to_the_first_machine_of_its_slot(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

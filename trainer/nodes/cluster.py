@@ -19,7 +19,17 @@ from trainer.launching import TrainingFailedError, rank_devices
 from trainer.nodes.machine import Machine, Report, versions
 from trainer.nodes.mailbox import JOINING, POLL, Mailbox
 from trainer.nodes.membership import Membership
-from trainer.nodes.messages import Advance, Ended, EvaluationJob, Hello, Job, Notice, SharedFolder, TrainingJob
+from trainer.nodes.messages import (
+    Advance,
+    Ended,
+    EvaluationJob,
+    Hello,
+    Job,
+    Notice,
+    SharedFolder,
+    TrainingJob,
+    reason_of,
+)
 
 SILENCE = 120.0  # seconds after which a machine that says nothing is taken for lost
 _GOODBYE = 60.0  # seconds that a machine has to end what it is told to end
@@ -245,7 +255,7 @@ class Cluster:
         """Tells the others that the run is over, and gives them time to hear it: the messages end with this process."""
         if self._mailbox is None:
             return
-        reason = "" if error is None else str(error).strip() or type(error).__name__
+        reason = "" if error is None else reason_of(error)
         self._mailbox.post("end", Notice(failed=error is not None, reason=reason))
         mailbox = self._mailbox
         self._wait_for(list(self._hellos), lambda rank: mailbox.read(f"left/{rank}", Notice) is not None)

@@ -20,7 +20,7 @@ from trainer.nodes.cluster import SILENCE
 from trainer.nodes.machine import Machine, versions
 from trainer.nodes.mailbox import POLL, ContactLost, Mailbox
 from trainer.nodes.membership import Membership
-from trainer.nodes.messages import Advance, Ended, Hello, Job, Notice, SharedFolder, TrainingJob
+from trainer.nodes.messages import Advance, Ended, Hello, Job, Notice, SharedFolder, TrainingJob, reason_of
 
 _VISIBLE_AFTER = 60.0  # seconds that a network file system may take to show another machine's file
 
@@ -48,7 +48,7 @@ def follow(config: RunConfig, node: Membership) -> None:
         try:
             _take_part(config, node, mailbox, address)
         except BaseException as error:
-            reason = str(error).strip() or type(error).__name__
+            reason = reason_of(error)
             raise
         finally:
             with suppress(ContactLost):

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator
 
 from trainer.config import LaunchConfig
+from trainer.errors import UserError
 from trainer.evaluation import EvaluationSpec
+from trainer.launching import TrainingFailedError
 
 # Errors quote file names and records, which may hold what is no Unicode text and would not become a message.
 Quoting = Annotated[str, BeforeValidator(lambda text: text.encode(errors="replace").decode())]
@@ -107,3 +109,11 @@ class Notice(BaseModel):
 
     failed: bool = False
     reason: Quoting = ""
+
+
+def reason_of(error: BaseException) -> str:
+    """What to tell other machines of an error: its text, behind its kind where the text was not written to be read."""
+    text = str(error).strip()
+    if text and isinstance(error, (UserError, TrainingFailedError)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,6 +1,6 @@
 """Small messages between the machines of a run, kept by node 0.
 
-Messages are JSON, so that whoever reaches the port can run nothing.
+Messages are JSON, which carries no code. As with torchrun, the port is for a network whose users are trusted.
 """
 
 from __future__ import annotations

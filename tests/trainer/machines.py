@@ -56,6 +56,19 @@ class Machines:
         return ended
 
 
+def survivors(run_dir: Path) -> list[str]:
+    """Command lines of processes that still work on this run."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(run_dir / "trainings") in line:
+            found.append(line)
+    return found
+
+
 def write(path: Path, data: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(data))
     return path

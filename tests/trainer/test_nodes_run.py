@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from machines import Machines, write
+from machines import Machines, survivors, write
 from transformers import AutoModelForImageTextToText
 
 from trainer.loop.callbacks import COMPLETE
@@ -63,19 +63,6 @@ def until(reached: Callable[[], bool]) -> None:
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def survivors(folder: Path) -> list[str]:
-    """Command lines of training processes of a run that still live."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if str(folder / "trainings") in line:
-            found.append(line)
-    return found
 
 
 def test_trainings_spread_over_two_machines_end_as_on_one(data: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from machines import survivors
 
 pytestmark = pytest.mark.slow
 
@@ -52,19 +53,6 @@ def status(run_dir: Path, stage: str) -> str | None:
         return json.loads((run_dir / "stages" / f"{stage}.json").read_text())["status"]
     except FileNotFoundError:
         return None
-
-
-def survivors(run_dir: Path) -> list[str]:
-    """Command lines of processes that still work on this run."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = entry.read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if str(run_dir / "trainings") in line:
-            found.append(line)
-    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process can ask to end with its parent on Linux only")

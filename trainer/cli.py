@@ -122,9 +122,10 @@ def train(
     """Train once on the tasks of CONFIG with one balancing method. Run it again to continue."""
     from trainer.config import load_config
     from trainer.nodes import find_membership, follow
-    from trainer.single import train_once
+    from trainer.single import refuse_idle_machines, train_once
 
     loaded = load_config(config, parse_settings(overrides))
+    refuse_idle_machines(loaded.launch)
     node = find_membership(loaded.launch, node_rank, master)
     if node.rank > 0:
         follow(loaded, node)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from trainer.balancing.config import BalancingConfig, ComparisonConfig, ValidationConfig, option_groups
 from trainer.errors import UserError, nearest
+from trainer.launching import LaunchConfig
 from trainer.metrics import get_metric
 from trainer.models.config import BUILT_IN, LoraConfig, ModelConfig, TinyLlavaConfig
 from trainer.options import NAME, Options
@@ -146,42 +147,6 @@ class CotbalConfig(Options):
     on_degenerate: Literal["error", "clip"] = Field(
         "error", description="when V_j(j+mini) does not exceed V_j(mini), which makes Eq. 3 explode"
     )
-
-
-class LaunchConfig(Options):
-    """Where trainings run, and how many at once; for several machines see docs/machines.md."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    processes: Annotated[int, Field(ge=1)] = Field(1, description="processes (GPUs) per training and machine")
-    parallel: Annotated[int, Field(ge=1)] = Field(1, description="independent trainings at once on a machine")
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads per process; 0 = cores shared evenly")
-    nodes: Annotated[int, Field(ge=1)] = Field(1, description="machines that work on a run, each with the same command")
-    nodes_per_training: Annotated[int, Field(ge=1)] = Field(
-        1, description="machines that one training spans; the others train something else meanwhile"
-    )
-
-    @property
-    def ranks(self) -> int:
-        """Processes of one training, on all of its machines."""
-        return self.processes * self.nodes_per_training
-
-    @property
-    def groups(self) -> int:
-        """Groups of machines that train something of their own."""
-        return self.nodes // self.nodes_per_training
-
-    @property
-    def slots(self) -> int:
-        """Independent trainings at once, on all machines."""
-        return self.parallel * self.groups
-
-    @field_validator("nodes_per_training")
-    @classmethod
-    def _divides_the_nodes(cls, own: int, others: ValidationInfo) -> int:
-        nodes = others.data.get("nodes", own)
-        if nodes % own:
-            raise ValueError(f"must divide launch.nodes, so that no machine is left over; launch.nodes is {nodes}")
-        return own
 
 
 class RunConfig(Options):

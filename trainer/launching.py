@@ -11,13 +11,52 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from trainer.config import LaunchConfig
+from pydantic import Field, ValidationInfo, field_validator
+
 from trainer.errors import UserError
+from trainer.options import Options
 
 ERROR_FILE = "error.txt"  # where a training process leaves the reason of its end
 PARENT = "COTBAL_PARENT"  # environment of a process that is to end with its parent: the parent's process id
 _PR_SET_PDEATHSIG = 1
+
+
+class LaunchConfig(Options):
+    """Where trainings run, and how many at once; for several machines see docs/machines.md."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: Annotated[int, Field(ge=1)] = Field(1, description="processes (GPUs) per training and machine")
+    parallel: Annotated[int, Field(ge=1)] = Field(1, description="independent trainings at once on a machine")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads per process; 0 = cores shared evenly")
+    nodes: Annotated[int, Field(ge=1)] = Field(1, description="machines that work on a run, each with the same command")
+    nodes_per_training: Annotated[int, Field(ge=1)] = Field(
+        1, description="machines that one training spans; the others train something else meanwhile"
+    )
+
+    @property
+    def ranks(self) -> int:
+        """Processes of one training, on all of its machines."""
+        return self.processes * self.nodes_per_training
+
+    @property
+    def groups(self) -> int:
+        """Groups of machines that train something of their own."""
+        return self.nodes // self.nodes_per_training
+
+    @property
+    def slots(self) -> int:
+        """Independent trainings at once, on all machines."""
+        return self.parallel * self.groups
+
+    @field_validator("nodes_per_training")
+    @classmethod
+    def _divides_the_nodes(cls, own: int, others: ValidationInfo) -> int:
+        nodes = others.data.get("nodes", own)
+        if nodes % own:
+            raise ValueError(f"must divide launch.nodes, so that no machine is left over; launch.nodes is {nodes}")
+        return own
 
 
 class TrainingFailedError(RuntimeError):

@@ -12,7 +12,7 @@ from trainer.config import BUILT_IN, RunConfig
 from trainer.data.mixtures import Mixture
 from trainer.errors import UserError, unknown_name
 from trainer.files import write_json
-from trainer.launching import ERROR_FILE, resolve_device
+from trainer.launching import ERROR_FILE, LaunchConfig, resolve_device
 from trainer.nodes import Cluster, Membership
 from trainer.nodes.machine import log_of
 from trainer.pipeline.identity import Identity
@@ -59,6 +59,15 @@ def read_weights(path: Path, tasks: list[str]) -> dict[str, float]:
     return {name: float(value) for name, value in content.items()}
 
 
+def refuse_idle_machines(launch: LaunchConfig) -> None:
+    """Raise :class:`UserError` if one training leaves machines without work; asked on each, before they meet."""
+    if launch.groups > 1:
+        raise UserError(
+            f"a single training has nothing to do for some of the {launch.nodes} machines; let it span all of them "
+            f"with launch.nodes_per_training: {launch.nodes}"
+        )
+
+
 def train_once(
     config: RunConfig,
     output: Path,
@@ -92,11 +101,6 @@ def train_once(
         raise UserError(
             "`cotbal train` takes tasks and a model from disk; for the built-in ones run `cotbal demo` once and "
             "point at its folders data/ and trainings/pretraining/model/"
-        )
-    if config.launch.groups > 1:
-        raise UserError(
-            f"a single training has nothing to do for some of the {config.launch.nodes} machines; let it span all of "
-            f"them with launch.nodes_per_training: {config.launch.nodes}"
         )
     balanced = [task.name for task in config.tasks if not task.auxiliary]
     options = config.balancing.options.get(method, {})

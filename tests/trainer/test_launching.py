@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 import trainer.launching as launching
-from trainer.config import LaunchConfig
-from trainer.launching import PARENT, run_training
+from trainer.launching import PARENT, LaunchConfig, run_training
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked, and only Linux can be")

@@ -16,13 +16,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cotbal_kernels.huggingface import apply_fused_loss
-from trainer.config import LaunchConfig, LoraConfig, ModelConfig, TaskConfig, parse_config
+from trainer.config import LoraConfig, ModelConfig, TaskConfig, parse_config
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.records import Record, Turn, write_jsonl
 from trainer.errors import UserError
 from trainer.evaluation import evaluate
 from trainer.files import write_json
-from trainer.launching import run_training
+from trainer.launching import LaunchConfig, run_training
 from trainer.loop.callbacks import COMPLETE
 from trainer.models.loading import load_model, load_processor
 from trainer.models.lora import adapted_layers, add_lora, save_merged

@@ -19,13 +19,13 @@ from transformers import AutoModelForImageTextToText, TrainingArguments
 from cotbal_kernels.huggingface import apply_fused_loss
 from trainer.balancing.method import MethodContext
 from trainer.balancing.registry import method_class, read_options
-from trainer.config import LaunchConfig, LoraConfig, ModelConfig, parse_config
+from trainer.config import LoraConfig, ModelConfig, parse_config
 from trainer.data.collator import Collator
 from trainer.data.encoding import ConversationEncoder, Encoded
 from trainer.data.packing import PackedCollator, PackedDataset, pack
 from trainer.errors import UserError
 from trainer.files import write_json
-from trainer.launching import run_training
+from trainer.launching import LaunchConfig, run_training
 from trainer.loop.packing_probe import PackingProbe
 from trainer.loop.trainer import TaskWeightedTrainer
 from trainer.loop.validation import ValidationBatches

@@ -62,6 +62,10 @@ def test_weights_of_any_origin(cotbal: Command, tmp_path: Path, scores: Callable
         ),
         (["--method", "cotbal"], "method 'cotbal' needs --weights"),
         (["--weights", "none.json"], "weights file none.json cannot be read"),
+        (
+            ["--set", "launch.nodes=2"],
+            "nothing to do for some of the 2 machines; let it span all of them with launch.nodes_per",
+        ),
     ],
 )
 def test_errors(

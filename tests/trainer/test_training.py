@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, set_seed
 
-from trainer.config import LaunchConfig, parse_config
+from trainer.config import parse_config
 from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import ConversationEncoder
 from trainer.errors import UserError
 from trainer.files import write_json
-from trainer.launching import TrainingFailedError, run_training
+from trainer.launching import LaunchConfig, TrainingFailedError, run_training
 from trainer.loop.callbacks import COMPLETE
 from trainer.models.loading import load_processor
 from trainer.tasks import load_task

@@ -39,12 +39,12 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
 ) -> None:
     """Answer the questions of records with a model and score the answers. Run it again to continue."""
-    from trainer.config import EvaluationConfig, LaunchConfig, ModelConfig, TrainingConfig, load_config
+    from trainer.config import EvaluationConfig, ModelConfig, TrainingConfig, load_config
     from trainer.evaluation.progress import Display
     from trainer.evaluation.ranks import RankProcesses
     from trainer.evaluation.running import evaluate as run
     from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
-    from trainer.launching import rank_devices, resolve_device, threads_per_process
+    from trainer.launching import LaunchConfig, rank_devices, resolve_device, threads_per_process
     from trainer.metrics import get_metric
 
     if (config is None) == (records is None):

@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from trainer.config import LaunchConfig, RunConfig
+from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.evaluation import EvaluationSpec
-from trainer.launching import TrainingFailedError, rank_devices
+from trainer.launching import LaunchConfig, TrainingFailedError, rank_devices
 from trainer.nodes.machine import Machine, Report, versions
 from trainer.nodes.mailbox import JOINING, POLL, Mailbox
 from trainer.nodes.membership import Membership

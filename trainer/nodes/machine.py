@@ -9,9 +9,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from trainer.config import LaunchConfig
 from trainer.evaluation import EvaluationSpec, RankProcesses, evaluate
-from trainer.launching import Meeting, run_training
+from trainer.launching import LaunchConfig, Meeting, run_training
 from trainer.nodes.mailbox import POLL, Mailbox
 from trainer.nodes.messages import Port, TrainingJob
 

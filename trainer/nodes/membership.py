@@ -6,8 +6,8 @@ import os
 import re
 from dataclasses import dataclass
 
-from trainer.config import LaunchConfig
 from trainer.errors import UserError
+from trainer.launching import LaunchConfig
 
 PORT = 29400  # of node 0, where none is given
 # What launchers of one process per machine set: torchrun's own names (Kubeflow), then the common ones.

@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator
 
-from trainer.config import LaunchConfig
 from trainer.errors import UserError
 from trainer.evaluation import EvaluationSpec
-from trainer.launching import TrainingFailedError
+from trainer.launching import LaunchConfig, TrainingFailedError
 
 # Errors quote file names and records, which may hold what is no Unicode text and would not become a message.
 Quoting = Annotated[str, BeforeValidator(lambda text: text.encode(errors="replace").decode())]

@@ -175,15 +175,10 @@ def training_launches(capability: int, dtype: torch.dtype, variants: list[dict[s
     and with ``logits`` of True they are those of ``task_cross_entropy``.
     """
     from .. import backends, linear_task_cross_entropy, portable, task_cross_entropy, triton_backend
-    from . import head
 
-    device = configs.DeviceLimits(capability, _SHARED[capability])
     patched = {
         (triton_backend, "prepare_targets"): portable.prepare_targets,  # its results decide shapes
-        (head, "tiles_for"): lambda _, dtype: configs.choose_tiles(device, dtype),
-        (head, "can_use_tma"): lambda _: capability >= 90,
-        (head, "blocks_for"): lambda _: configs.GPU_BLOCKS,
-        (triton_backend, "blocks_for"): lambda _: configs.GPU_BLOCKS,
+        (configs, "limits_of"): lambda _: LIMITS[capability],
     }
     before = {place: getattr(*place) for place in patched}
     backends.register_backend("recorded", triton_backend)
@@ -223,8 +218,12 @@ FEATURES: list[dict[str, Any]] = [
     {"recompute": True, "logit_scale": 0.0625},
     {"logits": True, "logit_softcap": 30.0, "label_smoothing": 0.1, "logit_scale": 0.0625},
 ]
-# Shared memory that one block can have, by compute capability (CUDA C++ Programming Guide, table of capabilities).
-_SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+# Shared memory of one block by compute capability (CUDA C++ Programming Guide, table of capabilities); how many
+# multiprocessors there are changes nothing that is compiled.
+LIMITS = {
+    capability: configs.DeviceLimits(capability, shared, multiprocessors=3)
+    for capability, shared in {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}.items()
+}
 
 
 def _compile_nth(job: tuple[int, torch.dtype, bool, int]) -> tuple[str, Resources]:
@@ -251,7 +250,7 @@ def resource_table(
 def main() -> None:
     """Print the table as Markdown; exit 1 if a kernel spills in its main loop."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), choices=sorted(_SHARED))
+    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), choices=sorted(LIMITS))
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--features", action="store_true", help="bias, scale, soft cap, smoothing and z-loss too")
     parser.add_argument("--workers", type=int, default=2)

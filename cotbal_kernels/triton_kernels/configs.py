@@ -45,36 +45,41 @@ INTERPRETED_BLOCKS = Blocks(compact=32, pack=64, task_sums=16, scale=256, logits
 
 
 class DeviceLimits(NamedTuple):
-    """What decides the tiles."""
+    """What decides how kernels are launched on a GPU."""
 
     capability: int  # 80, 90, ...
     shared: int  # bytes of shared memory that one block can have
+    multiprocessors: int
 
 
-def choose_tiles(device: DeviceLimits, dtype: torch.dtype) -> Tiles:
-    """The tile shapes for products in ``dtype``."""
-    if dtype == torch.float32:
-        return SINGLE
-    return LARGE if device.shared >= 160_000 else SMALL
+def limits_of(device: torch.device) -> DeviceLimits | None:
+    """The limits of a GPU; None on a CPU, where kernels run in Triton's interpreter."""
+    if device.type == "cpu":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    shared = int(found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return DeviceLimits(10 * found.major + found.minor, shared, found.multi_processor_count)
 
 
 def tiles_for(device: torch.device, dtype: torch.dtype) -> Tiles:
-    """The tile shapes for products in ``dtype`` on ``device``; on a CPU those of the interpreter."""
-    if device.type == "cpu":
+    """The tile shapes for products in ``dtype`` on ``device``."""
+    limits = limits_of(device)
+    if limits is None:
         return INTERPRETED
-    found = torch.cuda.get_device_properties(device)
-    shared = int(found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
-    return choose_tiles(DeviceLimits(10 * found.major + found.minor, shared), dtype)
+    if dtype == torch.float32:
+        return SINGLE
+    return LARGE if limits.shared >= 160_000 else SMALL
 
 
 def blocks_for(device: torch.device) -> Blocks:
-    """Block sizes on ``device``; on a CPU those of the interpreter, where every tensor takes several."""
-    return GPU_BLOCKS if device.type == "cuda" else INTERPRETED_BLOCKS
+    """Block sizes on ``device``; those of the interpreter are such that every tensor of a test takes several."""
+    return INTERPRETED_BLOCKS if limits_of(device) is None else GPU_BLOCKS
 
 
 def can_use_tma(weight_VD: Tensor) -> bool:
     """Tensor memory access needs sm_90 and rows that begin on 16-byte boundaries, dW's too when it is storage."""
-    if not weight_VD.is_cuda or torch.cuda.get_device_capability(weight_VD.device) < (9, 0):
+    limits = limits_of(weight_VD.device)
+    if limits is None or limits.capability < 90:
         return False
     row = weight_VD.stride(0) * weight_VD.element_size()
     packed = weight_VD.shape[1] * weight_VD.element_size()
@@ -84,4 +89,5 @@ def can_use_tma(weight_VD: Tensor) -> bool:
 
 def programs_for(device: torch.device) -> int:
     """Persistent programs of one launch: one per multiprocessor; three in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    limits = limits_of(device)
+    return 3 if limits is None else limits.multiprocessors

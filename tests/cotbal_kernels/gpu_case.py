@@ -1,7 +1,8 @@
 """Shared by the tests of a GPU: problems on the device, and the error of the materialised path beside ours.
 
-Where there is no GPU the same tests are rehearsed at small sizes, with Triton's interpreter and the CPU build of
-csrc/: a test that nobody can run would not be right on the day that somebody can.
+Where there is no GPU the same tests are rehearsed at smaller sizes, with the Triton kernels compiled for sm_80 and
+sm_90 and run as PTX, and the CPU build of csrc/: a test that nobody can run would not be right on the day that
+somebody can.
 """
 
 from collections.abc import Iterator
@@ -12,14 +13,14 @@ import torch
 from cuda_on_cpu import cpu_backend
 from loss_problems import Problem, error, make_problem
 from torch import Tensor
-from triton_on_cpu import INTERPRETED
+from triton_as_ptx import ptx_backend
 
 from cotbal_kernels import backends
 from cotbal_kernels.reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-BACKENDS = ["triton", "cuda", "portable"] if ON_GPU else ["interpreter", "cuda_on_cpu"]
+BACKENDS = ["triton", "cuda", "portable"] if ON_GPU else ["sm_80", "sm_90", "cuda_on_cpu"]
 ALL = {"logit_softcap": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3}
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 
@@ -34,8 +35,8 @@ class Sizes(NamedTuple):
     chunk: int  # rows of logits that make the slices
 
 
-# Tiles are up to 128 x 256 (x 64 in D) on a GPU, 16 x 64 (x 32) in the interpreter.
-SIZES = Sizes((7, 111), 520, 1003, 32003, 64) if ON_GPU else Sizes((3, 11), 20, 151, 203, 4)
+# Tiles are up to 128 x 256 (x 64 in D).
+SIZES = Sizes((7, 111), 520, 1003, 32003, 64) if ON_GPU else Sizes((3, 57), 136, 601, 1003, 32)
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +45,12 @@ def rehearsal() -> Iterator[None]:
     if ON_GPU:
         yield
         return
-    backends.register_backend("interpreter", INTERPRETED)
-    backends.register_backend("cuda_on_cpu", cpu_backend())
+    stand_ins = {"sm_80": ptx_backend(80), "sm_90": ptx_backend(90), "cuda_on_cpu": cpu_backend()}
+    for name, backend in stand_ins.items():
+        backends.register_backend(name, backend)
     yield
-    del backends.BACKENDS["interpreter"], backends.BACKENDS["cuda_on_cpu"]
+    for name in stand_ins:
+        del backends.BACKENDS[name]
 
 
 def require(backend: str) -> None:

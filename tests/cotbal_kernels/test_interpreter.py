@@ -98,7 +98,7 @@ def test_programs_that_need_an_order_are_found() -> None:
     with interpreted():
         reversed_kernel[(3,)](values, out, SIZE=16)
         assert out.tolist() == values.view(3, 16).flip(0).flatten().tolist()
-        with pytest.raises(AssertionError, match="reversed_kernel: a program loads what another one stores"):
+        with pytest.raises(Exception, match="reversed_kernel: a program loads what another one stores"):
             reversed_kernel[(3,)](values, values, SIZE=16)
         reversed_kernel[(1,)](values, values, SIZE=16)  # a program may load what it stores itself
 
@@ -108,9 +108,9 @@ def test_programs_that_store_to_the_same_place_are_found() -> None:
     with interpreted():
         count_kernel[(5,)](count, last, WITH_LAST=False)
         assert count.item() == 5
-        with pytest.raises(AssertionError, match="several programs store"):
+        with pytest.raises(Exception, match="several programs store"):
             count_kernel[(5,)](count, last, WITH_LAST=True)
-        with pytest.raises(AssertionError, match="several programs store"):
+        with pytest.raises(Exception, match="several programs store"):
             count_kernel[(5,)](count, count, WITH_LAST=True)  # beside an atomic operation
 
 

@@ -118,7 +118,7 @@ def test_triton(
     from cotbal_kernels import triton_backend
     from cotbal_kernels.triton_kernels import ahead_of_time, configs, head
 
-    monkeypatch.setattr(head, "tiles_for", lambda device, dtype: configs.INTERPRETED)
+    monkeypatch.setattr(configs, "limits_of", lambda device: ahead_of_time.LIMITS[90])
     monkeypatch.setattr(head, "can_use_tma", lambda weight_VD: descriptors)
     for chunk_size in (0, 4):  # one slice, several
         with ahead_of_time.recorded() as launches:

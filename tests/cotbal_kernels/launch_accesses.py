@@ -1,0 +1,89 @@
+"""What compute-sanitizer's memcheck and a race check between programs would say of one launch of a kernel.
+
+On a CPU the programs (blocks) of a launch run one after the other, so a result that needs that order looks right. Here
+every access is noted with its program: memory outside every tensor that the kernel was given is an error, and so is
+memory that one program stores and another one loads or stores. Atomic operations may meet each other; what a program
+loads behind one that acquires is taken to be ordered by it.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Kernels whose programs may load what another one stores, and why the result is the same.
+_BENIGN = {"convergence_step_kernel": "the envelope loads L_i(0) before or after it becomes L_i(t): the ratio is 1"}
+_NOBODY, _SEVERAL, _ATOMIC = -1, -2, -3  # beside the numbers of programs
+
+
+def memory_of(values: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """First and last address of the elements of every tensor among the arguments of a launch."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from memory_of(value)
+        elif isinstance(value, TensorDescriptor):
+            yield from memory_of((value.base,))
+        elif isinstance(value, torch.Tensor) and value.numel():
+            last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            yield value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+
+
+class Accesses:
+    """Who has loaded and stored each byte of a launch."""
+
+    def __init__(self, kernel: str, memory: Iterable[tuple[int, int]]) -> None:
+        self.kernel, self.program, self.ordered = kernel, 0, False
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted(memory):
+            if merged and start <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            else:
+                merged.append((start, end))
+        self.starts, self.ends = np.array(merged, dtype=np.int64).reshape(-1, 2).T
+        # Byte i of a range has its place at its address less the shift of the range.
+        sizes = self.ends - self.starts
+        self.shifts = self.starts - np.concatenate([[0], np.cumsum(sizes)[:-1]]) if merged else self.starts
+        self.writer = np.full(int(sizes.sum()), _NOBODY, dtype=np.int32)
+        self.reader = np.full_like(self.writer, _NOBODY)
+
+    def enter(self, program: int) -> None:
+        """What follows is done by ``program``."""
+        self.program, self.ordered = program, False
+
+    def _places(self, addresses: np.ndarray, size: int, kind: str) -> np.ndarray:
+        addresses = addresses.astype(np.int64)
+        at = np.searchsorted(self.starts, addresses, side="right") - 1
+        if addresses.size and (at.min() < 0 or (addresses + size > self.ends[at]).any()):
+            raise AssertionError(f"{self.kernel}: {kind} memory outside every tensor that it was given")
+        return ((addresses - self.shifts[at])[:, None] + np.arange(size)).ravel()
+
+    def _by_others(self, seen: np.ndarray, program: int) -> bool:
+        return bool(((seen != _NOBODY) & (seen != program)).any())
+
+    def load(self, addresses: np.ndarray, size: int) -> None:
+        places = self._places(addresses, size, "load from")
+        if self.ordered:
+            return
+        if self._by_others(self.writer[places], self.program) and self.kernel not in _BENIGN:
+            raise AssertionError(f"{self.kernel}: a program loads what another one stores in the same launch")
+        seen = self.reader[places]
+        self.reader[places] = np.where((seen == _NOBODY) | (seen == self.program), self.program, _SEVERAL)
+
+    def store(self, addresses: np.ndarray, size: int) -> None:
+        self._store(addresses, size, self.program)
+
+    def atomic(self, addresses: np.ndarray, size: int, acquires: bool) -> None:
+        self._store(addresses, size, _ATOMIC)
+        self.ordered |= acquires
+
+    def _store(self, addresses: np.ndarray, size: int, program: int) -> None:
+        places = self._places(addresses, size, "store to")
+        if self.ordered and program != _ATOMIC:
+            return
+        if self._by_others(self.writer[places], program):
+            raise AssertionError(f"{self.kernel}: several programs store to the same memory")
+        if self._by_others(self.reader[places], program) and self.kernel not in _BENIGN:
+            raise AssertionError(f"{self.kernel}: a program loads what another one stores in the same launch")
+        self.writer[places] = program

@@ -1,0 +1,310 @@
+"""Arithmetic, comparisons, conversions and moves between registers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .block import FLOATS, SIGNED, TYPES, Action, Block, Mask, decodes
+from .text import Operation
+
+_TINY = np.float32(2.0**-126)
+
+
+def _divide(a: np.ndarray, b: np.ndarray, out: np.ndarray, where: Mask) -> None:
+    if out.dtype.kind == "f":
+        np.divide(a, b, out=out, where=where)
+        return
+    wide = np.trunc(np.float64(1) * a / np.where(b == 0, 1, b)) if out.dtype.itemsize < 8 else None
+    if wide is None:
+        quotient = np.floor_divide(np.abs(a), np.abs(np.where(b == 0, 1, b)))
+        wide = np.where((a < 0) ^ (b < 0), -quotient, quotient)
+    np.copyto(out, wide.astype(out.dtype), where=where)
+
+
+def _remainder(a: np.ndarray, b: np.ndarray, out: np.ndarray, where: Mask) -> None:
+    np.fmod(a, np.where(b == 0, 1, b), out=out, where=where)  # the sign of a, as in C
+
+
+def _shift(ufunc: Any) -> Callable[..., None]:
+    def shift(a: np.ndarray, b: np.ndarray, out: np.ndarray, where: Mask) -> None:
+        bits = 8 * out.dtype.itemsize
+        amount = np.minimum(b, bits - 1).astype(out.dtype)
+        ufunc(a, amount, out=out, where=where)
+        over = np.broadcast_to(b >= bits, out.shape)
+        if over.any() and (ufunc is np.left_shift or out.dtype.kind == "u"):
+            np.copyto(out, 0, where=over & where)
+
+    return shift
+
+
+_BINARY: dict[str, Any] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "div": _divide,
+    "rem": _remainder,
+    "shl": _shift(np.left_shift),
+    "shr": _shift(np.right_shift),
+}
+_UNARY = {
+    "neg": np.negative,
+    "not": np.invert,
+    "abs": np.abs,
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "rcp": np.reciprocal,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda a, out, where: np.divide(1, np.sqrt(a), out=out, where=where),
+}
+_KNOWN = {"rn", "lo", "approx", "full", "ftz", "wide", "relaxed"}
+
+
+def _check(operation: Operation) -> None:
+    unknown = set(operation.modifiers[:-1]) - _KNOWN
+    if unknown:
+        raise NotImplementedError(f"modifiers {sorted(unknown)}")
+
+
+def _flushes(operation: Operation, action: Action, out: np.ndarray) -> Action:
+    """Results too small for a normal number are 0 with ``.ftz``."""
+    if "ftz" not in operation.modifiers:
+        return action
+
+    def flushed(mask: Mask) -> None:
+        action(mask)
+        np.copyto(out, 0, where=(np.abs(out) < _TINY) & mask)
+
+    return flushed
+
+
+@decodes(*_BINARY)
+def _binary(block: Block, operation: Operation) -> Action:
+    _check(operation)
+    to, first, second = operation.operands
+    kind, ufunc = operation.type, _BINARY[operation.name]
+    if "wide" in operation.modifiers:
+        double = kind[0] + str(2 * int(kind[1:]))
+        a, b, out = block.read(first, kind), block.read(second, kind), block.write(to, double)
+        return lambda mask: ufunc(a, b, out=out, where=mask, dtype=out.dtype)
+    a, out = block.read(first, kind), block.write(to, kind)
+    b = block.read(second, "u32" if operation.name in ("shl", "shr") else kind)
+    return _flushes(operation, lambda mask: ufunc(a, b, out=out, where=mask), out)
+
+
+@decodes("min", "max")
+def _extremum(block: Block, operation: Operation) -> Action:
+    to, first, second = operation.operands
+    nan = "NaN" in operation.modifiers
+    if set(operation.modifiers[:-1]) - {"NaN"}:
+        raise NotImplementedError(operation.opcode)
+    a, b, out = block.read(first, operation.type), block.read(second, operation.type), block.write(to, operation.type)
+    if operation.type in FLOATS and not nan:
+        ufunc = np.fmin if operation.name == "min" else np.fmax  # a number, where one of the two is NaN
+    else:
+        ufunc = np.minimum if operation.name == "min" else np.maximum
+    return lambda mask: ufunc(a, b, out=out, where=mask)
+
+
+@decodes(*_UNARY)
+def _unary(block: Block, operation: Operation) -> Action:
+    _check(operation)
+    to, first = operation.operands
+    a, out, ufunc = block.read(first, operation.type), block.write(to, operation.type), _UNARY[operation.name]
+    return _flushes(operation, lambda mask: ufunc(a, out=out, where=mask), out)
+
+
+@decodes("fma", "mad")
+def _multiply_add(block: Block, operation: Operation) -> Action:
+    _check(operation)
+    to, *inputs = operation.operands
+    kind = operation.type
+    if kind in FLOATS:
+        a, b, c = (block.read(text, kind) for text in inputs)
+        out = block.write(to, kind)
+        if kind != "f32":
+            raise NotImplementedError(kind)
+        wide = np.empty(block.threads)
+
+        def fused(mask: Mask) -> None:
+            # One rounding (hardly ever two): the product of two float32 is exact in float64.
+            np.multiply(a, b, out=wide, dtype=np.float64)
+            np.add(wide, c, out=wide)
+            np.copyto(out, wide, casting="same_kind", where=mask)
+
+        return _flushes(operation, fused, out)
+    wide = kind[0] + str(2 * int(kind[1:])) if "wide" in operation.modifiers else kind
+    a, b = (block.read(text, kind) for text in inputs[:2])
+    c, out = block.read(inputs[2], wide), block.write(to, wide)
+    return lambda mask: np.add(np.multiply(a, b, dtype=out.dtype), c, out=out, where=mask)
+
+
+_COMPARISONS = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
+
+
+@decodes("setp")
+def _compare(block: Block, operation: Operation) -> Action:
+    comparison, *rest = operation.modifiers[:-1]
+    if rest or len(operation.operands) != 3:
+        raise NotImplementedError(operation.opcode)
+    to, first, second = operation.operands
+    a, b = block.read(first, operation.type), block.read(second, operation.type)
+    out = block.write(to, "pred")
+    if operation.type not in FLOATS:
+        ufunc = _COMPARISONS[comparison]
+        return lambda mask: ufunc(a, b, out=out, where=mask)
+    unordered = comparison.endswith("u") and comparison != "u"
+    ufunc = _COMPARISONS[comparison[:2]]
+
+    def compare(mask: Mask) -> None:
+        nan = np.isnan(a) | np.isnan(b)
+        found = ufunc(a, b)
+        np.copyto(out, (found | nan) if unordered else (found & ~nan), where=mask)
+
+    return compare
+
+
+@decodes("selp")
+def _select(block: Block, operation: Operation) -> Action:
+    to, first, second, condition = operation.operands
+    a, b = block.read(first, operation.type), block.read(second, operation.type)
+    out, chosen = block.write(to, operation.type), block.read(condition, "pred")
+    return lambda mask: np.copyto(out, np.where(chosen, a, b), where=mask)
+
+
+@decodes("mov")
+def _move(block: Block, operation: Operation) -> Action:
+    to, source = operation.operands
+    kind = operation.type
+    if source.startswith("{"):  # several to one, the lowest bits first
+        parts = block.vector(source)
+        bits = 8 * np.dtype(TYPES[kind]).itemsize // len(parts)
+        values, out = [block.read(part, f"u{bits}") for part in parts], block.write(to, f"u{bits * len(parts)}")
+
+        def pack(mask: Mask) -> None:
+            whole = sum(value.astype(out.dtype) << out.dtype.type(bits * at) for at, value in enumerate(values))
+            np.copyto(out, whole, where=mask)
+
+        return pack
+    if to.startswith("{"):
+        parts = block.vector(to)
+        bits = 8 * np.dtype(TYPES[kind]).itemsize // len(parts)
+        value, outs = block.read(source, f"u{bits * len(parts)}"), [block.write(part, f"u{bits}") for part in parts]
+
+        def unpack(mask: Mask) -> None:
+            for at, out in enumerate(outs):
+                if out is not None:
+                    np.copyto(out, (value >> value.dtype.type(bits * at)).astype(out.dtype), where=mask)
+
+        return unpack
+    value, out = block.read(source, kind), block.write(to, kind)
+    return lambda mask: np.copyto(out, value, where=mask)
+
+
+@decodes("cvta")
+def _convert_address(block: Block, operation: Operation) -> Action:
+    value, out = block.read(operation.operands[1], "u64"), block.write(operation.operands[0], "u64")
+    return lambda mask: np.copyto(out, value, where=mask)
+
+
+def to_bf16(value: np.ndarray) -> np.ndarray:
+    """float32 to the bits of bfloat16, to nearest even."""
+    bits = value.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(value), 0x7FFF, rounded).astype(np.uint16)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _narrow(value: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "bf16":
+        return to_bf16(value)
+    return value.astype(np.float16).view(np.uint16)
+
+
+@decodes("cvt")
+def _convert(block: Block, operation: Operation) -> Action:
+    *how, to_kind, from_kind = operation.modifiers
+    if set(how) - {"rn", "rzi", "rni"}:
+        raise NotImplementedError(operation.opcode)
+    to, *inputs = operation.operands
+    if to_kind in ("bf16x2", "f16x2"):
+        high, low = (block.read(text, "f32") for text in inputs)
+        out = block.write(to, "u32")
+
+        def pack(mask: Mask) -> None:
+            bits = [_narrow(np.broadcast_to(half, out.shape), to_kind[:-2]).astype(np.uint32) for half in (low, high)]
+            np.copyto(out, bits[0] | (bits[1] << np.uint32(16)), where=mask)
+
+        return pack
+    (text,) = inputs
+    if to_kind in ("bf16", "f16"):
+        value, out = block.read(text, from_kind), block.write(to, "u16")
+        return lambda mask: np.copyto(out, _narrow(value, to_kind), where=mask)
+    if from_kind in ("bf16", "f16"):
+        value, out = block.read(text, "u16"), block.write(to, to_kind)
+        widen = from_bf16 if from_kind == "bf16" else lambda bits: bits.view(np.float16).astype(np.float32)
+        return lambda mask: np.copyto(out, widen(value), where=mask)
+    value = block.read(text, from_kind)
+    register = block.registers[to]
+    # A result narrower than its register is extended.
+    wide = {2: "16", 4: "32", 8: "64"}[register.dtype.itemsize]
+    out = block.write(to, to_kind if to_kind in FLOATS else ("s" if to_kind in SIGNED else "u") + wide)
+    if from_kind in FLOATS and to_kind not in FLOATS:
+        rounding = {"rzi": np.trunc, "rni": np.rint}[how[0]]
+        return lambda mask: np.copyto(out, rounding(value).astype(TYPES[to_kind]).astype(out.dtype), where=mask)
+    return lambda mask: np.copyto(out, value.astype(TYPES[to_kind]).astype(out.dtype), where=mask)
+
+
+@decodes("bfe")
+def _extract_bits(block: Block, operation: Operation) -> Action:
+    to, source, start, length = operation.operands
+    first, bits = int(start, 0), int(length, 0)
+    if operation.type not in ("u32", "s32") or first + bits > 32:
+        raise NotImplementedError(operation.opcode)
+    value, out = block.read(source, operation.type), block.write(to, operation.type)
+    up, down = out.dtype.type(32 - first - bits), out.dtype.type(32 - bits)
+    return lambda mask: np.copyto(out, (value << up) >> down, where=mask)
+
+
+@decodes("popc")
+def _population(block: Block, operation: Operation) -> Action:
+    value, out = block.read(operation.operands[1], "u32"), block.write(operation.operands[0], "u32")
+    return lambda mask: np.copyto(out, np.bitwise_count(value).astype(np.uint32), where=mask)
+
+
+@decodes("prmt")
+def _permute_bytes(block: Block, operation: Operation) -> Action:
+    to, first, second, selector = operation.operands
+    a, b, out = block.read(first, "u32"), block.read(second, "u32"), block.write(to, "u32")
+    order = int(selector.rstrip("U"), 0)
+    places = [(order >> (4 * byte)) & 15 for byte in range(4)]
+    if any(place > 7 for place in places):
+        raise NotImplementedError("prmt with a sign")
+
+    def permute(mask: Mask) -> None:
+        result = np.zeros(block.threads, dtype=np.uint32)
+        for byte, place in enumerate(places):
+            source = a if place < 4 else b
+            result |= ((source >> np.uint32(8 * (place % 4))) & np.uint32(0xFF)) << np.uint32(8 * byte)
+        np.copyto(out, result, where=mask)
+
+    return permute
+
+
+@decodes("fence", "membar", "nanosleep", "griddepcontrol")
+def _nothing(block: Block, operation: Operation) -> Action:
+    """What orders accesses: here every one is done before the next begins."""
+    return lambda mask: None

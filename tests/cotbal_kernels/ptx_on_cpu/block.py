@@ -1,0 +1,245 @@
+"""One block (CTA) of threads: registers, program counters and the operations they step through.
+
+All threads that stand at the same operation take it together, as numpy arrays with one element a thread. Where they
+part, those furthest back go first, so they meet again where the branches do. An operation is decoded once for all
+blocks into a function of the threads that take it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .memory import GlobalMemory, Memory, MemoryFault, SharedMemory
+from .text import Entry, Operation
+
+WARP = 32
+Mask = np.ndarray | bool  # which threads take an operation; True for all of them
+Action = Callable[[Mask], None]
+_STEP, _BRANCH, _END, _BARRIER = range(4)
+
+FLOATS = {"f32": np.float32, "f64": np.float64}
+SIGNED = {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64}
+UNSIGNED = {f"{kind}{bits}": np.dtype(f"u{bits // 8}").type for kind in "bu" for bits in (8, 16, 32, 64)}
+TYPES: dict[str, type] = FLOATS | SIGNED | UNSIGNED | {"pred": np.bool_}
+
+_DECODERS: dict[str, Callable[["Block", Operation], Action]] = {}
+
+
+def decodes(*names: str) -> Callable[[Any], Any]:
+    """Register what decodes the operations whose opcode begins with one of ``names``."""
+
+    def register(decoder: Any) -> Any:
+        _DECODERS.update(dict.fromkeys(names, decoder))
+        return decoder
+
+    return register
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the blocks of one launch are given."""
+
+    memory: GlobalMemory
+    parameters: bytes
+    descriptors: Mapping[int, Any]  # of tensors, by offset in the parameters
+    grid: tuple[int, int, int]
+
+
+class Block:
+    """A block of threads of one kernel; the same object runs as one after the other, of one launch after the other."""
+
+    launch: Launch
+
+    def __init__(self, entry: Entry, shared_bytes: int) -> None:
+        self.entry = entry
+        self.threads = entry.threads
+        self.warps = self.threads // WARP
+        self.lanes = np.arange(self.threads) % WARP
+        self.shared = SharedMemory(entry.shared_bytes + shared_bytes)
+        kinds = {kind: [n for n, k in entry.registers.items() if k is kind] for kind in set(entry.registers.values())}
+        self._files = {kind: np.empty((len(names), self.threads), dtype=kind) for kind, names in kinds.items()}
+        self.registers = {
+            name: row for kind, names in kinds.items() for name, row in zip(names, self._files[kind], strict=True)
+        }
+        self.special = {
+            name: np.zeros(self.threads, dtype=np.uint32)
+            for name in ("%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y", "%nctaid.z")
+        }
+        zero = np.zeros(self.threads, dtype=np.uint32)
+        self.special |= {"%tid.x": np.arange(self.threads, dtype=np.uint32), "%tid.y": zero, "%tid.z": zero}
+        self.special |= {"%ntid.x": zero + np.uint32(self.threads), "%laneid": self.lanes.astype(np.uint32)}
+        self.asynchronous: dict[str, Any] = {}  # what copies and products are under way, by kind
+        self.actions = [self._decode(operation) for operation in entry.operations]
+        branches = {"bra": _BRANCH, "ret": _END, "exit": _END, "bar": _BARRIER, "barrier": _BARRIER}
+        self.kinds = [branches.get(operation.name, _STEP) for operation in entry.operations]
+
+    # --- operands -----------------------------------------------------------------------------------------------
+
+    def read(self, text: str, kind: str) -> np.ndarray:
+        """[threads] (or a scalar) as ``kind``; a register shows what is in it when the operation runs."""
+        dtype = TYPES[kind]
+        if text in self.registers or text in self.special:
+            row = self.registers[text] if text in self.registers else self.special[text]
+            if row.dtype.itemsize == np.dtype(dtype).itemsize:
+                return row.view(dtype)
+            if row.dtype.itemsize > np.dtype(dtype).itemsize:  # the low bits
+                return row.view(dtype)[:: row.dtype.itemsize // np.dtype(dtype).itemsize]
+            raise NotImplementedError(f"{text} read as {kind}")
+        return self._constant(text, dtype)
+
+    def _constant(self, text: str, dtype: type) -> np.ndarray:
+        if text in self.entry.shared:
+            return np.array(self.entry.shared[text], dtype=dtype)
+        if text in self.entry.parameters:
+            return np.array(self.entry.parameters[text], dtype=dtype)
+        if text[:2] in ("0f", "0F"):
+            bits = np.array(int(text[2:], 16), dtype=np.uint32)
+        elif text[:2] in ("0d", "0D"):
+            bits = np.array(int(text[2:], 16), dtype=np.uint64)
+        else:
+            value = int(text.rstrip("U"), 0)
+            if dtype is np.bool_:
+                return np.array(value != 0)
+            size = np.dtype(dtype).itemsize
+            return np.array(value % 2 ** (8 * size), dtype=f"u{size}").view(dtype)
+        return bits.view(dtype)
+
+    def write(self, text: str, kind: str) -> np.ndarray | None:
+        """The register as ``kind``, to store to; None for ``_``."""
+        return None if text == "_" else self.registers[text].view(TYPES[kind])
+
+    def vector(self, text: str) -> list[str]:
+        return text[1:-1].split(",") if text.startswith("{") else [text]
+
+    def address(self, text: str) -> Callable[[], np.ndarray]:
+        """[threads] uint64 from ``[register + offset]``."""
+        base, _, offset = text.strip("[]").partition("+")
+        value = self.read(base, "u64" if self._is_wide(base) else "u32")
+        shift = int(offset or 0)
+
+        def addresses() -> np.ndarray:
+            wide = np.broadcast_to(value, self.threads).astype(np.uint64)
+            return wide + np.uint64(shift % 2**64) if shift else wide
+
+        return addresses
+
+    def space(self, modifiers: tuple[str, ...]) -> Callable[[], Memory]:
+        """The memory that an operation with these modifiers reads or writes."""
+        if "global" in modifiers:
+            return lambda: self.launch.memory
+        if {"shared", "shared::cta"} & set(modifiers):
+            return lambda: self.shared
+        raise NotImplementedError("memory of an unknown kind")
+
+    def _is_wide(self, name: str) -> bool:
+        return name in self.registers and self.registers[name].dtype.itemsize == 8
+
+    def everywhere(self, mask: Mask) -> np.ndarray:
+        """``mask`` with one element a thread."""
+        return np.ones(self.threads, dtype=bool) if mask is True else mask
+
+    def uniform(self, value: np.ndarray, mask: Mask = True) -> int:
+        """The one value that all threads of ``mask`` have."""
+        found = np.unique(np.broadcast_to(value, self.threads)[self.everywhere(mask)])
+        if found.size != 1:
+            raise AssertionError(f"{found.size} values where all threads must have the same one")
+        return int(found[0])
+
+    # --- steps --------------------------------------------------------------------------------------------------
+
+    def _decode(self, operation: Operation) -> Action:
+        if operation.name in ("bra", "ret", "exit", "bar", "barrier"):
+            return lambda _: None  # control flow: see run
+        decoder = _DECODERS.get(operation.name)
+        if decoder is None:
+            raise NotImplementedError(f"{self.entry.name}: nothing decodes {operation}")
+        try:
+            action = decoder(self, operation)
+        except (KeyError, NotImplementedError, ValueError) as error:
+            raise NotImplementedError(f"{self.entry.name}: {operation}: {error!r}") from error
+        if operation.guard is None:
+            return action
+        guard, negated = self.registers[operation.guard], operation.negated
+
+        def guarded(mask: Mask) -> None:
+            taken = self._taken(guard, negated, mask)
+            if taken.all():
+                action(True)
+            elif taken.any():
+                action(taken)
+
+        return guarded
+
+    @staticmethod
+    def _taken(guard: np.ndarray, negated: bool, mask: Mask) -> np.ndarray:
+        taken = ~guard if negated else guard.copy()
+        return taken if mask is True else taken & mask
+
+    def run(self, launch: Launch, program: tuple[int, int, int]) -> None:
+        """Run the block with the index ``program`` from its first operation to its last."""
+        self.launch = launch
+        for axis, index, size in zip("xyz", program, launch.grid, strict=True):
+            self.special[f"%ctaid.{axis}"][:] = index
+            self.special[f"%nctaid.{axis}"][:] = size
+        for registers in self._files.values():
+            registers.view(np.uint8)[:] = 1 if registers.dtype == np.bool_ else 0xFF  # NaN in every format
+        self.shared.clear()
+        self.asynchronous.clear()
+        alive = np.ones(self.threads, dtype=bool)
+        groups = {0: alive.copy()}  # threads that can go on, by where they stand
+        waiting: dict[int, np.ndarray] = {}  # those at a barrier, by what follows it
+        while groups or waiting:
+            if not groups:
+                raise AssertionError(f"{self.entry.name}: threads wait at a barrier for others that have parted")
+            at = min(groups)
+            mask = groups.pop(at)
+            stop = min(groups, default=-1)
+            for place, threads, arrived in self._walk(at, mask, stop):
+                if place < 0:
+                    alive &= ~threads
+                elif arrived:
+                    waiting[place] = waiting.get(place, False) | threads
+                else:
+                    groups[place] = groups.get(place, False) | threads
+            if waiting and (sum(threads.sum() for threads in waiting.values()) == alive.sum()):
+                groups, waiting = waiting, {}
+        bulk = self.asynchronous.get("bulk", {})
+        if self.asynchronous.get("copies") or self.asynchronous.get("products") or any(bulk.values()):
+            raise AssertionError(f"{self.entry.name}: ends before all that it has begun")
+
+    def _walk(self, at: int, mask: np.ndarray, stop: int) -> list[tuple[int, np.ndarray, bool]]:
+        """Take the threads of ``mask`` on from ``at`` until they part, end, wait, or meet those at ``stop``.
+
+        Returns the places they are at then, -1 for the end, and whether they wait there.
+        """
+        which: Mask = True if mask.all() else mask
+        kinds, actions = self.kinds, self.actions
+        begun = at
+        try:
+            while True:
+                kind = kinds[at]
+                if kind == _STEP:
+                    actions[at](which)
+                    at += 1
+                elif kind == _BRANCH:
+                    operation = self.entry.operations[at]
+                    target = self.entry.labels[operation.operands[0]]
+                    if operation.guard is None:
+                        at = target
+                    else:
+                        taken = self._taken(self.registers[operation.guard], operation.negated, mask)
+                        if taken.any() and not (taken == mask).all():
+                            return [(target, taken, False), (at + 1, mask & ~taken, False)]
+                        at = target if taken.any() else at + 1
+                elif kind == _END:
+                    return [(-1, mask, False)]
+                elif which is not True:
+                    return [(at + 1, mask, True)]
+                else:
+                    at += 1
+                if at >= stop >= 0 and at != begun:
+                    return [(at, mask, False)]
+        except (AssertionError, MemoryFault) as error:
+            raise type(error)(f"{self.entry.name}, {self.entry.operations[at]}: {error}") from error

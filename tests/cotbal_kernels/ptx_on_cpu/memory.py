@@ -1,0 +1,89 @@
+"""Global and shared memory as a kernel sees them, every access checked."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from launch_accesses import Accesses
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class MemoryFault(AssertionError):
+    """An access that the hardware would refuse, or compute-sanitizer."""
+
+
+class Memory:
+    """What global and shared memory have in common: typed views of bytes from ``first`` on."""
+
+    def __init__(self, name: str, first: int, data: np.ndarray) -> None:
+        self.name, self.first = name, first
+        self.views = {size: data[: data.size // size * size].view(kind) for size, kind in UNSIGNED.items()}
+
+    def note(self, addresses: np.ndarray, size: int, kind: str) -> None:
+        """Raise if memory of ``size`` bytes cannot be accessed at each of ``addresses``."""
+        raise NotImplementedError
+
+    def _at(self, addresses: np.ndarray, size: int, count: int, kind: str) -> np.ndarray:
+        """Index into the view of elements of ``size`` bytes of the first of ``count`` at every address."""
+        if (addresses & np.uint64(size * count - 1)).any():
+            raise MemoryFault(f"{self.name} memory: misaligned access of {size * count} bytes")
+        self.note(addresses, size * count, kind)
+        return ((addresses - np.uint64(self.first)) >> np.uint64(size.bit_length() - 1)).astype(np.int64)
+
+    def load(self, addresses: np.ndarray, size: int, count: int = 1) -> np.ndarray:
+        """[count, n] elements of ``size`` bytes from n addresses (uint64)."""
+        at = self._at(addresses, size, count, "load")
+        return self.views[size][at[None, :] + np.arange(count)[:, None]]
+
+    def store(self, addresses: np.ndarray, values: Sequence[np.ndarray], size: int) -> None:
+        """Store one element after the other of ``values``, each [n], to n addresses."""
+        at = self._at(addresses, size, len(values), "store")
+        for index, value in enumerate(values):
+            self.views[size][at + index] = value
+
+    def exchange(
+        self, addresses: np.ndarray, change: Callable[[np.ndarray, int], np.ndarray], size: int, kind: str
+    ) -> np.ndarray:
+        """Change one element after the other atomically; [n] what was there before each."""
+        at = self._at(addresses, size, 1, kind)
+        before = np.empty(at.shape, dtype=UNSIGNED[size])
+        for index, place in enumerate(at):
+            before[index] = self.views[size][place]
+            self.views[size][place] = change(before[index], index)
+        return before
+
+
+class GlobalMemory(Memory):
+    """The memory of this process, as far as a launch was given it; who accesses what is noted."""
+
+    def __init__(self, accesses: Accesses) -> None:
+        self.accesses = accesses
+        first = int(accesses.starts[0]) // 16 * 16 if accesses.starts.size else 16
+        span = int(accesses.ends[-1]) - first + 16 if accesses.starts.size else 0
+        # Only addresses that were checked are ever read or written.
+        super().__init__("global", first, np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(first)))
+
+    def note(self, addresses: np.ndarray, size: int, kind: str) -> None:
+        if kind == "load":
+            self.accesses.load(addresses, size)
+        elif kind == "store":
+            self.accesses.store(addresses, size)
+        else:
+            self.accesses.atomic(addresses, size, acquires="acq" in kind)
+
+
+class SharedMemory(Memory):
+    """The shared memory of one block; what nobody has written is NaN in every format."""
+
+    def __init__(self, size: int) -> None:
+        self.bytes = np.empty(-(-size // 16) * 16, dtype=np.uint8)
+        super().__init__("shared", 0, self.bytes)
+        self.clear()
+
+    def clear(self) -> None:
+        self.bytes[:] = 0xFF
+
+    def note(self, addresses: np.ndarray, size: int, kind: str) -> None:
+        if addresses.size and int(addresses.max()) + size > self.bytes.size:
+            raise MemoryFault("shared memory: access behind its end")

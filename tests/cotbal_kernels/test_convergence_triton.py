@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,11 +12,17 @@ from convergence_reference import TOLERANCE, sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import interpreted
+from ptx_on_cpu import compute_capability
 
 from cotbal_kernels import ConvergenceBalancer
 from cotbal_kernels.convergence import VARIANTS
 from cotbal_kernels.triton_kernels.ahead_of_time import CAPABILITIES, compile_for
 from cotbal_kernels.triton_kernels.convergence import NUM_WARPS, ConvergenceKernel, convergence_step_kernel
+
+Run = Callable[[], AbstractContextManager[None]]
+# In Triton's interpreter, and compiled for a GPU.
+RUNS: list[Run] = [interpreted, partial(compute_capability, 80), partial(compute_capability, 90)]
+everywhere = pytest.mark.parametrize("run", RUNS, ids=["interpreter", "sm_80", "sm_90"])
 
 
 def both(num_tasks: int, **arguments: Any) -> tuple[ConvergenceBalancer, ConvergenceBalancer]:
@@ -57,9 +66,10 @@ def test_kernel_equals_portable(
     assert_same_state(kernel, portable)
 
 
+@everywhere
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("tasks", "window", "history"), [(33, 1500, 4100), (2, 1024, 2048), (129, 3, 7)])
-def test_more_than_one_block(variant: str, tasks: int, window: int, history: int) -> None:
+def test_more_than_one_block(run: Run, variant: str, tasks: int, window: int, history: int) -> None:
     """Full rings of several blocks with a ragged last one, taken over from the state of a run begun elsewhere."""
     kernel, portable = both(tasks, window=window, warmup=2, variant=variant, history=history)
     generator = torch.Generator().manual_seed(0)
@@ -78,40 +88,43 @@ def test_more_than_one_block(variant: str, tasks: int, window: int, history: int
         balancer.load_state_dict(state)
     for _ in range(2):
         losses = torch.rand(tasks, generator=generator)
-        with interpreted():
+        with run():
             weights = kernel.step(losses)
         torch.testing.assert_close(weights, portable.step(losses), **TOLERANCE)
         assert weights.std() > 0.01  # the comparison sees more than uniform weights
     assert_same_state(kernel, portable)
 
 
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("variant", ["absolute", "mftcoder"])
-def test_losses_of_any_dtype_and_stride(variant: str, dtype: torch.dtype) -> None:
+def test_losses_of_any_dtype_and_stride(run: Run, variant: str, dtype: torch.dtype) -> None:
     kernel, portable = both(3, window=4, warmup=1, variant=variant)
     losses, present = sequence(seed=7, steps=8, tasks=6, held=0.2, absent=0.2)
     losses[2, 0], losses[3, 2], losses[0, 4] = float("nan"), 0.0, 0.0
     for row, here in zip(losses.to(dtype), present, strict=True):
-        with interpreted():
+        with run():
             weights = kernel.step(row[::2], here[::2])
         torch.testing.assert_close(weights, portable.step(row[::2], here[::2]), **TOLERANCE)
 
 
-def test_a_task_without_a_slope_is_left_out_of_the_largest() -> None:
+@everywhere
+def test_a_task_without_a_slope_is_left_out_of_the_largest(run: Run) -> None:
     kernel, _ = both(3, window=4, warmup=0)
     for t in range(3):
-        with interpreted():
+        with run():
             kernel.step(torch.tensor([1.0 / (t + 1), 2.0, 1.0]), torch.tensor([True, t == 0, False]))
     assert kernel.state_dict()["peaks"][1] == kernel.slopes[0] < 0
 
 
-def test_kernel_leaves_its_counter_ready_and_its_result_alone() -> None:
+@everywhere
+def test_kernel_leaves_its_counter_ready_and_its_result_alone(run: Run) -> None:
     kernel, _ = both(3, window=4, warmup=0)
     losses, _ = sequence(seed=8, steps=4, tasks=3, held=0.0, absent=0.0)
-    with interpreted():
+    with run():
         returned = [kernel.step(row) for row in losses]
     copies = [weights.clone() for weights in returned]
-    with interpreted():
+    with run():
         kernel.step(losses[0])
     assert all(torch.equal(a, b) for a, b in zip(returned, copies, strict=True))
     assert isinstance(kernel._triton, ConvergenceKernel)

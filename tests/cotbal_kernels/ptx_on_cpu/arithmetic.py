@@ -125,13 +125,11 @@ def _multiply_add(block: Block, operation: Operation) -> Action:
     if kind in FLOATS:
         a, b, c = (block.read(text, kind) for text in inputs)
         out = block.write(to, kind)
-        if kind != "f32":
-            raise NotImplementedError(kind)
-        wide = np.empty(block.threads)
+        # Rounded once (hardly ever twice): twice the digits hold the product of two float32, nearly of two float64.
+        wide = np.empty(block.threads, dtype={"f32": np.float64, "f64": np.longdouble}[kind])
 
         def fused(mask: Mask) -> None:
-            # One rounding (hardly ever two): the product of two float32 is exact in float64.
-            np.multiply(a, b, out=wide, dtype=np.float64)
+            np.multiply(a, b, out=wide, dtype=wide.dtype)
             np.add(wide, c, out=wide)
             np.copyto(out, wide, casting="same_kind", where=mask)
 
@@ -158,17 +156,19 @@ def _compare(block: Block, operation: Operation) -> Action:
     if rest or len(operation.operands) != 3:
         raise NotImplementedError(operation.opcode)
     to, first, second = operation.operands
-    a, b = block.read(first, operation.type), block.read(second, operation.type)
+    kind = "u16" if operation.type == "bf16" else operation.type
+    a, b = block.read(first, kind), block.read(second, kind)
     out = block.write(to, "pred")
-    if operation.type not in FLOATS:
+    if operation.type not in FLOATS and operation.type != "bf16":
         ufunc = _COMPARISONS[comparison]
         return lambda mask: ufunc(a, b, out=out, where=mask)
     unordered = comparison.endswith("u") and comparison != "u"
     ufunc = _COMPARISONS[comparison[:2]]
 
     def compare(mask: Mask) -> None:
-        nan = np.isnan(a) | np.isnan(b)
-        found = ufunc(a, b)
+        x, y = (from_bf16(a), from_bf16(b)) if operation.type == "bf16" else (a, b)
+        nan = np.isnan(x) | np.isnan(y)
+        found = ufunc(x, y)
         np.copyto(out, (found | nan) if unordered else (found & ~nan), where=mask)
 
     return compare

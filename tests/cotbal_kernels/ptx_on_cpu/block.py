@@ -19,7 +19,7 @@ Mask = np.ndarray | bool  # which threads take an operation; True for all of the
 Action = Callable[[Mask], None]
 _STEP, _BRANCH, _END, _BARRIER = range(4)
 
-FLOATS = {"f32": np.float32, "f64": np.float64}
+FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 SIGNED = {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64}
 UNSIGNED = {f"{kind}{bits}": np.dtype(f"u{bits // 8}").type for kind in "bu" for bits in (8, 16, 32, 64)}
 TYPES: dict[str, type] = FLOATS | SIGNED | UNSIGNED | {"pred": np.bool_}

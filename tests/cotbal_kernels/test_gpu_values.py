@@ -19,6 +19,7 @@ from gpu_case import (
     require,
     require_memory,
     require_unread_values,
+    sizes_for,
 )
 from loss_problems import error
 from vocabulary_shards import check_shards
@@ -30,23 +31,23 @@ pytestmark = pytest.mark.gpu
 
 SHAPE, D, V, MANY, CHUNK = SIZES
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CASES: list[tuple[torch.dtype, int, bool, dict[str, Any]]] = [
-    (BF16, V, False, {}),
-    (BF16, MANY, True, {"chunk_size": CHUNK}),  # kept in dW's memory, the rows beyond D computed again
-    (BF16, MANY, False, {"chunk_size": CHUNK, "label_smoothing": 0.1}),
-    (BF16, V, True, {"chunk_size": CHUNK, "logit_softcap": 5.0, "aggregation": "task"}),
-    (BF16, V, True, {"chunk_size": CHUNK, "aggregation": "sum", **ALL}),
-    (BF16, V, False, {"aggregation": "none", **ALL}),
-    (BF16, MANY, False, {"chunk_size": CHUNK, "logit_scale": 0.0625}),
-    (BF16, V, True, {"aggregation": "none", "logit_scale": 1.3, **ALL}),
-    (BF16, MANY, False, {"recompute": True, "chunk_size": CHUNK}),
-    (FP16, V, False, {}),
-    (FP16, MANY, True, {"chunk_size": CHUNK}),
-    (FP16, V, False, {"aggregation": "none", "label_smoothing": 0.1}),
-    (FP16, V, False, {"chunk_size": CHUNK, "logit_scale": 0.7}),
-    (FP32, V, True, {"chunk_size": CHUNK}),
-    (FP32, MANY, False, {"chunk_size": CHUNK}),
-    (FP32, V, False, {"aggregation": "none", **ALL}),
+CASES: list[tuple[torch.dtype, bool, bool, dict[str, Any]]] = [  # type, many words, bias, options
+    (BF16, False, False, {}),
+    (BF16, True, True, {"chunk_size": CHUNK}),  # kept in dW's memory, the rows beyond D computed again
+    (BF16, True, False, {"chunk_size": CHUNK, "label_smoothing": 0.1}),
+    (BF16, False, True, {"chunk_size": CHUNK, "logit_softcap": 5.0, "aggregation": "task"}),
+    (BF16, False, True, {"chunk_size": CHUNK, "aggregation": "sum", **ALL}),
+    (BF16, False, False, {"aggregation": "none", **ALL}),
+    (BF16, True, False, {"chunk_size": CHUNK, "logit_scale": 0.0625}),
+    (BF16, False, True, {"aggregation": "none", "logit_scale": 1.3, **ALL}),
+    (BF16, True, False, {"recompute": True, "chunk_size": CHUNK}),
+    (FP16, False, False, {}),
+    (FP16, True, True, {"chunk_size": CHUNK}),
+    (FP16, False, False, {"aggregation": "none", "label_smoothing": 0.1}),
+    (FP16, False, False, {"chunk_size": CHUNK, "logit_scale": 0.7}),
+    (FP32, False, True, {"chunk_size": CHUNK}),
+    (FP32, True, False, {"chunk_size": CHUNK}),
+    (FP32, False, False, {"aggregation": "none", **ALL}),
 ]
 
 
@@ -61,13 +62,15 @@ def own(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dtype", "vocab_size", "with_bias", "options"), CASES, ids=name)
+@pytest.mark.parametrize(("dtype", "many", "with_bias", "options"), CASES, ids=name)
 def test_as_good_as_materialising(
-    backend: str, dtype: torch.dtype, vocab_size: int, with_bias: bool, options: dict[str, Any]
+    backend: str, dtype: torch.dtype, many: bool, with_bias: bool, options: dict[str, Any]
 ) -> None:
     require(backend)
-    p = gpu_problem(SHAPE, D=D, V=vocab_size, sharpness=2.0, dtype=dtype, ignored=0.1)
-    assert D < int((p.labels >= 0).sum()) < p.labels.numel()
+    sizes = sizes_for(dtype)
+    vocab_size = sizes.many if many else sizes.V
+    p = gpu_problem(sizes.shape, D=sizes.D, V=vocab_size, sharpness=2.0, dtype=dtype, ignored=0.1)
+    assert sizes.D < int((p.labels >= 0).sum()) < p.labels.numel()
     expected, exact, ordinary = exact_and_ordinary(p, with_bias, **own(options))
     out = linear_task_cross_entropy(*p.tensors, bias=p.bias if with_bias else None, backend=backend, **options)
     for field in ("loss", "task_loss", "lse"):
@@ -88,14 +91,15 @@ def test_as_good_as_materialising(
 def test_shards_of_a_vocabulary(backend: str, dtype: torch.dtype, options: dict[str, float]) -> None:
     """Targets elsewhere, statistics of the whole; three tenths of the columns, one, and the others."""
     require(backend)
-    p = gpu_problem(SHAPE, D=D, V=V, sharpness=2.0, dtype=dtype, ignored=0.1)
+    sizes = sizes_for(dtype)
+    p = gpu_problem(sizes.shape, D=sizes.D, V=sizes.V, sharpness=2.0, dtype=dtype, ignored=0.1)
     rounding = 0.0 if dtype == FP32 else torch.finfo(dtype).eps / 2
     check_shards(
         *(backends.BACKENDS[backend], p, options),
         with_bias=bool(options),
         chunk_size=CHUNK,
         rounding=rounding,
-        bounds=(0, 3 * V // 10, 3 * V // 10 + 1, V),
+        bounds=(0, 3 * sizes.V // 10, 3 * sizes.V // 10 + 1, sizes.V),
         fp32=1.1e-5,  # as gpu_case.assert_gradients
     )
 

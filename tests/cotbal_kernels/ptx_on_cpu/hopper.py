@@ -113,9 +113,10 @@ def _barrier(block: Block, operation: Operation) -> Action:
 
 def copy_tensor(block: Block, operation: Operation) -> Action:
     """``cp.async.bulk.tensor`` of two dimensions from global to shared memory."""
-    if operation.modifiers[:4] != ("async", "bulk", "tensor", "2d") or operation.modifiers[4:6] != (
-        "shared::cta",
-        "global",
+    # The blocks here are clusters of one: shared memory of the cluster is that of the block.
+    if operation.modifiers[:4] != ("async", "bulk", "tensor", "2d") or operation.modifiers[4:6] not in (
+        ("shared::cta", "global"),
+        ("shared::cluster", "global"),
     ):
         raise NotImplementedError(operation.opcode)
     target, source, barrier = operation.operands

@@ -60,7 +60,7 @@ class Accesses:
         return ((addresses - self.shifts[at])[:, None] + np.arange(size)).ravel()
 
     def _by_others(self, seen: np.ndarray, program: int) -> bool:
-        return bool(((seen != _NOBODY) & (seen != program)).any())
+        return bool(np.count_nonzero((seen != _NOBODY) & (seen != program)))
 
     def load(self, addresses: np.ndarray, size: int) -> None:
         places = self._places(addresses, size, "load from")

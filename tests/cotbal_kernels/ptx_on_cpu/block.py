@@ -57,6 +57,7 @@ class Block:
         self.threads = entry.threads
         self.warps = self.threads // WARP
         self.lanes = np.arange(self.threads) % WARP
+        self._everywhere = np.ones(self.threads, dtype=bool)
         self.shared = SharedMemory(entry.shared_bytes + shared_bytes)
         kinds = {kind: [n for n, k in entry.registers.items() if k is kind] for kind in set(entry.registers.values())}
         self._files = {kind: np.empty((len(names), self.threads), dtype=kind) for kind, names in kinds.items()}
@@ -120,7 +121,7 @@ class Block:
         shift = int(offset or 0)
 
         def addresses() -> np.ndarray:
-            wide = np.broadcast_to(value, self.threads).astype(np.uint64)
+            wide = value.astype(np.uint64) if value.ndim else np.full(self.threads, value, dtype=np.uint64)
             return wide + np.uint64(shift % 2**64) if shift else wide
 
         return addresses
@@ -138,7 +139,7 @@ class Block:
 
     def everywhere(self, mask: Mask) -> np.ndarray:
         """``mask`` with one element a thread."""
-        return np.ones(self.threads, dtype=bool) if mask is True else mask
+        return self._everywhere if mask is True else mask
 
     def uniform(self, value: np.ndarray, mask: Mask = True) -> int:
         """The one value that all threads of ``mask`` have."""
@@ -167,10 +168,9 @@ class Block:
 
         def guarded(mask: Mask) -> None:
             taken = self._taken(guard, negated, mask)
-            if taken.all():
-                action(True)
-            elif taken.any():
-                action(taken)
+            count = np.count_nonzero(taken)
+            if count:
+                action(True if count == self.threads else taken)
 
         return guarded
 

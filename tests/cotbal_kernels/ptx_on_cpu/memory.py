@@ -26,7 +26,7 @@ class Memory:
 
     def _at(self, addresses: np.ndarray, size: int, count: int, kind: str) -> np.ndarray:
         """Index into the view of elements of ``size`` bytes of the first of ``count`` at every address."""
-        if (addresses & np.uint64(size * count - 1)).any():
+        if np.count_nonzero(addresses & np.uint64(size * count - 1)):
             raise MemoryFault(f"{self.name} memory: misaligned access of {size * count} bytes")
         self.note(addresses, size * count, kind)
         return ((addresses - np.uint64(self.first)) >> np.uint64(size.bit_length() - 1)).astype(np.int64)

@@ -15,16 +15,18 @@ def _load(block: Block, operation: Operation) -> Action:
     if "param" in operation.modifiers:
         return _load_parameter(block, operation)
     memory, address = block.space(operation.modifiers), block.address(source)
-    size = np.dtype(TYPES[operation.type]).itemsize
+    kind = TYPES[operation.type]
+    size = np.dtype(kind).itemsize
+    kind = kind if operation.type in SIGNED else f"u{size}"  # bits, whatever they stand for
     names = block.vector(to)
     outs = [_extended(block, name, operation.type) for name in names]
 
     def load(mask: Mask) -> None:
-        where = block.everywhere(mask)
+        where = slice(None) if mask is True else mask
         values = memory().load(address()[where], size, len(outs))
         for out, value in zip(outs, values, strict=True):
             if out is not None:
-                out[where] = value.view(TYPES[operation.type]).astype(out.dtype)
+                out[where] = value.view(kind)
 
     return load
 

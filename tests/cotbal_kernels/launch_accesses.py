@@ -19,12 +19,18 @@ _NOBODY, _SEVERAL, _ATOMIC = -1, -2, -3  # beside the numbers of programs
 
 
 def memory_of(values: Iterable[Any]) -> Iterator[tuple[int, int]]:
-    """First and last address of the elements of every tensor among the arguments of a launch."""
+    """First and last address of the elements of every tensor among the arguments of a launch, row by row of matrices.
+
+    What lies between the rows of a matrix belongs to nobody.
+    """
     for value in values:
         if isinstance(value, tuple):
             yield from memory_of(value)
         elif isinstance(value, TensorDescriptor):
             yield from memory_of((value.base,))
+        elif isinstance(value, torch.Tensor) and value.dim() == 2 and value.stride(0) > value.shape[1] > 0:
+            for row in range(value.shape[0]):
+                yield from memory_of((value[row],))
         elif isinstance(value, torch.Tensor) and value.numel():
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
             yield value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()

@@ -37,11 +37,12 @@ def find_compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def compile_for_cpu(output: Path, source: Path | None = None) -> None:
+def compile_for_cpu(output: Path, source: Path | None = None, host_only: bool = False) -> None:
     """Build csrc/ (or a changed copy of it) with the host's compiler; warnings are errors."""
     compiler = find_compiler()
     assert compiler is not None, "no C++ compiler"
-    command = [compiler, *_FLAGS, *_WARNINGS, f"-I{Path(__file__).parent}", "-x", "c++"]
+    defined = ("-DCOTBAL_HOST_ONLY",) if host_only else ()
+    command = [compiler, *_FLAGS, *_WARNINGS, *defined, f"-I{Path(__file__).parent}", "-x", "c++"]
     command += [str((source or source_directory()) / "api.cu"), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -6,7 +6,14 @@
 // launch with an error.
 //
 // It says nothing about speed, memory coherence, or the last bits of device functions such as expf.
+//
+// With COTBAL_HOST_ONLY the kernels of this build are never run: a launch is handed to whoever has set
+// cotbal_launch_elsewhere, by the name that the kernel has in nvcc's PTX, with the bytes of its arguments.
 #pragma once
+
+#ifdef COTBAL_HOST_ONLY
+#include <dlfcn.h>
+#endif
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -20,7 +27,11 @@
 #include <utility>
 #include <vector>
 
+#ifdef COTBAL_HOST_ONLY
+#define __global__ [[gnu::used]]  // with a name to look up
+#else
 #define __global__ [[maybe_unused]] static
+#endif
 #define __device__
 #define __host__
 #define __shared__ static
@@ -216,6 +227,32 @@ inline uint32_t __float_as_uint(float value) {
     return bits;
 }
 
+#ifdef COTBAL_HOST_ONLY
+
+using Elsewhere = int (*)(const char* kernel, unsigned blocks, unsigned threads, const void* const* arguments,
+                          const size_t* sizes, int count);
+inline Elsewhere elsewhere = nullptr;
+
+extern "C" inline __attribute__((used, visibility("default"))) void cotbal_launch_elsewhere(Elsewhere function) {
+    elsewhere = function;
+}
+
+template <typename... Parameters>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Parameters... arguments) {
+    Dl_info found;
+    if (elsewhere == nullptr || dladdr(reinterpret_cast<void*>(kernel), &found) == 0 || found.dli_sname == nullptr) {
+        return cudaErrorLaunchFailure;
+    }
+    const void* const addresses[] = {&arguments...};
+    const size_t sizes[] = {sizeof(arguments)...};
+    const int count = static_cast<int>(sizeof...(arguments));
+    return static_cast<cudaError_t>(
+        elsewhere(found.dli_sname, config->gridDim.x, config->blockDim.x, addresses, sizes, count));
+}
+
+#else
+
 template <typename... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Parameters... arguments) {
@@ -230,6 +267,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     }
     return cudaSuccess;
 }
+
+#endif
 
 // How fibers take turns: 0 ascending, 1 descending, 2 shuffled anew at every turn.
 extern "C" inline __attribute__((used, visibility("default"))) void cotbal_cpu_schedule(int order, uint64_t seed) {

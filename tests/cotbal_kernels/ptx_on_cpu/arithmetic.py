@@ -60,7 +60,7 @@ _UNARY = {
     "sqrt": np.sqrt,
     "rsqrt": lambda a, out, where: np.divide(1, np.sqrt(a), out=out, where=where),
 }
-_KNOWN = {"rn", "lo", "approx", "full", "ftz", "wide", "relaxed"}
+_KNOWN = {"rn", "rm", "lo", "approx", "full", "ftz", "wide", "relaxed"}
 
 
 def _check(operation: Operation) -> None:
@@ -131,7 +131,10 @@ def _multiply_add(block: Block, operation: Operation) -> Action:
         def fused(mask: Mask) -> None:
             np.multiply(a, b, out=wide, dtype=wide.dtype)
             np.add(wide, c, out=wide)
-            np.copyto(out, wide, casting="same_kind", where=mask)
+            result = wide.astype(out.dtype)
+            if "rm" in operation.modifiers:  # towards minus infinity
+                result = np.where(result > wide, np.nextafter(result, result.dtype.type(-np.inf)), result)
+            np.copyto(out, result, where=mask)
 
         return _flushes(operation, fused, out)
     wide = kind[0] + str(2 * int(kind[1:])) if "wide" in operation.modifiers else kind
@@ -172,6 +175,13 @@ def _compare(block: Block, operation: Operation) -> Action:
         np.copyto(out, (found | nan) if unordered else (found & ~nan), where=mask)
 
     return compare
+
+
+@decodes("copysign")
+def _copy_sign(block: Block, operation: Operation) -> Action:
+    to, sign, magnitude = operation.operands
+    a, b, out = block.read(sign, operation.type), block.read(magnitude, operation.type), block.write(to, operation.type)
+    return lambda mask: np.copysign(b, a, out=out, where=mask)
 
 
 @decodes("selp")
@@ -237,7 +247,7 @@ def _narrow(value: np.ndarray, kind: str) -> np.ndarray:
 @decodes("cvt")
 def _convert(block: Block, operation: Operation) -> Action:
     *how, to_kind, from_kind = operation.modifiers
-    if set(how) - {"rn", "rzi", "rni"}:
+    if set(how) - {"rn", "rzi", "rni", "sat"}:
         raise NotImplementedError(operation.opcode)
     to, *inputs = operation.operands
     if to_kind in ("bf16x2", "f16x2"):
@@ -258,6 +268,11 @@ def _convert(block: Block, operation: Operation) -> Action:
         widen = from_bf16 if from_kind == "bf16" else lambda bits: bits.view(np.float16).astype(np.float32)
         return lambda mask: np.copyto(out, widen(value), where=mask)
     value = block.read(text, from_kind)
+    if how == ["sat"] and to_kind == from_kind == "f32":
+        out = block.write(to, "f32")
+        return lambda mask: np.copyto(out, np.where(np.isnan(value), 0, np.clip(value, 0, 1)), where=mask)
+    if "sat" in how:
+        raise NotImplementedError(operation.opcode)
     register = block.registers[to]
     # A result narrower than its register is extended.
     wide = {2: "16", 4: "32", 8: "64"}[register.dtype.itemsize]

@@ -1,8 +1,9 @@
 """One block (CTA) of threads: registers, program counters and the operations they step through.
 
 All threads that stand at the same operation take it together, as numpy arrays with one element a thread. Where they
-part, those furthest back go first, so they meet again where the branches do. An operation is decoded once for all
-blocks into a function of the threads that take it.
+part, those furthest back go first, so they meet again where the branches do. Warps can also go one by one, each as far
+as the next barrier of the block: a kernel that misses a barrier then gives other results. An operation is decoded once
+for all blocks into a function of the threads that take it.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,6 +46,8 @@ class Launch:
     parameters: bytes
     descriptors: Mapping[int, Any]  # of tensors, by offset in the parameters
     grid: tuple[int, int, int]
+    # Picks one of the warps that can go on, where they go one by one; None: all threads keep together.
+    turns: Callable[[list[int]], int] | None = None
 
 
 class Block:
@@ -189,21 +192,24 @@ class Block:
             registers.view(np.uint8)[:] = 1 if registers.dtype == np.bool_ else 0xFF  # NaN in every format
         self.shared.clear()
         self.asynchronous.clear()
-        alive = np.ones(self.threads, dtype=bool)
-        groups = {0: alive.copy()}  # threads that can go on, by where they stand
-        waiting: dict[int, np.ndarray] = {}  # those at a barrier, by what follows it
+        alive = self._everywhere.copy()
+        # Threads that can go on, by where they stand: of one warp, or of all (-1).
+        warps = [-1] if launch.turns is None else list(range(self.warps))
+        threads_of = np.arange(self.threads) // WARP
+        groups = {(warp, 0): (threads_of == warp) | (warp < 0) for warp in warps}
+        waiting: dict[tuple[int, int], np.ndarray] = {}  # those at the barrier, by what follows it
         while groups:
-            at = min(groups)
-            mask = groups.pop(at)
-            stop = min(groups, default=-1)
+            warp = -1 if launch.turns is None else launch.turns(sorted({warp for warp, _ in groups}))
+            at, *others = sorted(place for other, place in groups if other == warp)
+            mask = groups.pop((warp, at))
+            stop = others[0] if others else -1
             for place, threads, arrived in self._walk(at, mask, stop):
                 if place < 0:
                     alive &= ~threads
-                elif arrived:
-                    waiting[place] = waiting.get(place, False) | threads
                 else:
-                    groups[place] = groups.get(place, False) | threads
-            if waiting and (sum(threads.sum() for threads in waiting.values()) == alive.sum()):
+                    to = waiting if arrived else groups
+                    to[warp, place] = to.get((warp, place), False) | threads
+            if waiting and sum(np.count_nonzero(threads) for threads in waiting.values()) == np.count_nonzero(alive):
                 groups, waiting = waiting, {}
         bulk = self.asynchronous.get("bulk", {})
         if self.asynchronous.get("copies") or self.asynchronous.get("products") or any(bulk.values()):

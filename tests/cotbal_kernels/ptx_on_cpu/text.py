@@ -7,10 +7,18 @@ and labels of their own.
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-WIDTHS = {".pred": np.bool_, ".b16": np.uint16, ".b32": np.uint32, ".b64": np.uint64, ".f32": np.uint32}
+WIDTHS = {
+    ".pred": np.bool_,
+    ".b16": np.uint16,
+    ".b32": np.uint32,
+    ".b64": np.uint64,
+    ".f32": np.uint32,
+    ".f64": np.uint64,
+}
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
@@ -80,8 +88,17 @@ class _Scopes:
         return text
 
 
-def parse(source: str) -> Entry:
-    """The one kernel in ``source``."""
+def entries(source: str) -> list[str]:
+    """The names of the kernels in ``source``."""
+    return re.findall(r"\.entry (\w+)", source)
+
+
+def parse(source: str, name: str | None = None) -> Entry:
+    """The kernel called ``name``, by default the only one in ``source``."""
+    files = {number: Path(path).name for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', source)}
+    if name is not None:
+        before, _, after = source.partition(f".entry {name}(")
+        source = f"{before.partition('.visible')[0]}\n.visible .entry {name}(\n{after}"
     entry, scopes, place, offset = Entry("", 0), _Scopes(), "?", 0
     for line in _lines(source):
         if line == "{":
@@ -90,8 +107,8 @@ def parse(source: str) -> Entry:
             scopes.leave()
             if not scopes.stack:
                 break  # debugging sections follow
-        elif line.startswith(".loc"):
-            place = line.rpartition("//")[2].strip()
+        elif match := re.match(r"\.loc (\d+) (\d+) (\d+)", line):
+            place = f"{files.get(match[1], '?')}:{match[2]}:{match[3]}"
         elif match := re.match(r"\.(?:visible )?\.?entry (\w+)|\.visible \.entry (\w+)", line):
             entry.name = match[1] or match[2]
         elif match := re.match(r"\.param (?:\.align (\d+) )?\.[bfu](\d+)(?: \.ptr[\w. ]*)? (\w+)(?:\[(\d+)\])?", line):
@@ -133,11 +150,18 @@ def _lines(source: str) -> list[str]:
         text = re.sub(r"\s+", " ", text)
         if text in ("", ")", "("):
             continue
-        # Inline assembly may hold several statements a line, and braces of a block.
-        if text.startswith((".", "{", "}")) and "(" not in text and text not in ("{", "}") and text[0] != ".":
-            lines += [part for part in re.split(r"(?<=;) |(?<=^\{) | (?=\}$)", text) if part]
-        else:
+        if text.startswith(".loc"):
             lines.append(text)
+            continue
+        # Inline assembly may have several statements a line, and the braces of a block.
+        while text.startswith("{"):
+            lines.append("{")
+            text = text[1:].strip()
+        *statements, rest = text.split(";")
+        lines += [statement.strip() + ";" for statement in statements]
+        for piece in rest.replace("}", " } ").split() if "}" in rest else [rest.strip()]:
+            if piece:
+                lines.append(piece)
     return lines
 
 

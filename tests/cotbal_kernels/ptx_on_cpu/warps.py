@@ -22,12 +22,12 @@ def _shuffle(block: Block, operation: Operation) -> Action:
     to, _, flag = to.partition("|")
     value, out = block.read(source, "u32"), block.write(to, "u32")
     valid_out = block.write(flag, "pred") if flag else None
-    shift, bound = block.read(offset, "u32"), int(clamp, 0)
-    segment, limit = bound >> 8, bound & 31
+    shift, bound = block.read(offset, "u32"), block.read(clamp, "u32")
 
     def shuffle(mask: Mask) -> None:
         whole_warps(block, mask)
         lane, by = block.lanes, shift.astype(np.int64)
+        segment, limit = bound.astype(np.int64) >> 8, bound.astype(np.int64) & 31
         last = (lane & segment) | (limit & ~segment & 31)
         if mode == "up":
             chosen = lane - by

@@ -37,33 +37,28 @@ struct RowStatistics {
     float count = 0;        // elements in `distance`
     int argmax = INT_MAX;   // the first one
 
-    template <int N>
-    __device__ void add(const float (&z)[N], const int (&column)[N], int valid, bool smooth) {
+    // N more elements, of which the first `valid` are there and the others are -inf; `column_of(i)` is asked only where
+    // there is a new maximum, hardly ever behind the first tiles.
+    template <int N, typename ColumnOf>
+    __device__ void add(const float (&z)[N], ColumnOf column_of, int valid, bool smooth) {
         float largest = max;
-        int place = argmax;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            if (i < valid && z[i] > largest) {
-                largest = z[i];
-                place = column[i];
-            }
-        }
+        for (int i = 0; i < N; ++i) largest = fmaxf(largest, z[i]);  // a NaN shows in the sum
         if (largest > max) {
+#pragma unroll
+            for (int i = N - 1; i >= 0; --i) {
+                if (z[i] == largest) argmax = column_of(i);
+            }
             sum *= expf(max - largest);
             if (smooth && count > 0) distance += count * (max - largest);
             max = largest;
-            argmax = place;
         }
         const float base = max == -INFINITY ? 0.0f : max;  // -inf - -inf is NaN
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            if (i < valid) sum += expf(z[i] - base);
-        }
+        for (int i = 0; i < N; ++i) sum += exp_nonpositive(z[i] - base);
         if (smooth) {
 #pragma unroll
-            for (int i = 0; i < N; ++i) {
-                if (i < valid) distance += z[i] - base;
-            }
+            for (int i = 0; i < N; ++i) distance += i < valid ? z[i] - base : 0.0f;
             count += static_cast<float>(valid);
         }
     }
@@ -96,24 +91,30 @@ __device__ RowStatistics row_statistics(const In* row, int vocab, const float* b
             if (load < tiles.loads) {
                 raw[i] = tiles.load(load);
                 valid = (i + 1) * kPer;
+            } else {
+#pragma unroll
+                for (int j = 0; j < kPer; ++j) raw[i].at[j] = rounded<In>(-INFINITY);
             }
         }
+        const auto column_of = [&](int i) { return tiles.column(tiles.load_index(t, i / kPer)) + i % kPer; };
         float z[kElements];
-        int column[kElements];
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-            column[i] = tiles.column(tiles.load_index(t, i / kPer)) + i % kPer;
-            z[i] = i < valid ? logit_of<kGeneral>(raw[i / kPer].at[i % kPer], column[i], bias, spec) : -INFINITY;
+        for (int i = 0; i < kElements; ++i) z[i] = widen(raw[i / kPer].at[i % kPer]);
+        to_logits<kGeneral>(z, column_of, valid, bias, spec);
+        if constexpr (kGeneral) {  // what a softcap makes of -inf is not -inf
+#pragma unroll
+            for (int i = 0; i < kElements; ++i) {
+                if (i >= valid) z[i] = -INFINITY;
+            }
         }
-        statistics.add(z, column, valid, smooth);
+        statistics.add(z, column_of, valid, smooth);
     }
     const int lone = tiles.scalar_column();
     if (lone >= 0) {
         const float z[1] = {logit_of<kGeneral>(row[lone], lone, bias, spec)};
-        const int column[1] = {lone};
         // The head comes before what this thread has seen: at equal logits the first one wins.
         if (z[0] == statistics.max && lone < statistics.argmax) statistics.argmax = lone;
-        statistics.add(z, column, 1, smooth);
+        statistics.add(z, [&](int) { return lone; }, 1, smooth);
     }
     statistics.over_block(smooth);
     return statistics;

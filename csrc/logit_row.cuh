@@ -99,16 +99,33 @@ struct RowTiles {
     }
 };
 
-// kGeneral: there is a bias, a scale or a softcap. Without it the logit is what was read.
+// What was read, to logits; `column_of(i)` is asked for the first `valid`. kGeneral: there is a bias, a scale or a
+// softcap. Each is asked for once for all N, so that what does the work has no branches.
+template <bool kGeneral, int N, typename ColumnOf>
+__device__ void to_logits(float (&z)[N], ColumnOf column_of, int valid, const float* bias, const TokenLoss& spec) {
+    if constexpr (kGeneral) {
+        if (bias != nullptr) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                if (i < valid) z[i] += bias[column_of(i)];
+            }
+        }
+        if (spec.softcap > 0) {
+            const float inward = spec.scale / spec.softcap;
+#pragma unroll
+            for (int i = 0; i < N; ++i) z[i] = spec.softcap * tanh_of(z[i] * inward);
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; ++i) z[i] *= spec.scale;
+        }
+    }
+}
+
 template <bool kGeneral, typename In>
 __device__ float logit_of(In raw, int column, const float* bias, const TokenLoss& spec) {
-    float z = widen(raw);
-    if constexpr (kGeneral) {
-        if (bias != nullptr) z += bias[column];
-        z *= spec.scale;
-        if (spec.softcap > 0) z = spec.softcap * tanhf(z / spec.softcap);
-    }
-    return z;
+    float z[1] = {widen(raw)};
+    to_logits<kGeneral>(z, [&](int) { return column; }, 1, bias, spec);
+    return z[0];
 }
 
 // What the gradient of a row needs to know about it.
@@ -118,8 +135,10 @@ struct RowGradient {
     float scale;        // d total loss / d loss of the row, times the scale of the logits
     float factor;       // 1 + 2 z_loss lse
     float even;
-    float right;        // 1 - smoothing
-    int target;         // -1: none in this row
+    float right;         // 1 - smoothing
+    float coefficient;   // of exp(z - max), all in one: factor / sum * scale
+    float minus_offset;  // - even * scale
+    int target;          // -1: none in this row
 
     __device__ RowGradient(float max_, float log_sum, float inverse_sum_, float scale_, int target_,
                            const TokenLoss& spec)
@@ -129,18 +148,45 @@ struct RowGradient {
           factor(1 + 2 * spec.z_loss * (max_ + log_sum)),
           even(spec.even),
           right(1 - spec.smoothing),
+          coefficient(factor * inverse_sum * scale),
+          minus_offset(-even * scale),
           target(target_) {}
 
-    // p - 1 at the target is formed in float32, before the scale and before any rounding to 16 bits.
-    template <bool kGeneral>
-    __device__ float at(float z, int column, const TokenLoss& spec) const {
-        float gradient = factor * (expf(z - max) * inverse_sum) - even;
-        if (column == target) gradient -= right;
-        gradient *= scale;
-        if constexpr (kGeneral) {
-            if (spec.softcap > 0) gradient *= 1 - (z / spec.softcap) * (z / spec.softcap);
+    // Logits of any column but the target's to their gradients.
+    template <bool kGeneral, int N>
+    __device__ void elsewhere(float (&z)[N], const TokenLoss& spec) const {
+        float cap_slope[N];
+        slopes<kGeneral>(z, cap_slope, spec);
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const float gradient = fmaf(exp_nonpositive(z[i] - max), coefficient, minus_offset);
+            z[i] = kGeneral ? gradient * cap_slope[i] : gradient;
         }
-        return gradient;
+    }
+
+    // p - 1 is formed in float32, before the scale and before any rounding to 16 bits.
+    template <bool kGeneral>
+    __device__ float at_target(float z, const TokenLoss& spec) const {
+        const float logit[1] = {z};
+        float cap_slope[1];
+        slopes<kGeneral>(logit, cap_slope, spec);
+        const float probability = factor * (exp_nonpositive(z - max) * inverse_sum);
+        const float gradient = (probability - even - right) * scale;
+        return kGeneral ? gradient * cap_slope[0] : gradient;
+    }
+
+   private:
+    // Of the softcap, 1 where there is none.
+    template <bool kGeneral, int N>
+    __device__ static void slopes(const float (&z)[N], float (&slope)[N], const TokenLoss& spec) {
+        if constexpr (kGeneral) {
+            const float inward = spec.softcap > 0 ? 1 / spec.softcap : 0.0f;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                const float capped = z[i] * inward;
+                slope[i] = fmaf(-capped, capped, 1);
+            }
+        }
     }
 };
 
@@ -166,7 +212,9 @@ __device__ void write_gradient(const In* row, Out* out, int vocab, const float* 
     float lone_gradient = 0;
     if (lone >= 0) {
         const float z = logit_of<kGeneral>(row[lone], lone, bias, spec);
-        lone_gradient = gradient.template at<kGeneral>(z, lone, spec);
+        float other[1] = {z};
+        gradient.template elsewhere<kGeneral>(other, spec);
+        lone_gradient = lone == gradient.target ? gradient.template at_target<kGeneral>(z, spec) : other[0];
     }
     const int num_tiles = tiles.tiles();
     for (int t = 0; t < num_tiles; ++t) {
@@ -182,17 +230,29 @@ __device__ void write_gradient(const In* row, Out* out, int vocab, const float* 
             const int load = tiles.load_index(t, i);
             if (load >= tiles.loads) break;
             const int column = tiles.column(load);
+            float z[kPer];
+#pragma unroll
+            for (int j = 0; j < kPer; ++j) z[j] = widen(raw[i].at[j]);
+            to_logits<kGeneral>(z, [&](int j) { return column + j; }, kPer, bias, spec);
+            gradient.template elsewhere<kGeneral>(z, spec);
             Pack<Out, kPer> result;
 #pragma unroll
-            for (int j = 0; j < kPer; ++j) {
-                const float z = logit_of<kGeneral>(raw[i].at[j], column + j, bias, spec);
-                result.at[j] = rounded<Out>(gradient.template at<kGeneral>(z, column + j, spec));
-            }
+            for (int j = 0; j < kPer; ++j) result.at[j] = rounded<Out>(z[j]);
             if (packed) {
                 *reinterpret_cast<Pack<Out, kPer>*>(out + column) = result;
             } else {
 #pragma unroll
                 for (int j = 0; j < kPer; ++j) out[column + j] = result.at[j];
+            }
+            const int at = gradient.target - column;  // one load of the row has it
+            if (static_cast<unsigned>(at) < static_cast<unsigned>(kPer)) {
+                In of_target = raw[i].at[0];
+#pragma unroll
+                for (int j = 1; j < kPer; ++j) {
+                    if (j == at) of_target = raw[i].at[j];
+                }
+                const float logit = logit_of<kGeneral>(of_target, gradient.target, bias, spec);
+                out[gradient.target] = rounded<Out>(gradient.template at_target<kGeneral>(logit, spec));
             }
         }
     }

@@ -421,6 +421,35 @@ def in_order_of_kernel_b(values_M: Tensor, tasks_M: Tensor, task: int) -> float:
     return float(butterfly(warps)[0].float())
 
 
+def test_softcapped_logits_keep_their_digits(kernels: KernelLibrary) -> None:
+    """Rows of one word, whose largest logit is the capped one: small, at the seam of the two formulas, saturated."""
+    cap = 30.0
+    z = torch.cat([torch.logspace(-6, 2.5, 250), torch.linspace(17.9, 18.1, 50), torch.tensor([0.0, 1e30])])
+    z = torch.cat([z, -z])
+    results = RowResults(*(torch.zeros(len(z)) for _ in range(3)), torch.zeros(len(z), dtype=torch.int64))
+    where = ChunkRows(None, None, 0, torch.zeros(len(z), dtype=torch.int64), None, None)
+    kernels.chunk_gradient(z[:, None], None, None, where, TokenLoss(softcap=cap), results)
+    exact = cap * torch.tanh(z.double() / cap)
+    # Two units of tanh in the last place, and one rounding each of z / cap and of cap times the result.
+    assert bool(((results.max_M - exact).abs() <= 3.5 * 2.0**-23 * exact.abs()).all())
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
+@pytest.mark.parametrize(
+    ("formats", "spec", "most"),
+    [((BF16, BF16), PLAIN, 38), ((F32, BF16), PLAIN, 34), ((BF16, BF16), TokenLoss(softcap=30.0), 88)],
+    ids=["bfloat16", "float32", "softcap"],
+)
+def test_operations_per_logit(formats: tuple[torch.dtype, torch.dtype], spec: TokenLoss, most: int) -> None:
+    """Two sweeps of a long row, moves included: with more, arithmetic takes longer than the memory it hides behind."""
+    compiled, case = ptx_kernels("90a"), Case(70001, formats[0])
+    out_CV, before = torch.empty(case.C, case.V, dtype=formats[1]), compiled.issued
+    compiled.chunk_gradient(case.logits_CV, out_CV, None, case.where(), spec, case.results)
+    rows = len(case.positions)
+    found = (compiled.issued - before) / (rows * case.V / 32)
+    assert 0.5 * most < found <= most
+
+
 @pytest.mark.parametrize(("positions", "tasks"), [(0, 2), (1, 1), (3001, 5), (700, 64)])
 def test_task_sums_are_in_their_order_bit_by_bit(kernels: KernelLibrary, positions: int, tasks: int) -> None:
     generator = torch.Generator().manual_seed(positions)

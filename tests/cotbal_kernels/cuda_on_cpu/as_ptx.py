@@ -95,6 +95,11 @@ class PtxKernels(KernelLibrary):
             return 719  # cudaErrorLaunchFailure
         return 0
 
+    @property
+    def issued(self) -> int:
+        """Operations of warps so far."""
+        return sum(block.issued for block in self._blocks.values())
+
     def _block(self, name: str, threads: int) -> Block:
         if (name, threads) not in self._blocks:
             self._blocks[name, threads] = Block(replace(parse(self._ptx, name), threads=threads), 0)

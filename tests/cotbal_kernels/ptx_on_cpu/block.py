@@ -74,6 +74,7 @@ class Block:
         zero = np.zeros(self.threads, dtype=np.uint32)
         self.special |= {"%tid.x": np.arange(self.threads, dtype=np.uint32), "%tid.y": zero, "%tid.z": zero}
         self.special |= {"%ntid.x": zero + np.uint32(self.threads), "%laneid": self.lanes.astype(np.uint32)}
+        self.issued = 0  # operations times the warps that took them, of all runs
         self.asynchronous: dict[str, Any] = {}  # what copies and products are under way, by kind
         self.actions = [self._decode(operation) for operation in entry.operations]
         branches = {"bra": _BRANCH, "ret": _END, "exit": _END, "bar": _BARRIER, "barrier": _BARRIER}
@@ -221,11 +222,13 @@ class Block:
         Returns the places they are at then, -1 for the end, and whether they wait there.
         """
         which: Mask = True if mask.all() else mask
+        warps = np.count_nonzero(mask.reshape(self.warps, WARP).any(1))
         kinds, actions = self.kinds, self.actions
         begun = at
         try:
             while True:
                 kind = kinds[at]
+                self.issued += warps
                 if kind == _STEP:
                     actions[at](which)
                     at += 1

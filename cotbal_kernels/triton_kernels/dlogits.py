@@ -10,6 +10,7 @@
 import triton
 import triton.language as tl
 
+from .project import cap_slope
 from .tiles import rows_here
 
 
@@ -69,7 +70,7 @@ def dlogits_kernel(
     target_logit = tl.load(target_logit_ptr + local)
     at_target = (tl.exp((target_logit - row_max) - log_sum) * growth - (1 - smoothing) - even) * scale
     if HAS_SOFTCAP:
-        at_target *= 1 - (target_logit / softcap) * (target_logit / softcap)
+        at_target *= cap_slope(target_logit, softcap)
     for start in range(0, tl.minimum(num_tiles + 1, padded_tiles), BLOCK_T):
         tile_T = start + tl.arange(0, BLOCK_T)
         part_max_at = (first_tile + tile_T).to(tl.int64) * row_count + local

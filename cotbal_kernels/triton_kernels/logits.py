@@ -9,7 +9,7 @@ are the same. Both bound by memory.
 import triton
 import triton.language as tl
 
-from .project import softcapped
+from .project import cap_slope, softcapped
 
 
 @triton.jit(do_not_specialize_on_alignment=["max_ptr", "log_sum_ptr"])
@@ -119,7 +119,7 @@ def logits_backward_kernel(
     out = tl.exp((z - row_max) - log_sum) * (1 + 2 * z_loss * (row_max + log_sum))
     out -= tl.where(column_B == target, 1 - smoothing, 0.0) + even
     if HAS_SOFTCAP:
-        out *= 1 - (z / softcap) * (z / softcap)
+        out *= cap_slope(z, softcap)
     scale = tl.load(scale_ptr + position)
     if HAS_SCALE:
         scale *= logit_scale

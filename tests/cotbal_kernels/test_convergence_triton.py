@@ -21,8 +21,8 @@ from cotbal_kernels.triton_kernels.convergence import NUM_WARPS, ConvergenceKern
 
 Run = Callable[[], AbstractContextManager[None]]
 # In Triton's interpreter, and compiled for a GPU.
-RUNS: list[Run] = [interpreted, partial(compute_capability, 80), partial(compute_capability, 90)]
-everywhere = pytest.mark.parametrize("run", RUNS, ids=["interpreter", "sm_80", "sm_90"])
+RUNS: list[Run] = [interpreted, *(partial(compute_capability, capability) for capability in (80, 90, 100))]
+everywhere = pytest.mark.parametrize("run", RUNS, ids=["interpreter", "sm_80", "sm_90", "sm_100"])
 
 
 def both(num_tasks: int, **arguments: Any) -> tuple[ConvergenceBalancer, ConvergenceBalancer]:

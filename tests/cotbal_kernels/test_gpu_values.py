@@ -6,6 +6,7 @@ import pytest
 import torch
 from gpu_case import (
     ALL,
+    ALL_BACKENDS,
     BACKENDS,
     DEVICE,
     ON_GPU,
@@ -61,7 +62,7 @@ def own(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in ("chunk_size", "recompute", "max_tokens")}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize(("dtype", "many", "with_bias", "options"), CASES, ids=name)
 def test_as_good_as_materialising(
     backend: str, dtype: torch.dtype, many: bool, with_bias: bool, options: dict[str, Any]

@@ -20,7 +20,7 @@ from ptx_on_cpu.text import parse
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 WARP = 32
-ARCHITECTURES = pytest.mark.parametrize("capability", [80, 90])
+ARCHITECTURES = pytest.mark.parametrize("capability", [80, 90, 100])
 
 
 def run(body: str, *tensors: torch.Tensor, threads: int = WARP, blocks: int = 1, shared: int = 0) -> None:
@@ -246,6 +246,10 @@ def test_lanes() -> None:
     for operation, wanted in shuffled.items():
         assert apply(f"shfl.sync.{operation}", x, out=torch.int32).tolist() == wanted
     assert apply("redux.sync.max.s32 {}, {}, -1", x, out=torch.int32).tolist() == [max(values)] * WARP
+    y = awkward(3)
+    assert float(y[y == y].max()) == math.inf
+    largest = apply("redux.sync.max.f32 {}, {}, -1", torch.where(y > 3e38, math.nan, y), out=torch.float32)
+    assert largest.tolist() == [float(y[y <= 3e38].max())] * WARP
     assert apply("redux.sync.add.s32 {}, {}, -1", x, out=torch.int32).tolist() == [wrapped(sum(values), 32)] * WARP
 
 
@@ -348,7 +352,7 @@ def test_copies_arrive_when_waited_for() -> None:
     assert bool(out.isnan().all())
 
 
-# --- kernels of Triton: tensor copies and products of warpgroups ----------------------------------------------------
+# --- kernels of Triton: tensor copies, wgmma and tcgen05 ----------------------------------------------------
 
 
 @triton.jit
@@ -370,7 +374,10 @@ def product_kernel(
 @pytest.mark.parametrize("by_rows", [(True, True), (True, False), (False, True), (False, False)], ids=str)
 @pytest.mark.parametrize("tile", [(64, 64, 16), (128, 32, 32), (64, 128, 64), (128, 256, 64)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_products_of_warpgroups(dtype: torch.dtype, tile: tuple[int, int, int], by_rows: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize("capability", [90, 100])
+def test_products_of_descriptors(
+    capability: int, dtype: torch.dtype, tile: tuple[int, int, int], by_rows: tuple[bool, bool]
+) -> None:
     """Every swizzle, both orders of each side, zeros over the edges, pipelined."""
     (M, N, K), generator = tile, torch.Generator().manual_seed(0)
     rows, cols, depth = M - 3, N - 8, 3 * K + 8
@@ -388,7 +395,7 @@ def test_products_of_warpgroups(dtype: torch.dtype, tile: tuple[int, int, int], 
         return TensorDescriptor(padded, list(matrix.shape), [width, 1], block if lies else block[::-1])
 
     a_map, b_map = descriptor(a, by_rows[0], [M, K]), descriptor(b, by_rows[1], [K, N])
-    with compute_capability(90):
+    with compute_capability(capability):
         product_kernel[(1,)](
             a_map, b_map, out, rows, cols, depth, A_BY_ROWS=by_rows[0], B_BY_ROWS=by_rows[1], M=M, N=N, K=K,
             num_warps=8 if M * N > 128 * 128 else 4, num_stages=3,

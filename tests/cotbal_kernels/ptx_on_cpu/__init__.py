@@ -1,9 +1,9 @@
 """Runs PTX, the assembly that a GPU's machine code is made from, on the CPU: numpy, one element a thread.
 
-``text`` reads it, ``block`` steps through it, ``arithmetic``, ``accesses``, ``warps`` and ``hopper`` say what each
-operation does, ``memory`` checks every access, ``driver`` is the device that Triton launches on. An operation that is
-not known is an error. Slow, and no measure of speed; what it shows is what a compiled kernel computes, that it stays
-inside its tensors and that it waits for what it has begun.
+``text`` reads it, ``block`` steps through it, ``arithmetic``, ``transfers``, ``warps``, ``hopper`` and ``blackwell``
+say what each operation does, ``memory`` checks every access, ``driver`` is the device that Triton launches on. An
+operation that is not known is an error. Slow, and no measure of speed; what it shows is what a compiled kernel
+computes, that it stays inside its tensors and that it waits for what it has begun.
 """
 
 from .driver import compute_capability

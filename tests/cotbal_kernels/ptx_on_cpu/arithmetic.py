@@ -60,7 +60,7 @@ _UNARY = {
     "sqrt": np.sqrt,
     "rsqrt": lambda a, out, where: np.divide(1, np.sqrt(a), out=out, where=where),
 }
-_KNOWN = {"rn", "rm", "lo", "approx", "full", "ftz", "wide", "relaxed"}
+_KNOWN = {"rn", "rm", "f32", "lo", "approx", "full", "ftz", "wide", "relaxed"}
 
 
 def _check(operation: Operation) -> None:
@@ -86,6 +86,11 @@ def _binary(block: Block, operation: Operation) -> Action:
     _check(operation)
     to, first, second = operation.operands
     kind, ufunc = operation.type, _BINARY[operation.name]
+    if kind == "f32x2":
+        return pairs(ufunc, block, operation)
+    if operation.modifiers[-2:] == ("f32", "bf16"):  # mixed: the first operand is a bfloat16
+        narrow, wide, out = block.read(first, "u16"), block.read(second, "f32"), block.write(to, "f32")
+        return lambda mask: ufunc(from_bf16(narrow), wide, out=out, where=mask)
     if "wide" in operation.modifiers:
         double = kind[0] + str(2 * int(kind[1:]))
         a, b, out = block.read(first, kind), block.read(second, kind), block.write(to, double)
@@ -97,15 +102,18 @@ def _binary(block: Block, operation: Operation) -> Action:
 
 @decodes("min", "max")
 def _extremum(block: Block, operation: Operation) -> Action:
-    to, first, second = operation.operands
+    to, *inputs = operation.operands
     nan = "NaN" in operation.modifiers
     if set(operation.modifiers[:-1]) - {"NaN"}:
         raise NotImplementedError(operation.opcode)
-    a, b, out = block.read(first, operation.type), block.read(second, operation.type), block.write(to, operation.type)
+    a, b, *third = (block.read(text, operation.type) for text in inputs)  # a third one from sm_100 on
+    out = block.write(to, operation.type)
     if operation.type in FLOATS and not nan:
         ufunc = np.fmin if operation.name == "min" else np.fmax  # a number, where one of the two is NaN
     else:
         ufunc = np.minimum if operation.name == "min" else np.maximum
+    if third:
+        return lambda mask: ufunc(ufunc(a, b), third[0], out=out, where=mask)
     return lambda mask: ufunc(a, b, out=out, where=mask)
 
 
@@ -122,6 +130,8 @@ def _multiply_add(block: Block, operation: Operation) -> Action:
     _check(operation)
     to, *inputs = operation.operands
     kind = operation.type
+    if kind == "f32x2":
+        return pairs(np.add, block, operation)  # the ufunc does not matter
     if kind in FLOATS:
         a, b, c = (block.read(text, kind) for text in inputs)
         out = block.write(to, kind)
@@ -175,6 +185,22 @@ def _compare(block: Block, operation: Operation) -> Action:
         np.copyto(out, (found | nan) if unordered else (found & ~nan), where=mask)
 
     return compare
+
+
+def pairs(ufunc: Callable[..., np.ndarray], block: Block, operation: Operation) -> Action:
+    """An operation on two float32 in every 64-bit register."""
+    to, *inputs = operation.operands
+    values, out = [block.registers[name].view(np.float32) for name in inputs], block.registers[to].view(np.float32)
+
+    def apply(mask: Mask) -> None:
+        where = True if mask is True else np.repeat(mask, 2)
+        if operation.name == "fma":
+            a, b, c = values
+            np.copyto(out, (a.astype(np.float64) * b + c).astype(np.float32), where=where)
+        else:
+            ufunc(*values, out=out, where=where)
+
+    return apply
 
 
 @decodes("copysign")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .memory import GlobalMemory, Memory, MemoryFault, SharedMemory
+from .memory import GlobalMemory, Memory, SharedMemory
 from .text import Entry, Operation
 
 WARP = 32
@@ -212,8 +212,8 @@ class Block:
                     to[warp, place] = to.get((warp, place), False) | threads
             if waiting and sum(np.count_nonzero(threads) for threads in waiting.values()) == np.count_nonzero(alive):
                 groups, waiting = waiting, {}
-        bulk = self.asynchronous.get("bulk", {})
-        if self.asynchronous.get("copies") or self.asynchronous.get("products") or any(bulk.values()):
+        left = [self.asynchronous.get(kind) for kind in ("copies", "products", "tensor products", "allocated")]
+        if any(left) or any(self.asynchronous.get("bulk", {}).values()):
             raise AssertionError(f"{self.entry.name}: ends before all that it has begun")
 
     def _walk(self, at: int, mask: np.ndarray, stop: int) -> list[tuple[int, np.ndarray, bool]]:
@@ -250,5 +250,5 @@ class Block:
                     at += 1
                 if at >= stop >= 0 and at != begun:
                     return [(at, mask, False)]
-        except (AssertionError, MemoryFault) as error:
+        except AssertionError as error:
             raise type(error)(f"{self.entry.name}, {self.entry.operations[at]}: {error}") from error

@@ -21,12 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import arithmetic, hopper, transfers, warps  # noqa: F401  what decodes registers itself
+from cotbal_kernels.triton_kernels.ahead_of_time import LIMITS
+
+from . import arithmetic, blackwell, hopper, transfers, warps  # noqa: F401  what decodes registers itself
 from .block import Block, Launch
 from .memory import GlobalMemory
 from .text import parse
 
-SHARED = {80: 166_912, 90: 232_448}  # bytes that one block can have (CUDA C++ Programming Guide)
 _SPANS = {0: 16, 1: 32, 2: 64, 3: 128}  # of CUtensorMapSwizzle
 _FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u8": "B", "u32": "I", "u64": "Q", "fp32": "f"}
 
@@ -99,7 +100,7 @@ class Driver:
         self.utils = SimpleNamespace(
             load_binary=lambda *_: (1, 1, 0, 0, 1024),
             unload_module=lambda _: None,
-            get_device_properties=lambda _: {"max_shared_mem": SHARED[capability]},
+            get_device_properties=lambda _: {"max_shared_mem": LIMITS[capability].shared},
         )
 
     def get_current_device(self) -> int:
@@ -117,7 +118,7 @@ class Driver:
 
 @contextmanager
 def compute_capability(capability: int) -> Iterator[None]:
-    """Kernels launched inside the ``with`` block run as on a device of this compute capability (80 or 90)."""
+    """Kernels launched inside the ``with`` block run as on a device of this compute capability (80, 89, 90, 100)."""
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(Driver(capability))
     try:

@@ -51,11 +51,11 @@ class Barrier:
             self.missing = self.count
 
 
-def _barriers(block: Block) -> dict[int, Barrier]:
+def barriers(block: Block) -> dict[int, Barrier]:
     return block.asynchronous.setdefault("barriers", {})
 
 
-def _bulk(block: Block) -> dict[int, deque[Callable[[], int]]]:
+def bulk(block: Block) -> dict[int, deque[Callable[[], int]]]:
     """Copies under way by the barrier that hears of them."""
     return block.asynchronous.setdefault("bulk", {})
 
@@ -69,23 +69,23 @@ def _barrier(block: Block, operation: Operation) -> Action:
         count = int(operation.operands[1], 0)
 
         def init(mask: Mask) -> None:
-            _barriers(block)[block.uniform(address(), mask)] = Barrier(count, count)
+            barriers(block)[block.uniform(address(), mask)] = Barrier(count, count)
 
         return init
     if action == "inval":
 
         def invalidate(mask: Mask) -> None:
             where = block.uniform(address(), mask)
-            if _bulk(block).get(where):
+            if bulk(block).get(where):
                 raise AssertionError("a barrier ends before the copies that it waits for")
-            del _barriers(block)[where]
+            del barriers(block)[where]
 
         return invalidate
     if action == "arrive":
         added = block.read(operation.operands[-1], "u32") if "expect_tx" in operation.modifiers else np.array(0)
 
         def arrive(mask: Mask) -> None:
-            barrier = _barriers(block)[block.uniform(address(), mask)]
+            barrier = barriers(block)[block.uniform(address(), mask)]
             barrier.bytes += block.uniform(added, mask)
             barrier.missing -= int(block.everywhere(mask).sum())
             if barrier.missing < 0:
@@ -98,8 +98,8 @@ def _barrier(block: Block, operation: Operation) -> Action:
 
         def wait(mask: Mask) -> None:
             where = block.uniform(address(), mask)
-            barrier, wanted = _barriers(block)[where], block.uniform(parity, mask)
-            copies = _bulk(block).get(where, deque())
+            barrier, wanted = barriers(block)[where], block.uniform(parity, mask)
+            copies = bulk(block).get(where, deque())
             while barrier.parity == wanted and copies:
                 barrier.bytes -= copies.popleft()()
                 barrier.settle()
@@ -134,7 +134,7 @@ def copy_tensor(block: Block, operation: Operation) -> Action:
             every = np.uint64(start) + np.arange(0, _box_bytes(tensor), 16, dtype=np.uint64)
             poison(block.shared, every, 16)
             first = (int(row[thread]), int(column[thread]))
-            arrives = _bulk(block).setdefault(int(hears()[thread]), deque())
+            arrives = bulk(block).setdefault(int(hears()[thread]), deque())
             arrives.append(lambda start=start, tensor=tensor, first=first: _arrive(block, start, tensor, first))
 
     return copy
@@ -172,16 +172,17 @@ class Products:
 
 
 _SPANS = {0: 16, 1: 128, 2: 64, 3: 32}  # of a descriptor's swizzle mode
+_BLACKWELL_SPANS = {0: 16, 2: 128, 4: 64, 6: 32}
 
 
-def _operand(block: Block, descriptor: int, rows: int, by_rows: bool) -> np.ndarray:
+def matrix_operand(block: Block, descriptor: int, rows: int, by_rows: bool, blackwell: bool = False) -> np.ndarray:
     """[rows, 16] 16-bit patterns that a matrix descriptor points at; ``by_rows`` where k runs along the memory.
 
     PTX ISA, "Matrix-Descriptor Format" and "Strides": pieces of 8 rows and one swizzle span of bytes.
     """
     start = (descriptor & 0x3FFF) << 4
     leading, stride = ((descriptor >> 16) & 0x3FFF) << 4, ((descriptor >> 32) & 0x3FFF) << 4
-    span = _SPANS[descriptor >> 62]
+    span = _BLACKWELL_SPANS[descriptor >> 61] if blackwell else _SPANS[descriptor >> 62]
     if (descriptor >> 49) & 7:
         raise NotImplementedError("a matrix descriptor with a base offset")
     row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
@@ -244,8 +245,8 @@ def _warpgroup(block: Block, operation: Operation) -> Action:
             if registers:
                 wholes = fragment_a(block, a, kind).reshape(group_count, 64, 16)
             for group, part in enumerate(parts):
-                one = wholes[group] if registers else widened(_operand(block, left[group], 64, a_by_rows), kind)
-                other = widened(_operand(block, right[group], columns, b_by_rows), kind)
+                one = wholes[group] if registers else widened(matrix_operand(block, left[group], 64, a_by_rows), kind)
+                other = widened(matrix_operand(block, right[group], columns, b_by_rows), kind)
                 # warp, row half, row, piece of eight columns, column, column
                 product = (one @ other.T).reshape(4, 2, 8, columns // 8, 4, 2)
                 for index, out in enumerate(outs):

@@ -5,7 +5,7 @@ and labels of their own.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -66,31 +66,32 @@ class _Scopes:
     """Names of registers and labels that a block in braces declares anew."""
 
     def __init__(self) -> None:
-        self.stack: list[dict[str, str]] = []
+        self.stack: list[tuple[int, dict[str, str]]] = []  # number, and names of registers
         self.made = 0
 
     def enter(self) -> None:
-        self.stack.append({})
+        self.made += 1
+        self.stack.append((self.made, {}))
 
     def leave(self) -> None:
         self.stack.pop()
 
     def declare(self, name: str) -> str:
+        """The name of a register of the innermost block."""
         if len(self.stack) < 2:
             return name
-        self.made += 1
-        return self.stack[-1].setdefault(name, f"{name}@{self.made}")
+        number, names = self.stack[-1]
+        return names.setdefault(name, f"{name}@{number}")
 
     def rename(self, text: str) -> str:
-        for scope in self.stack[1:]:
-            for name, unique in scope.items():
+        for _, names in self.stack[1:]:
+            for name, unique in names.items():
                 text = re.sub(rf"(?<![\w%$]){re.escape(name)}(?![\w@])", unique, text)
         return text
 
-
-def entries(source: str) -> list[str]:
-    """The names of the kernels in ``source``."""
-    return re.findall(r"\.entry (\w+)", source)
+    def labels(self, name: str) -> list[str]:
+        """What ``name`` may be a label of, the innermost block first; labels may follow what leads to them."""
+        return [f"{name}@{number}" for number, _ in reversed(self.stack)]
 
 
 def parse(source: str, name: str | None = None) -> Entry:
@@ -100,6 +101,7 @@ def parse(source: str, name: str | None = None) -> Entry:
         before, _, after = source.partition(f".entry {name}(")
         source = f"{before.partition('.visible')[0]}\n.visible .entry {name}(\n{after}"
     entry, scopes, place, offset = Entry("", 0), _Scopes(), "?", 0
+    branches: list[tuple[int, list[str]]] = []
     for line in _lines(source):
         if line == "{":
             scopes.enter()
@@ -109,8 +111,8 @@ def parse(source: str, name: str | None = None) -> Entry:
                 break  # debugging sections follow
         elif match := re.match(r"\.loc (\d+) (\d+) (\d+)", line):
             place = f"{files.get(match[1], '?')}:{match[2]}:{match[3]}"
-        elif match := re.match(r"\.(?:visible )?\.?entry (\w+)|\.visible \.entry (\w+)", line):
-            entry.name = match[1] or match[2]
+        elif match := re.match(r"\.visible \.entry (\w+)", line):
+            entry.name = match[1]
         elif match := re.match(r"\.param (?:\.align (\d+) )?\.[bfu](\d+)(?: \.ptr[\w. ]*)? (\w+)(?:\[(\d+)\])?", line):
             size = _SIZES[match[2]]
             align = int(match[1] or size)
@@ -128,9 +130,15 @@ def parse(source: str, name: str | None = None) -> Entry:
             for name in match[2].split(","):
                 _declare(entry, scopes, name.strip(), WIDTHS[match[1]])
         elif match := re.match(r"([\w$]+):(?!:)", line):
-            entry.labels[scopes.declare(match[1])] = len(entry.operations)
+            entry.labels[scopes.labels(match[1])[0]] = len(entry.operations)
         elif scopes.stack and not line.startswith("."):
-            entry.operations.append(_operation(scopes.rename(line), place))
+            operation = _operation(scopes.rename(line), place)
+            if operation.name == "bra":
+                branches.append((len(entry.operations), scopes.labels(operation.operands[0])))
+            entry.operations.append(operation)
+    for at, labels in branches:
+        label = next(label for label in labels if label in entry.labels)
+        entry.operations[at] = replace(entry.operations[at], operands=(label,))
     return entry
 
 

@@ -48,6 +48,10 @@ def _shuffle(block: Block, operation: Operation) -> Action:
 def _reduce(block: Block, operation: Operation) -> Action:
     combine = {"min": np.minimum, "max": np.maximum, "add": np.add, "and": np.bitwise_and, "or": np.bitwise_or}
     ufunc, kind = combine[operation.modifiers[1]], operation.type
+    if kind == "f32":  # a number, where one of two is NaN
+        ufunc = {"min": np.fmin, "max": np.fmax}[operation.modifiers[1]]
+    if len(operation.modifiers) != 3:
+        raise NotImplementedError(operation.opcode)
     value, out = block.read(operation.operands[1], kind), block.write(operation.operands[0], kind)
 
     def reduce(mask: Mask) -> None:
@@ -154,8 +158,9 @@ def _multiply(block: Block, operation: Operation) -> Action:
         packed = np.stack(b).view(np.uint16).reshape(2, block.warps, 8, 4, 2)  # k half, warp, column, k, k
         right = widened(packed.transpose(1, 0, 3, 4, 2).reshape(block.warps, 16, 8), kind)
         product = np.matmul(left, right).reshape(block.warps, 2, 8, 4, 2)  # warp, row half, row, column, column
-        for index, (out, before) in enumerate(zip(outs, c, strict=True)):
-            part = product[:, index // 2, :, :, index % 2].reshape(block.threads)
-            np.copyto(out, part + before, where=mask)
+        parts = (product[:, index // 2, :, :, index % 2].reshape(block.threads) for index in range(4))
+        sums = [part + before for part, before in zip(parts, c, strict=True)]
+        for out, total in zip(outs, sums, strict=True):
+            np.copyto(out, total, where=mask)
 
     return multiply

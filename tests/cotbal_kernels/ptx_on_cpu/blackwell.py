@@ -1,0 +1,157 @@
+"""What sm_100 adds: tensor memory, products that one thread begins and whose result stays there, pairs of float32.
+
+Products happen when somebody waits at the barrier that hears of them. PTX ISA, "TensorCore 5th Generation Family".
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from .block import WARP, Action, Block, Mask, decodes
+from .hopper import barriers, bulk, matrix_operand
+from .text import Operation
+from .warps import whole_warps, widened
+
+LANES, COLUMNS = 128, 512
+
+
+def _memory(block: Block) -> np.ndarray:
+    """[lanes, columns] of 32 bits: NaN until written."""
+    return block.asynchronous.setdefault("tensor memory", np.full((LANES, COLUMNS), 0xFFFFFFFF, dtype=np.uint32))
+
+
+def _begun(block: Block) -> deque[Callable[[], None]]:
+    """Products that no barrier has been told of yet."""
+    return block.asynchronous.setdefault("tensor products", deque())
+
+
+@decodes("tcgen05")
+def _tensor(block: Block, operation: Operation) -> Action:
+    action = operation.modifiers[0]
+    if action in ("wait", "fence", "relinquish_alloc_permit") or operation.opcode.startswith("tcgen05.wait::"):
+        return lambda mask: None  # loads and stores are done at once
+    return {
+        "alloc": _allocate,
+        "dealloc": _free,
+        "ld": _transfer,
+        "st": _transfer,
+        "mma": _multiply,
+        "commit": _commit,
+    }[action](block, operation)
+
+
+def _allocate(block: Block, operation: Operation) -> Action:
+    address, columns = block.address(operation.operands[0]), int(operation.operands[1], 0)
+
+    def allocate(mask: Mask) -> None:
+        if block.asynchronous.get("allocated"):
+            raise NotImplementedError("a second allocation of tensor memory")
+        assert 32 <= columns <= COLUMNS
+        block.asynchronous["allocated"] = columns
+        where = np.array([block.uniform(address(), mask)], dtype=np.uint64)
+        block.shared.store(where, [np.zeros(1, dtype=np.uint32)], 4)
+
+    return allocate
+
+
+def _free(block: Block, operation: Operation) -> Action:
+    columns = int(operation.operands[1], 0)
+
+    def free(mask: Mask) -> None:
+        if block.asynchronous.pop("allocated", None) != columns:
+            raise AssertionError("frees tensor memory that it does not have")
+
+    return free
+
+
+def _transfer(block: Block, operation: Operation) -> Action:
+    """Between registers and tensor memory: a lane of a warp has a lane there, register i a column."""
+    shape, count = operation.modifiers[3], int(operation.modifiers[4].removeprefix("x"))
+    loads = operation.modifiers[0] == "ld"
+    halves = shape == "16x32bx2"
+    operands = list(operation.operands)
+    half = int(operands.pop(2 if loads else 1), 0) if halves else 0
+    registers, address = operands if loads else operands[::-1]
+    rows = [block.write(name, "u32") for name in block.vector(registers)]
+    where = block.address(address)
+    if shape not in ("32x32b", "16x32bx2") or len(rows) != count:
+        raise NotImplementedError(operation.opcode)
+
+    def transfer(mask: Mask) -> None:
+        warps = whole_warps(block, mask)
+        every = where().astype(np.int64)
+        for warp in np.flatnonzero(warps):
+            threads = slice(WARP * warp, WARP * (warp + 1))
+            (start,) = np.unique(every[threads])
+            lane, column = np.arange(WARP) + (start >> 16), np.full(WARP, start & 0xFFFF)
+            if halves:  # both halves of the warp have the same lanes, the second one further columns
+                lane[16:] -= 16
+                column[16:] += half
+            if (lane // WARP != warp % 4).any():
+                raise AssertionError("a warp may only access its own quarter of tensor memory")
+            columns = column + np.arange(count)[:, None]
+            if columns.max() >= block.asynchronous.get("allocated", 0):
+                raise AssertionError("access outside of the tensor memory that was allocated")
+            memory = _memory(block)
+            if loads:
+                for row, values in zip(rows, memory[lane, columns], strict=True):
+                    row[threads] = values
+            else:
+                memory[lane, columns] = np.stack([row[threads] for row in rows])
+
+    return transfer
+
+
+def _multiply(block: Block, operation: Operation) -> Action:
+    if operation.modifiers[:3] != ("mma", "cta_group::1", "kind::f16"):
+        raise NotImplementedError(operation.opcode)
+    where = block.address(operation.operands[0])
+    a, b = (block.read(name, "u64") for name in operation.operands[1:3])
+    kind, keeps = block.read(operation.operands[3], "u32"), block.read(operation.operands[4], "pred")
+
+    def begin(mask: Mask) -> None:
+        (thread,) = np.flatnonzero(block.everywhere(mask))
+        start, left, right, how = int(where()[thread]), int(a[thread]), int(b[thread]), int(kind[thread])
+        keep = bool(np.broadcast_to(keeps, block.threads)[thread])
+        rows, columns = (how >> 24 & 31) << 4, (how >> 17 & 63) << 3
+        formats = {0: "f16", 1: "bf16"}[how >> 7 & 7], {0: "f16", 1: "bf16"}[how >> 10 & 7]
+        if how >> 4 & 3 != 1 or how & 15 or how >> 13 & 3 or rows not in (64, 128):
+            raise NotImplementedError(f"instruction descriptor {how:#x}")
+        # Of 64 rows a warp's quarter holds 16, in its first or second half.
+        row = np.arange(rows)
+        lanes = (start >> 16) + (row if rows == LANES else row // 16 * WARP + row % 16)
+        first = start & 0xFFFF
+        if lanes.max() >= LANES or first + columns > block.asynchronous.get("allocated", 0):
+            raise AssertionError("a product outside of the tensor memory that was allocated")
+
+        def multiply() -> None:
+            one = widened(matrix_operand(block, left, rows, not how >> 15 & 1, blackwell=True), formats[0])
+            other = widened(matrix_operand(block, right, columns, not how >> 16 & 1, blackwell=True), formats[1])
+            memory, product = _memory(block)[:, first : first + columns].view(np.float32), one @ other.T
+            memory[lanes] = product + memory[lanes] if keep else product
+
+        _begun(block).append(multiply)
+
+    return begin
+
+
+def _commit(block: Block, operation: Operation) -> Action:
+    if operation.modifiers[1:3] != ("cta_group::1", "mbarrier::arrive::one"):
+        raise NotImplementedError(operation.opcode)
+    address = block.address(operation.operands[0])
+
+    def commit(mask: Mask) -> None:
+        where = block.uniform(address(), mask)
+        begun = list(_begun(block))
+        _begun(block).clear()
+
+        def finish() -> int:
+            for multiply in begun:
+                multiply()
+            barriers(block)[where].missing -= 1
+            return 0
+
+        bulk(block).setdefault(where, deque()).append(finish)
+
+    return commit

@@ -197,8 +197,8 @@ def check_options(
         _check_normalizer(normalizer, aggregation, num_tasks)
     if not (logit_scale > 0 and math.isfinite(logit_scale)):
         raise ValueError(f"logit_scale must be a finite number > 0, got {logit_scale}")
-    if logit_softcap is not None and not (logit_softcap > 0 and math.isfinite(logit_softcap)):
-        raise ValueError(f"logit_softcap must be None or a finite number > 0, got {logit_softcap}")
+    if logit_softcap is not None and not 1e-30 <= logit_softcap <= 1e30:  # kernels multiply by its reciprocal
+        raise ValueError(f"logit_softcap must be None or a number from 1e-30 to 1e30, got {logit_softcap}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if not (z_loss >= 0 and math.isfinite(z_loss)):

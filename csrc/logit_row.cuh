@@ -110,13 +110,12 @@ __device__ void to_logits(float (&z)[N], ColumnOf column_of, int valid, const fl
                 if (i < valid) z[i] += bias[column_of(i)];
             }
         }
+#pragma unroll
+        for (int i = 0; i < N; ++i) z[i] *= spec.scale;
         if (spec.softcap > 0) {
-            const float inward = spec.scale / spec.softcap;
+            const float inward = 1 / spec.softcap;
 #pragma unroll
             for (int i = 0; i < N; ++i) z[i] = spec.softcap * tanh_of(z[i] * inward);
-        } else {
-#pragma unroll
-            for (int i = 0; i < N; ++i) z[i] *= spec.scale;
         }
     }
 }
@@ -149,7 +148,7 @@ struct RowGradient {
           even(spec.even),
           right(1 - spec.smoothing),
           coefficient(factor * inverse_sum * scale),
-          minus_offset(-even * scale),
+          minus_offset(even == 0 ? 0.0f : -even * scale),  // of an infinite scale too
           target(target_) {}
 
     // Logits of any column but the target's to their gradients.
@@ -180,11 +179,12 @@ struct RowGradient {
     template <bool kGeneral, int N>
     __device__ static void slopes(const float (&z)[N], float (&slope)[N], const TokenLoss& spec) {
         if constexpr (kGeneral) {
-            const float inward = spec.softcap > 0 ? 1 / spec.softcap : 0.0f;
+            const bool caps = spec.softcap > 0;  // an infinite logit times 0 would be NaN
+            const float inward = 1 / spec.softcap;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 const float capped = z[i] * inward;
-                slope[i] = fmaf(-capped, capped, 1);
+                slope[i] = caps ? fmaf(-capped, capped, 1) : 1.0f;
             }
         }
     }

@@ -102,8 +102,8 @@ __device__ inline float power_of_two(float x) {
 #endif
 }
 
-// exp(x) for x <= 0 in two instructions instead of eight. The product is off by |x| 2^-24 of the result at most; as
-// |x| exp(x) is at most 1 / e, no probability is off by more than 3e-7.
+// exp(x) for x <= 0 in two instructions instead of eight. The product is off by less than |x| 2^-23 of the result;
+// as |x| exp(x) is at most 1 / e, no probability is off by more than 3e-7.
 __device__ inline float exp_nonpositive(float x) { return power_of_two(x * kLog2E); }
 
 // 1 / x, off by one unit in the last place.
@@ -117,8 +117,8 @@ __device__ inline float reciprocal(float x) {
 #endif
 }
 
-// tanh within two units in the last place and without a branch. Below 0.6 the polynomial of least relative error
-// (3e-9), above it 1 - 2 / (exp(2 |x|) + 1), which would lose the digits of a small x.
+// tanh within three units in the last place and without a branch. Below 0.6 a polynomial (relative error 5e-9 before
+// rounding), above it 1 - 2 / (exp(2 |x|) + 1), which would lose the digits of a small x.
 __device__ inline float tanh_of(float x) {
     const float square = x * x;
     float slope = -0.00589515f;

@@ -353,6 +353,44 @@ def test_target_minus_one_is_formed_before_rounding(
     assert abs(float(out_CV[0, 4321]) / float(exact[0, 4321]) - 1) <= tolerance
 
 
+@pytest.mark.parametrize("how", ["logits", "scaled logits", "bias", "capped bias"])
+@pytest.mark.parametrize("formats", [(F32, F32), (BF16, BF16)], ids=["float32", "bfloat16"])
+def test_masked_words(kernels: KernelLibrary, formats: tuple[torch.dtype, torch.dtype], how: str) -> None:
+    """Words of -inf in the scalars before and behind the loads, in loads, as the target, and in a whole tile.
+
+    A bias of -inf under a cap is -cap: a word like others.
+    """
+    vocab, masked = 2053, [0, 1, 9, *range(500, 800), 2052]
+    generator = torch.Generator().manual_seed(0)
+    _, logits_CV = placed(3, vocab, formats[0], misaligned=1, pad=2)
+    logits_CV.copy_(torch.randn(3, vocab, generator=generator))
+    bias_V = torch.randn(vocab, generator=generator) if "bias" in how else None
+    if bias_V is None:
+        logits_CV[:, masked] = -math.inf
+    else:
+        bias_V[masked] = -math.inf
+    spec = PLAIN._replace(scale=0.5 if how == "scaled logits" else 1.0, softcap=5.0 if how == "capped bias" else 0.0)
+    targets_M, scale_M = torch.tensor([1500, 2, 2051]), torch.tensor([1.0, -0.5, 2.0])
+    results = RowResults(*(torch.zeros(3) for _ in range(3)), torch.zeros(3, dtype=torch.int64))
+    where = ChunkRows(None, None, 0, targets_M, None, scale_M)
+    out_CV = torch.empty(3, vocab, dtype=formats[1])
+    kernels.chunk_gradient(logits_CV, out_CV, bias_V, where, spec, results)
+    z = spec.scale * (logits_CV.double() + (0 if bias_V is None else bias_V.double()))
+    z = (5 * torch.tanh(z / 5)) if spec.softcap else z
+    loss = z.logsumexp(1) - z.gather(1, targets_M[:, None])[:, 0]
+    assert float((results.loss_M - loss).abs().max()) <= FP32 * float(loss.max())
+    slope = 1 - (z / 5) ** 2 if spec.softcap else torch.ones_like(z)
+    exact = z.softmax(1)
+    exact[torch.arange(3), targets_M] -= 1
+    exact *= slope * scale_M.double()[:, None] * spec.scale
+    stats_2M, again = torch.stack([results.max_M, results.log_sum_M]), torch.empty_like(out_CV)
+    kernels.saved_gradient(logits_CV, again, bias_V, where, spec, stats_2M)
+    for found in (out_CV, again):
+        check_gradient(torch.cat([found, torch.zeros_like(found)]), exact)
+        if not spec.softcap:
+            assert bool((found[:, masked] == 0).all())
+
+
 def test_masked_and_broken_logits(kernels: KernelLibrary) -> None:
     """-inf (a masked word) has probability 0, even where a thread sees nothing else; NaN and +inf come out as NaN."""
     logits_CV = torch.randn(4, 6000)
@@ -437,7 +475,7 @@ def test_softcapped_logits_keep_their_digits(kernels: KernelLibrary) -> None:
 @pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
 @pytest.mark.parametrize(
     ("formats", "spec", "most"),
-    [((BF16, BF16), PLAIN, 38), ((F32, BF16), PLAIN, 34), ((BF16, BF16), TokenLoss(softcap=30.0), 88)],
+    [((BF16, BF16), PLAIN, 38), ((F32, BF16), PLAIN, 34), ((BF16, BF16), TokenLoss(softcap=30.0), 92)],
     ids=["bfloat16", "float32", "softcap"],
 )
 def test_operations_per_logit(formats: tuple[torch.dtype, torch.dtype], spec: TokenLoss, most: int) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from gpu_case import (
     ALL,
-    HOST_BACKENDS,
     DEVICE,
+    HOST_BACKENDS,
     ON_GPU,
     SIZES,
     gpu_problem,

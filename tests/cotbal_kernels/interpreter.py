@@ -42,7 +42,7 @@ def _interpreted_function(function: Callable[..., Any]) -> InterpretedFunction:
 
 def _launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     _patched_for.clear()  # a launch takes its own patches back
-    with checked(kernel.fn.__name__, (*args, *kwargs.values())):
+    with checked(kernel.fn.__name__, {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}):
         _interpreted_function(kernel.fn).run(*args, grid=grid, warmup=warmup, **kwargs)
 
 

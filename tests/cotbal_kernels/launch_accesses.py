@@ -6,15 +6,16 @@ memory that one program stores and another one loads or stores. Atomic operation
 loads behind one that acquires is taken to be ordered by it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Kernels whose programs may load what another one stores, and why the result is the same.
-_BENIGN = {"convergence_step_kernel": "the envelope loads L_i(0) before or after it becomes L_i(t): the ratio is 1"}
+# Arguments of kernels that a program may load while another one stores them, because the result is the same: the
+# envelope loads L_i(0) before or after it becomes L_i(t), and the ratio is 1 either way.
+_BENIGN = {"convergence_step_kernel": ("initial_ptr",)}
 _NOBODY, _SEVERAL, _ATOMIC = -1, -2, -3  # beside the numbers of programs
 
 
@@ -39,8 +40,11 @@ def memory_of(values: Iterable[Any]) -> Iterator[tuple[int, int]]:
 class Accesses:
     """Who has loaded and stored each byte of a launch."""
 
-    def __init__(self, kernel: str, memory: Iterable[tuple[int, int]]) -> None:
+    def __init__(self, kernel: str, arguments: Mapping[str, Any] | Iterable[Any]) -> None:
+        """``arguments`` of a kernel of which something is known must have names."""
         self.kernel, self.program, self.ordered = kernel, 0, False
+        named = arguments if isinstance(arguments, Mapping) else dict(enumerate(arguments))
+        memory = memory_of(named.values())
         merged: list[tuple[int, int]] = []
         for start, end in sorted(memory):
             if merged and start <= merged[-1][1]:
@@ -53,6 +57,10 @@ class Accesses:
         self.shifts = self.starts - np.concatenate([[0], np.cumsum(sizes)[:-1]]) if merged else self.starts
         self.writer = np.full(int(sizes.sum()), _NOBODY, dtype=np.int32)
         self.reader = np.full_like(self.writer, _NOBODY)
+        self.benign = np.zeros(self.writer.shape, dtype=bool)
+        for name in _BENIGN.get(kernel, ()):
+            for start, end in memory_of((named[name],)):
+                self.benign[self._places(np.array([start]), end - start, "load from")] = True
 
     def enter(self, program: int) -> None:
         """What follows is done by ``program``."""
@@ -65,14 +73,13 @@ class Accesses:
             raise AssertionError(f"{self.kernel}: {kind} memory outside every tensor that it was given")
         return ((addresses - self.shifts[at])[:, None] + np.arange(size)).ravel()
 
-    def _by_others(self, seen: np.ndarray, program: int) -> bool:
-        return bool(np.count_nonzero((seen != _NOBODY) & (seen != program)))
+    def _by_others(self, seen: np.ndarray, program: int, places: np.ndarray | None = None) -> bool:
+        others = (seen != _NOBODY) & (seen != program)
+        return bool(np.count_nonzero(others if places is None else others & ~self.benign[places]))
 
     def load(self, addresses: np.ndarray, size: int) -> None:
         places = self._places(addresses, size, "load from")
-        if self.ordered:
-            return
-        if self._by_others(self.writer[places], self.program) and self.kernel not in _BENIGN:
+        if not self.ordered and self._by_others(self.writer[places], self.program, places):
             raise AssertionError(f"{self.kernel}: a program loads what another one stores in the same launch")
         seen = self.reader[places]
         self.reader[places] = np.where((seen == _NOBODY) | (seen == self.program), self.program, _SEVERAL)
@@ -86,10 +93,9 @@ class Accesses:
 
     def _store(self, addresses: np.ndarray, size: int, program: int) -> None:
         places = self._places(addresses, size, "store to")
-        if self.ordered and program != _ATOMIC:
-            return
-        if self._by_others(self.writer[places], program):
+        ordered = self.ordered and program != _ATOMIC
+        if not ordered and self._by_others(self.writer[places], program):
             raise AssertionError(f"{self.kernel}: several programs store to the same memory")
-        if self._by_others(self.reader[places], program) and self.kernel not in _BENIGN:
+        if not ordered and self._by_others(self.reader[places], program, places):
             raise AssertionError(f"{self.kernel}: a program loads what another one stores in the same launch")
         self.writer[places] = program

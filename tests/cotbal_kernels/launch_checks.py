@@ -1,11 +1,11 @@
 """Every access of kernels in Triton's interpreter, checked by :mod:`launch_accesses`."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from launch_accesses import Accesses, memory_of
+from launch_accesses import Accesses
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _ORIGINAL = {
@@ -46,9 +46,9 @@ def _watching(accesses: Accesses) -> dict[str, Callable[..., Any]]:
 
 
 @contextmanager
-def checked(kernel: str, arguments: Iterable[Any]) -> Iterator[None]:
+def checked(kernel: str, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Check every access of the one launch that happens inside as it is made."""
-    for name, method in _watching(Accesses(kernel, memory_of(arguments))).items():
+    for name, method in _watching(Accesses(kernel, arguments)).items():
         setattr(InterpreterBuilder, name, method)
     try:
         yield

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -21,8 +21,19 @@ from cotbal_kernels.triton_kernels.convergence import NUM_WARPS, ConvergenceKern
 
 Run = Callable[[], AbstractContextManager[None]]
 # In Triton's interpreter, and compiled for a GPU.
-RUNS: list[Run] = [interpreted, *(partial(compute_capability, capability) for capability in (80, 90, 100))]
-everywhere = pytest.mark.parametrize("run", RUNS, ids=["interpreter", "sm_80", "sm_90", "sm_100"])
+RUNS: list[Run] = [
+    interpreted,
+    *(partial(compute_capability, capability) for capability in (80, 90, 100)),
+    partial(compute_capability, 80, seed=1),
+]
+everywhere = pytest.mark.parametrize("run", RUNS, ids=["interpreter", "sm_80", "sm_90", "sm_100", "sm_80 in any order"])
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def both(num_tasks: int, **arguments: Any) -> tuple[ConvergenceBalancer, ConvergenceBalancer]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from gpu_case import (
     ALL,
+    BACKENDS,
     DEVICE,
-    HOST_BACKENDS,
     ON_GPU,
     SIZES,
     gpu_problem,
@@ -51,7 +51,7 @@ def step(p: Problem, labels: torch.Tensor, backend: str, options: dict[str, Any]
     return [out.loss.detach(), out.task_loss.detach(), out.task_tokens, out.task_correct, out.lse, *found]
 
 
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", MODES, ids=name)
 def test_ten_runs_are_bitwise_the_same(backend: str, options: dict[str, Any]) -> None:
     """The gradient of lambda among them."""
@@ -64,7 +64,7 @@ def test_ten_runs_are_bitwise_the_same(backend: str, options: dict[str, Any]) ->
 
 
 @needs_gpu
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", MODES, ids=name)
 def test_no_host_synchronisation(backend: str, options: dict[str, Any]) -> None:
     require(backend)
@@ -80,7 +80,7 @@ def test_no_host_synchronisation(backend: str, options: dict[str, Any]) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", MODES, ids=name)
 def test_cuda_graph_replays_with_other_labels(backend: str, options: dict[str, Any]) -> None:
     """Forward and backward of one capture serve any number of supervised positions, none included."""
@@ -105,7 +105,7 @@ def test_cuda_graph_replays_with_other_labels(backend: str, options: dict[str, A
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("aggregation", ["token", "none"])
 def test_compile_in_one_graph(backend: str, aggregation: str) -> None:
     """Inductor, forward and backward; other labels of the same shape do not compile again."""
@@ -130,7 +130,7 @@ def test_compile_in_one_graph(backend: str, aggregation: str) -> None:
             assert error(a, b) <= 2**-8
 
 
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     """Schema, fake kernels and autograd registration of every op agree with what it does on this device."""
     require(backend)
@@ -164,7 +164,7 @@ def test_opcheck(backend: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", MODES[:2], ids=name)
 def test_on_another_stream(backend: str, options: dict[str, Any]) -> None:
     """Everything is launched on the current stream: the inputs are produced there, late."""
@@ -187,7 +187,7 @@ def test_on_another_stream(backend: str, options: dict[str, Any]) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", MODES[:2], ids=name)
 def test_autocast_is_casting_by_hand(backend: str, options: dict[str, Any]) -> None:
     require(backend)
@@ -203,7 +203,7 @@ def test_autocast_is_casting_by_hand(backend: str, options: dict[str, Any]) -> N
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_float16_survives_a_late_loss_scale(backend: str) -> None:
     require(backend)
     p = problem(backend, dtype=torch.float16, V=SIZES.V)
@@ -245,7 +245,7 @@ def test_memory_beside_inputs_and_outputs_is_bounded() -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_existing_logits_in_a_graph(backend: str) -> None:
     require(backend)
     p = problem(backend)

@@ -32,21 +32,24 @@ pytestmark = pytest.mark.gpu
 
 SHAPE, D, V, MANY, CHUNK = SIZES
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CASES: list[tuple[torch.dtype, bool, bool, dict[str, Any]]] = [  # type, many words, bias, options
+Case = tuple[torch.dtype, bool, bool, dict[str, Any]]  # type, many words, bias, options
+EVERYWHERE: list[Case] = [
     (BF16, False, False, {}),
+    (BF16, False, True, {"chunk_size": CHUNK, "aggregation": "sum", **ALL}),
+    (BF16, True, False, {"recompute": True, "chunk_size": CHUNK}),
+    (FP16, True, True, {"chunk_size": CHUNK}),
+    (FP32, False, True, {"chunk_size": CHUNK}),
+]
+CASES: list[Case] = [
     (BF16, True, True, {"chunk_size": CHUNK}),  # kept in dW's memory, the rows beyond D computed again
     (BF16, True, False, {"chunk_size": CHUNK, "label_smoothing": 0.1}),
     (BF16, False, True, {"chunk_size": CHUNK, "logit_softcap": 5.0, "aggregation": "task"}),
-    (BF16, False, True, {"chunk_size": CHUNK, "aggregation": "sum", **ALL}),
     (BF16, False, False, {"aggregation": "none", **ALL}),
     (BF16, True, False, {"chunk_size": CHUNK, "logit_scale": 0.0625}),
     (BF16, False, True, {"aggregation": "none", "logit_scale": 1.3, **ALL}),
-    (BF16, True, False, {"recompute": True, "chunk_size": CHUNK}),
     (FP16, False, False, {}),
-    (FP16, True, True, {"chunk_size": CHUNK}),
     (FP16, False, False, {"aggregation": "none", "label_smoothing": 0.1}),
     (FP16, False, False, {"chunk_size": CHUNK, "logit_scale": 0.7}),
-    (FP32, False, True, {"chunk_size": CHUNK}),
     (FP32, True, False, {"chunk_size": CHUNK}),
     (FP32, False, False, {"aggregation": "none", **ALL}),
 ]
@@ -62,8 +65,12 @@ def own(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in ("chunk_size", "recompute", "max_tokens")}
 
 
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
-@pytest.mark.parametrize(("dtype", "many", "with_bias", "options"), CASES, ids=name)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "many", "with_bias", "options"),
+    [(backend, *case) for case in EVERYWHERE for backend in ALL_BACKENDS]
+    + [(backend, *case) for case in CASES for backend in BACKENDS],
+    ids=name,
+)
 def test_as_good_as_materialising(
     backend: str, dtype: torch.dtype, many: bool, with_bias: bool, options: dict[str, Any]
 ) -> None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch_accesses import Accesses, memory_of
+from launch_accesses import Accesses
 from ptx_on_cpu import compute_capability
 from ptx_on_cpu.block import Block, Launch
 from ptx_on_cpu.memory import GlobalMemory
@@ -47,13 +47,10 @@ ret;
 }}
 """
     block = Block(parse(source), shared)
-    accesses = Accesses("test", memory_of(tensors))
+    accesses = Accesses("test", tensors)
     pointers = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64).tobytes()
     launch = Launch(GlobalMemory(accesses), pointers, {}, (blocks, 1, 1))
-    with np.errstate(all="ignore"):
-        for program in range(blocks):
-            accesses.enter(program)
-            block.run(launch, (program, 0, 0))
+    block.run_all(launch)
 
 
 def apply(operation: str, *inputs: torch.Tensor, out: torch.dtype) -> torch.Tensor:

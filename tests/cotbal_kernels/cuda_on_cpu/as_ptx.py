@@ -18,9 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from launch_accesses import Accesses, memory_of
+from launch_accesses import Accesses
 from ptx_on_cpu.block import Block, Launch
 from ptx_on_cpu.memory import GlobalMemory
 from ptx_on_cpu.text import parse
@@ -83,12 +82,9 @@ class PtxKernels(KernelLibrary):
             space = bytearray(max(offsets) + max(sizes[:count]))
             for offset, argument, size in zip(offsets, arguments[:count], sizes[:count], strict=True):
                 space[offset : offset + size] = ctypes.string_at(argument, size)
-            accesses = Accesses(block.entry.name, memory_of(self._tensors))
+            accesses = Accesses(block.entry.name, self._tensors)
             launch = Launch(GlobalMemory(accesses), bytes(space), {}, (blocks, 1, 1), self.turns)
-            with np.errstate(all="ignore"):
-                for program in range(blocks):
-                    accesses.enter(program)
-                    block.run(launch, (program, 0, 0))
+            block.run_all(launch)
         except Exception as error:  # it would be lost in the library
             traceback.print_exc()
             self._failure = error

@@ -29,9 +29,9 @@ def _remainder(a: np.ndarray, b: np.ndarray, out: np.ndarray, where: Mask) -> No
 def _shift(ufunc: Any) -> Callable[..., None]:
     def shift(a: np.ndarray, b: np.ndarray, out: np.ndarray, where: Mask) -> None:
         bits = 8 * out.dtype.itemsize
+        over = np.broadcast_to(b >= bits, out.shape)  # before out, which may be b, is written
         amount = np.minimum(b, bits - 1).astype(out.dtype)
         ufunc(a, amount, out=out, where=where)
-        over = np.broadcast_to(b >= bits, out.shape)
         if over.any() and (ufunc is np.left_shift or out.dtype.kind == "u"):
             np.copyto(out, 0, where=over & where)
 
@@ -60,7 +60,9 @@ _UNARY = {
     "sqrt": np.sqrt,
     "rsqrt": lambda a, out, where: np.divide(1, np.sqrt(a), out=out, where=where),
 }
-_KNOWN = {"rn", "rm", "f32", "lo", "approx", "full", "ftz", "wide", "relaxed"}
+_KNOWN = {"rn", "f32", "lo", "approx", "full", "ftz", "wide"}
+# Units in the last place by which results of the hardware may be off (PTX ISA); here they are, by a hash of their bits.
+_UNITS = {"ex2": 2, "rcp": 1, "div": 2}
 
 
 def _check(operation: Operation) -> None:
@@ -76,9 +78,27 @@ def _flushes(operation: Operation, action: Action, out: np.ndarray) -> Action:
 
     def flushed(mask: Mask) -> None:
         action(mask)
-        np.copyto(out, 0, where=(np.abs(out) < _TINY) & mask)
+        np.copyto(out, np.copysign(np.float32(0), out), where=(np.abs(out) < _TINY) & mask)
 
     return flushed
+
+
+def _approximates(operation: Operation, action: Action, out: np.ndarray) -> Action:
+    """Results of ``.approx`` and ``.full`` are as inexact as the hardware's may be; powers of two stay exact."""
+    if not {"approx", "full"} & set(operation.modifiers):
+        return action
+    units, bits = _UNITS[operation.name], out.view(np.int32)
+
+    def approximate(mask: Mask) -> None:
+        action(mask)
+        moved = bits + ((bits.view(np.uint32) * np.uint32(2654435761)) >> np.uint32(29)).astype(np.int32) % (
+            2 * units + 1
+        )
+        moved -= units
+        normal = np.isfinite(out) & (np.abs(out) > 2 * _TINY) & (bits & 0x7FFFFF != 0)
+        np.copyto(bits, moved, where=normal & mask)
+
+    return approximate
 
 
 @decodes(*_BINARY)
@@ -97,7 +117,7 @@ def _binary(block: Block, operation: Operation) -> Action:
         return lambda mask: ufunc(a, b, out=out, where=mask, dtype=out.dtype)
     a, out = block.read(first, kind), block.write(to, kind)
     b = block.read(second, "u32" if operation.name in ("shl", "shr") else kind)
-    return _flushes(operation, lambda mask: ufunc(a, b, out=out, where=mask), out)
+    return _flushes(operation, _approximates(operation, lambda mask: ufunc(a, b, out=out, where=mask), out), out)
 
 
 @decodes("min", "max")
@@ -122,12 +142,14 @@ def _unary(block: Block, operation: Operation) -> Action:
     _check(operation)
     to, first = operation.operands
     a, out, ufunc = block.read(first, operation.type), block.write(to, operation.type), _UNARY[operation.name]
-    return _flushes(operation, lambda mask: ufunc(a, out=out, where=mask), out)
+    return _flushes(operation, _approximates(operation, lambda mask: ufunc(a, out=out, where=mask), out), out)
 
 
 @decodes("fma", "mad")
 def _multiply_add(block: Block, operation: Operation) -> Action:
-    _check(operation)
+    down = operation.opcode == "fma.rm.f32"  # towards minus infinity
+    if not down:
+        _check(operation)
     to, *inputs = operation.operands
     kind = operation.type
     if kind == "f32x2":
@@ -142,7 +164,7 @@ def _multiply_add(block: Block, operation: Operation) -> Action:
             np.multiply(a, b, out=wide, dtype=wide.dtype)
             np.add(wide, c, out=wide)
             result = wide.astype(out.dtype)
-            if "rm" in operation.modifiers:  # towards minus infinity
+            if down:
                 result = np.where(result > wide, np.nextafter(result, result.dtype.type(-np.inf)), result)
             np.copyto(out, result, where=mask)
 
@@ -175,7 +197,7 @@ def _compare(block: Block, operation: Operation) -> Action:
     if operation.type not in FLOATS and operation.type != "bf16":
         ufunc = _COMPARISONS[comparison]
         return lambda mask: ufunc(a, b, out=out, where=mask)
-    unordered = comparison.endswith("u") and comparison != "u"
+    unordered = comparison.endswith("u")
     ufunc = _COMPARISONS[comparison[:2]]
 
     def compare(mask: Mask) -> None:
@@ -189,6 +211,8 @@ def _compare(block: Block, operation: Operation) -> Action:
 
 def pairs(ufunc: Callable[..., np.ndarray], block: Block, operation: Operation) -> Action:
     """An operation on two float32 in every 64-bit register."""
+    if set(operation.modifiers) - {"rn", "f32x2"}:
+        raise NotImplementedError(operation.opcode)
     to, *inputs = operation.operands
     values, out = [block.registers[name].view(np.float32) for name in inputs], block.registers[to].view(np.float32)
 
@@ -264,6 +288,11 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def widened(bits: np.ndarray, kind: str) -> np.ndarray:
+    """16-bit patterns as float32."""
+    return from_bf16(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
+
+
 def _narrow(value: np.ndarray, kind: str) -> np.ndarray:
     if kind == "bf16":
         return to_bf16(value)
@@ -273,9 +302,11 @@ def _narrow(value: np.ndarray, kind: str) -> np.ndarray:
 @decodes("cvt")
 def _convert(block: Block, operation: Operation) -> Action:
     *how, to_kind, from_kind = operation.modifiers
-    if set(how) - {"rn", "rzi", "rni", "sat"}:
+    if set(how) - {"rn", "sat"}:
         raise NotImplementedError(operation.opcode)
     to, *inputs = operation.operands
+    if to_kind in ("bf16x2", "f16x2", "bf16", "f16") and (how != ["rn"] or from_kind != "f32"):
+        raise NotImplementedError(operation.opcode)
     if to_kind in ("bf16x2", "f16x2"):
         high, low = (block.read(text, "f32") for text in inputs)
         out = block.write(to, "u32")
@@ -290,9 +321,10 @@ def _convert(block: Block, operation: Operation) -> Action:
         value, out = block.read(text, from_kind), block.write(to, "u16")
         return lambda mask: np.copyto(out, _narrow(value, to_kind), where=mask)
     if from_kind in ("bf16", "f16"):
+        if to_kind not in ("f32", "f64") or how:
+            raise NotImplementedError(operation.opcode)
         value, out = block.read(text, "u16"), block.write(to, to_kind)
-        widen = from_bf16 if from_kind == "bf16" else lambda bits: bits.view(np.float16).astype(np.float32)
-        return lambda mask: np.copyto(out, widen(value), where=mask)
+        return lambda mask: np.copyto(out, widened(value, from_kind), where=mask)
     value = block.read(text, from_kind)
     if how == ["sat"] and to_kind == from_kind == "f32":
         out = block.write(to, "f32")
@@ -303,9 +335,8 @@ def _convert(block: Block, operation: Operation) -> Action:
     # A result narrower than its register is extended.
     wide = {2: "16", 4: "32", 8: "64"}[register.dtype.itemsize]
     out = block.write(to, to_kind if to_kind in FLOATS else ("s" if to_kind in SIGNED else "u") + wide)
-    if from_kind in FLOATS and to_kind not in FLOATS:
-        rounding = {"rzi": np.trunc, "rni": np.rint}[how[0]]
-        return lambda mask: np.copyto(out, rounding(value).astype(TYPES[to_kind]).astype(out.dtype), where=mask)
+    if from_kind in FLOATS and (to_kind not in FLOATS or how not in ([], ["rn"])):
+        raise NotImplementedError(operation.opcode)
     return lambda mask: np.copyto(out, value.astype(TYPES[to_kind]).astype(out.dtype), where=mask)
 
 
@@ -322,6 +353,8 @@ def _extract_bits(block: Block, operation: Operation) -> Action:
 
 @decodes("popc")
 def _population(block: Block, operation: Operation) -> Action:
+    if operation.type != "b32":
+        raise NotImplementedError(operation.opcode)
     value, out = block.read(operation.operands[1], "u32"), block.write(operation.operands[0], "u32")
     return lambda mask: np.copyto(out, np.bitwise_count(value).astype(np.uint32), where=mask)
 
@@ -329,6 +362,8 @@ def _population(block: Block, operation: Operation) -> Action:
 @decodes("prmt")
 def _permute_bytes(block: Block, operation: Operation) -> Action:
     to, first, second, selector = operation.operands
+    if operation.modifiers != ("b32",):
+        raise NotImplementedError(operation.opcode)
     a, b, out = block.read(first, "u32"), block.read(second, "u32"), block.write(to, "u32")
     order = int(selector.rstrip("U"), 0)
     places = [(order >> (4 * byte)) & 15 for byte in range(4)]

@@ -8,17 +8,31 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .arithmetic import widened
 from .block import WARP, Action, Block, Mask, decodes
-from .hopper import barriers, bulk, matrix_operand
+from .hopper import barriers, bulk, matrix_operand, require_same
 from .text import Operation
-from .warps import whole_warps, widened
+from .warps import whole_warps
 
 LANES, COLUMNS = 128, 512
 
 
 def _memory(block: Block) -> np.ndarray:
     """[lanes, columns] of 32 bits: NaN until written."""
-    return block.asynchronous.setdefault("tensor memory", np.full((LANES, COLUMNS), 0xFFFFFFFF, dtype=np.uint32))
+    if "tensor memory" not in block.asynchronous:
+        block.asynchronous["tensor memory"] = np.full((LANES, COLUMNS), 0xFFFFFFFF, dtype=np.uint32)
+    return block.asynchronous["tensor memory"]
+
+
+def _require_allocated(block: Block, first: int, last: int) -> None:
+    if first < COLUMNS - block.asynchronous.get("allocated", 0) or last >= COLUMNS:
+        raise AssertionError("access outside of the tensor memory that was allocated")
+
+
+def _finish_stores(block: Block) -> None:
+    """Stores happen when they are waited for."""
+    for lane, columns, values in block.asynchronous.pop("tensor stores", []):
+        _memory(block)[lane, columns] = values
 
 
 def _begun(block: Block) -> deque[Callable[[], None]]:
@@ -29,8 +43,10 @@ def _begun(block: Block) -> deque[Callable[[], None]]:
 @decodes("tcgen05")
 def _tensor(block: Block, operation: Operation) -> Action:
     action = operation.modifiers[0]
-    if action in ("wait", "fence", "relinquish_alloc_permit") or operation.opcode.startswith("tcgen05.wait::"):
-        return lambda mask: None  # loads and stores are done at once
+    if action == "wait::st":
+        return lambda mask: _finish_stores(block)
+    if action in ("wait::ld", "relinquish_alloc_permit"):
+        return lambda mask: None
     return {
         "alloc": _allocate,
         "dealloc": _free,
@@ -50,7 +66,8 @@ def _allocate(block: Block, operation: Operation) -> Action:
         assert 32 <= columns <= COLUMNS
         block.asynchronous["allocated"] = columns
         where = np.array([block.uniform(address(), mask)], dtype=np.uint64)
-        block.shared.store(where, [np.zeros(1, dtype=np.uint32)], 4)
+        # The last columns: as if another block had the first.
+        block.shared.store(where, [np.array([COLUMNS - columns], dtype=np.uint32)], 4)
 
     return allocate
 
@@ -68,6 +85,8 @@ def _free(block: Block, operation: Operation) -> Action:
 def _transfer(block: Block, operation: Operation) -> Action:
     """Between registers and tensor memory: a lane of a warp has a lane there, register i a column."""
     shape, count = operation.modifiers[3], int(operation.modifiers[4].removeprefix("x"))
+    if operation.modifiers[1:3] != ("sync", "aligned") or operation.modifiers[5:] != ("b32",):
+        raise NotImplementedError(operation.opcode)
     loads = operation.modifiers[0] == "ld"
     halves = shape == "16x32bx2"
     operands = list(operation.operands)
@@ -91,14 +110,13 @@ def _transfer(block: Block, operation: Operation) -> Action:
             if (lane // WARP != warp % 4).any():
                 raise AssertionError("a warp may only access its own quarter of tensor memory")
             columns = column + np.arange(count)[:, None]
-            if columns.max() >= block.asynchronous.get("allocated", 0):
-                raise AssertionError("access outside of the tensor memory that was allocated")
-            memory = _memory(block)
-            if loads:
-                for row, values in zip(rows, memory[lane, columns], strict=True):
-                    row[threads] = values
+            _require_allocated(block, int(columns.min()), int(columns.max()))
+            if loads:  # at once: Triton, too, uses the registers before it waits
+                for row, loaded in zip(rows, _memory(block)[lane, columns], strict=True):
+                    row[threads] = loaded
             else:
-                memory[lane, columns] = np.stack([row[threads] for row in rows])
+                values = np.stack([row[threads] for row in rows])
+                block.asynchronous.setdefault("tensor stores", []).append((lane, columns, values))
 
     return transfer
 
@@ -122,12 +140,19 @@ def _multiply(block: Block, operation: Operation) -> Action:
         row = np.arange(rows)
         lanes = (start >> 16) + (row if rows == LANES else row // 16 * WARP + row % 16)
         first = start & 0xFFFF
-        if lanes.max() >= LANES or first + columns > block.asynchronous.get("allocated", 0):
-            raise AssertionError("a product outside of the tensor memory that was allocated")
+        assert lanes.max() < LANES
+        _require_allocated(block, first, first + columns - 1)
+
+        def operands() -> tuple[np.ndarray, np.ndarray]:
+            one = matrix_operand(block, left, rows, not how >> 15 & 1, blackwell=True)
+            other = matrix_operand(block, right, columns, not how >> 16 & 1, blackwell=True)
+            return widened(one, formats[0]), widened(other, formats[1])
+
+        early = operands()
 
         def multiply() -> None:
-            one = widened(matrix_operand(block, left, rows, not how >> 15 & 1, blackwell=True), formats[0])
-            other = widened(matrix_operand(block, right, columns, not how >> 16 & 1, blackwell=True), formats[1])
+            one, other = operands()
+            require_same(early, (one, other))
             memory, product = _memory(block)[:, first : first + columns].view(np.float32), one @ other.T
             memory[lanes] = product + memory[lanes] if keep else product
 
@@ -137,7 +162,7 @@ def _multiply(block: Block, operation: Operation) -> Action:
 
 
 def _commit(block: Block, operation: Operation) -> Action:
-    if operation.modifiers[1:3] != ("cta_group::1", "mbarrier::arrive::one"):
+    if operation.modifiers[1:] != ("cta_group::1", "mbarrier::arrive::one", "shared::cluster", "b64"):
         raise NotImplementedError(operation.opcode)
     address = block.address(operation.operands[0])
 

@@ -18,6 +18,7 @@ from .text import Entry, Operation
 WARP = 32
 Mask = np.ndarray | bool  # which threads take an operation; True for all of them
 Action = Callable[[Mask], None]
+POISONS = (0xFF, 0x7E)  # bytes of what nobody has written: NaN; large numbers
 _STEP, _BRANCH, _END, _BARRIER = range(4)
 
 FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
@@ -74,6 +75,7 @@ class Block:
         zero = np.zeros(self.threads, dtype=np.uint32)
         self.special |= {"%tid.x": np.arange(self.threads, dtype=np.uint32), "%tid.y": zero, "%tid.z": zero}
         self.special |= {"%ntid.x": zero + np.uint32(self.threads), "%laneid": self.lanes.astype(np.uint32)}
+        self._poison = POISONS[-1]
         self.issued = 0  # operations times the warps that took them, of all runs
         self.asynchronous: dict[str, Any] = {}  # what copies and products are under way, by kind
         self.actions = [self._decode(operation) for operation in entry.operations]
@@ -157,6 +159,8 @@ class Block:
     def _decode(self, operation: Operation) -> Action:
         if operation.name in ("bar", "barrier") and operation.operands != ("0",):
             raise NotImplementedError(f"{self.entry.name}: a barrier of some of the threads: {operation}")
+        if operation.name in ("ret", "exit", "bar", "barrier") and operation.guard is not None:
+            raise NotImplementedError(f"{self.entry.name}: a condition of {operation}")
         if operation.name in ("bra", "ret", "exit", "bar", "barrier"):
             return lambda _: None  # control flow: see _walk
         decoder = _DECODERS.get(operation.name)
@@ -183,17 +187,27 @@ class Block:
         taken = ~guard if negated else guard.copy()
         return taken if mask is True else taken & mask
 
+    def run_all(self, launch: Launch) -> None:
+        """Run the blocks of a launch one after the other."""
+        x, y, z = launch.grid
+        with np.errstate(all="ignore"):  # what a GPU would not mention either
+            for program, index in enumerate(np.ndindex(z, y, x)):
+                launch.memory.accesses.enter(program)
+                self.run(launch, index[::-1])
+
     def run(self, launch: Launch, program: tuple[int, int, int]) -> None:
         """Run the block with the index ``program`` from its first operation to its last."""
         self.launch = launch
         for axis, index, size in zip("xyz", program, launch.grid, strict=True):
             self.special[f"%ctaid.{axis}"][:] = index
             self.special[f"%nctaid.{axis}"][:] = size
+        # What nobody has written is NaN in every format, which a maximum ignores; next time it is large.
+        self._poison = POISONS[self._poison == POISONS[0]]
         for registers in self._files.values():
-            registers.view(np.uint8)[:] = 1 if registers.dtype == np.bool_ else 0xFF  # NaN in every format
-        self.shared.clear()
+            registers.view(np.uint8)[:] = self._poison % 2 if registers.dtype == np.bool_ else self._poison
+        self.shared.bytes[:] = self._poison
         self.asynchronous.clear()
-        alive = self._everywhere.copy()
+        alive = self.alive = self._everywhere.copy()
         # Threads that can go on, by where they stand: of one warp, or of all (-1).
         warps = [-1] if launch.turns is None else list(range(self.warps))
         threads_of = np.arange(self.threads) // WARP
@@ -212,7 +226,10 @@ class Block:
                     to[warp, place] = to.get((warp, place), False) | threads
             if waiting and sum(np.count_nonzero(threads) for threads in waiting.values()) == np.count_nonzero(alive):
                 groups, waiting = waiting, {}
-        left = [self.asynchronous.get(kind) for kind in ("copies", "products", "tensor products", "allocated")]
+        left = [
+            self.asynchronous.get(kind)
+            for kind in ("copies", "products", "tensor products", "tensor stores", "allocated")
+        ]
         if any(left) or any(self.asynchronous.get("bulk", {}).values()):
             raise AssertionError(f"{self.entry.name}: ends before all that it has begun")
 
@@ -245,6 +262,9 @@ class Block:
                 elif kind == _END:
                     return [(-1, mask, False)]
                 elif which is not True:
+                    lanes, alive = mask.reshape(self.warps, WARP), self.alive.reshape(self.warps, WARP)
+                    if (lanes != alive)[lanes.any(1)].any():
+                        raise AssertionError("a part of a warp comes to a barrier")
                     return [(at + 1, mask, True)]
                 else:
                     at += 1

@@ -7,16 +7,16 @@ Unlike in Triton's interpreter, what runs went through the compiler for that GPU
 copies, tensor cores with bfloat16, descriptors, arithmetic as the instructions have it.
 """
 
+import random
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import triton
-from launch_accesses import Accesses, memory_of
+from launch_accesses import Accesses
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -43,14 +43,11 @@ class Launcher:
 
     def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
         arguments = rest[6:]  # behind stream, function, two kinds of metadata and two hooks
-        accesses = Accesses(self.block.entry.name, memory_of(arguments))
+        accesses = Accesses(self.block.entry.name, dict(zip(self.signature, arguments, strict=True)))
         descriptors: dict[int, hopper.TensorMap] = {}
         parameters = self._parameters(arguments, descriptors)
-        launch = Launch(GlobalMemory(accesses), parameters, descriptors, (x, y, z))
-        with np.errstate(all="ignore"):  # what a GPU would not mention either
-            for program, index in enumerate(np.ndindex(z, y, x)):
-                accesses.enter(program)
-                self.block.run(launch, index[::-1])
+        turns = triton.runtime.driver.active.turns
+        self.block.run_all(Launch(GlobalMemory(accesses), parameters, descriptors, (x, y, z), turns))
 
     def _parameters(self, arguments: tuple[Any, ...], descriptors: dict[int, hopper.TensorMap]) -> bytes:
         """The parameter space; tensor descriptors in it are put into ``descriptors`` by their place."""
@@ -95,8 +92,9 @@ def _tensor_map(descriptor: TensorDescriptor, meta: dict[str, Any]) -> hopper.Te
 class Driver:
     """What Triton asks of the driver of a device, for one compute capability."""
 
-    def __init__(self, capability: int) -> None:
+    def __init__(self, capability: int, seed: int | None) -> None:
         self.capability, self.launcher_cls = capability, Launcher
+        self.turns = None if seed is None else random.Random(seed).choice
         self.utils = SimpleNamespace(
             load_binary=lambda *_: (1, 1, 0, 0, 1024),
             unload_module=lambda _: None,
@@ -117,10 +115,14 @@ class Driver:
 
 
 @contextmanager
-def compute_capability(capability: int) -> Iterator[None]:
-    """Kernels launched inside the ``with`` block run as on a device of this compute capability (80, 89, 90, 100)."""
+def compute_capability(capability: int, seed: int | None = None) -> Iterator[None]:
+    """Kernels launched inside the ``with`` block run as on a device of this compute capability (80, 89, 90, 100).
+
+    With ``seed`` warps go one by one from barrier to barrier, in an order drawn at random: for kernels that exchange
+    values through global memory, whose barriers Triton does not insert. Not for kernels with matrix products.
+    """
     before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Driver(capability))
+    triton.runtime.driver.set_active(Driver(capability, seed))
     try:
         yield
     finally:

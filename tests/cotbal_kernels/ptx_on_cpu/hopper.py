@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .arithmetic import widened
 from .block import WARP, Action, Block, Mask, decodes
 from .text import Operation
 from .transfers import poison
-from .warps import fragment_a, whole_warps, widened
+from .warps import fragment_a, whole_warps
 
 GROUP = 4 * WARP
 
@@ -69,7 +70,10 @@ def _barrier(block: Block, operation: Operation) -> Action:
         count = int(operation.operands[1], 0)
 
         def init(mask: Mask) -> None:
-            barriers(block)[block.uniform(address(), mask)] = Barrier(count, count)
+            where = block.uniform(address(), mask)
+            if where in barriers(block):
+                raise AssertionError("a barrier begins where another one is")
+            barriers(block)[where] = Barrier(count, count)
 
         return init
     if action == "inval":
@@ -82,11 +86,13 @@ def _barrier(block: Block, operation: Operation) -> Action:
 
         return invalidate
     if action == "arrive":
+        if len(operation.operands) != 2 + ("expect_tx" in operation.modifiers):
+            raise NotImplementedError(operation.opcode)
         added = block.read(operation.operands[-1], "u32") if "expect_tx" in operation.modifiers else np.array(0)
 
         def arrive(mask: Mask) -> None:
             barrier = barriers(block)[block.uniform(address(), mask)]
-            barrier.bytes += block.uniform(added, mask)
+            barrier.bytes += int(np.broadcast_to(added, block.threads)[block.everywhere(mask)].sum())
             barrier.missing -= int(block.everywhere(mask).sum())
             if barrier.missing < 0:
                 raise AssertionError("more threads arrive at a barrier than it was told of")
@@ -185,6 +191,8 @@ def matrix_operand(block: Block, descriptor: int, rows: int, by_rows: bool, blac
     span = _BLACKWELL_SPANS[descriptor >> 61] if blackwell else _SPANS[descriptor >> 62]
     if (descriptor >> 49) & 7:
         raise NotImplementedError("a matrix descriptor with a base offset")
+    if span == 16 and not by_rows:
+        raise NotImplementedError("a matrix descriptor without a swizzle whose rows run along the memory")
     row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
     if by_rows:
         if span == 16:
@@ -196,6 +204,12 @@ def matrix_operand(block: Block, descriptor: int, rows: int, by_rows: bool, blac
         offset = (row % width) * 2 + (row // width) * leading + (k % 8) * span + (k // 8) * stride
     addresses = swizzled(np.uint64(start) + offset.astype(np.uint64), span)
     return block.shared.load(addresses.ravel(), 2)[0].reshape(rows, 16)
+
+
+def require_same(early: tuple[np.ndarray, ...], late: tuple[np.ndarray, ...]) -> None:
+    """Products read their operands at any time: they must be there when it begins and stay until it is waited for."""
+    if any(a.tobytes() != b.tobytes() for a, b in zip(early, late, strict=True)):
+        raise AssertionError("an operand of a product changes while it is under way")
 
 
 @decodes("wgmma")
@@ -241,12 +255,22 @@ def _warpgroup(block: Block, operation: Operation) -> Action:
         right = [int(np.unique(b[part]).item()) for part in parts]
         keep = bool(block.uniform(keeps))
 
-        def multiply() -> None:
+        def operands() -> list[tuple[np.ndarray, np.ndarray]]:
             if registers:
                 wholes = fragment_a(block, a, kind).reshape(group_count, 64, 16)
-            for group, part in enumerate(parts):
-                one = wholes[group] if registers else widened(matrix_operand(block, left[group], 64, a_by_rows), kind)
-                other = widened(matrix_operand(block, right[group], columns, b_by_rows), kind)
+            return [
+                (
+                    wholes[group] if registers else widened(matrix_operand(block, left[group], 64, a_by_rows), kind),
+                    widened(matrix_operand(block, right[group], columns, b_by_rows), kind),
+                )
+                for group in range(group_count)
+            ]
+
+        early = operands()
+
+        def multiply() -> None:
+            for (one, other), before, part in zip(operands(), early, parts, strict=True):
+                require_same(before, (one, other))
                 # warp, row half, row, piece of eight columns, column, column
                 product = (one @ other.T).reshape(4, 2, 8, columns // 8, 4, 2)
                 for index, out in enumerate(outs):

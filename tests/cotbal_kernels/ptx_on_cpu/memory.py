@@ -74,15 +74,11 @@ class GlobalMemory(Memory):
 
 
 class SharedMemory(Memory):
-    """The shared memory of one block; what nobody has written is NaN in every format."""
+    """The shared memory of one block."""
 
     def __init__(self, size: int) -> None:
         self.bytes = np.empty(-(-size // 16) * 16, dtype=np.uint8)
         super().__init__("shared", 0, self.bytes)
-        self.clear()
-
-    def clear(self) -> None:
-        self.bytes[:] = 0xFF
 
     def note(self, addresses: np.ndarray, size: int, kind: str) -> None:
         if addresses.size and int(addresses.max()) + size > self.bytes.size:

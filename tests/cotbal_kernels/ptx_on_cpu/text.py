@@ -84,7 +84,7 @@ class _Scopes:
         return names.setdefault(name, f"{name}@{number}")
 
     def rename(self, text: str) -> str:
-        for _, names in self.stack[1:]:
+        for _, names in reversed(self.stack[1:]):
             for name, unique in names.items():
                 text = re.sub(rf"(?<![\w%$]){re.escape(name)}(?![\w@])", unique, text)
         return text
@@ -129,7 +129,7 @@ def parse(source: str, name: str | None = None) -> Entry:
         elif match := re.match(r"\.reg (\.\w+) ([^;]+);", line):
             for name in match[2].split(","):
                 _declare(entry, scopes, name.strip(), WIDTHS[match[1]])
-        elif match := re.match(r"([\w$]+):(?!:)", line):
+        elif match := re.fullmatch(r"([\w$]+):", line):
             entry.labels[scopes.labels(match[1])[0]] = len(entry.operations)
         elif scopes.stack and not line.startswith("."):
             operation = _operation(scopes.rename(line), place)

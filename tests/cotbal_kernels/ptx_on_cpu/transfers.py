@@ -77,7 +77,7 @@ def _atomic(block: Block, operation: Operation) -> Action:
     dtype = np.dtype(TYPES[kind])
     memory, address, value = block.space(operation.modifiers), block.address(target), block.read(source, kind)
     combine = {"add": np.add, "min": np.minimum, "max": np.maximum}[action]
-    order = "atomic acq_rel" if {"acquire", "acq_rel"} & set(how) else "atomic"
+    order = "atomic acq_rel" if "acq_rel" in how else "atomic"
 
     def atomic(mask: Mask) -> None:
         where = block.everywhere(mask)

@@ -1,10 +1,24 @@
 """What the lanes of a warp do together: shuffles, reductions, matrices in fragments and their products on sm_80."""
 
+from collections.abc import Callable
+
 import numpy as np
 
-from .arithmetic import from_bf16
+from .arithmetic import widened
 from .block import WARP, Action, Block, Mask, decodes
 from .text import Operation
+
+
+def require_all_lanes(block: Block, members: str) -> Callable[[Mask], None]:
+    """The mask of lanes that an operation names must be all of them."""
+    mask_of = block.read(members, "u32")
+
+    def check(mask: Mask) -> None:
+        whole_warps(block, mask)
+        if block.uniform(mask_of, mask) != 2**32 - 1:
+            raise NotImplementedError("an operation of some lanes")
+
+    return check
 
 
 def whole_warps(block: Block, mask: Mask) -> np.ndarray:
@@ -18,14 +32,15 @@ def whole_warps(block: Block, mask: Mask) -> np.ndarray:
 @decodes("shfl")
 def _shuffle(block: Block, operation: Operation) -> Action:
     mode = operation.modifiers[1]
-    to, source, offset, clamp, _ = operation.operands
+    to, source, offset, clamp, members = operation.operands
+    check = require_all_lanes(block, members)
     to, _, flag = to.partition("|")
     value, out = block.read(source, "u32"), block.write(to, "u32")
     valid_out = block.write(flag, "pred") if flag else None
     shift, bound = block.read(offset, "u32"), block.read(clamp, "u32")
 
     def shuffle(mask: Mask) -> None:
-        whole_warps(block, mask)
+        check(mask)
         lane, by = block.lanes, shift.astype(np.int64)
         segment, limit = bound.astype(np.int64) >> 8, bound.astype(np.int64) & 31
         last = (lane & segment) | (limit & ~segment & 31)
@@ -54,26 +69,24 @@ def _reduce(block: Block, operation: Operation) -> Action:
         raise NotImplementedError(operation.opcode)
     value, out = block.read(operation.operands[1], kind), block.write(operation.operands[0], kind)
 
+    check = require_all_lanes(block, operation.operands[2])
+
     def reduce(mask: Mask) -> None:
-        whole_warps(block, mask)
+        check(mask)
         lanes = np.broadcast_to(value, block.threads).reshape(block.warps, WARP)
         np.copyto(out, np.repeat(ufunc.reduce(lanes, axis=1, dtype=out.dtype), WARP), where=mask)
 
     return reduce
 
 
-@decodes("vote")
-def _vote(block: Block, operation: Operation) -> Action:
-    raise NotImplementedError(operation.opcode)
-
-
 @decodes("elect")
 def _elect(block: Block, operation: Operation) -> Action:
     to, _, flag = operation.operands[0].partition("|")
+    check = require_all_lanes(block, operation.operands[1])
     out, leads = block.write(to, "u32"), block.write(flag, "pred")
 
     def elect(mask: Mask) -> None:
-        whole_warps(block, mask)
+        check(mask)
         np.copyto(leads, block.lanes == 0, where=mask)
         if out is not None:
             np.copyto(out, 0, where=mask)
@@ -91,7 +104,7 @@ def _matrix_rows(block: Block, operation: Operation) -> tuple[int, bool]:
 @decodes("ldmatrix")
 def _load_matrix(block: Block, operation: Operation) -> Action:
     count, transposed = _matrix_rows(block, operation)
-    outs, address = [block.write(name, "u32") for name in block.vector(operation.operands[0])], None
+    outs = [block.write(name, "u32") for name in block.vector(operation.operands[0])]
     address = block.address(operation.operands[1])
 
     def load(mask: Mask) -> None:
@@ -127,11 +140,6 @@ def _store_matrix(block: Block, operation: Operation) -> Action:
     return store
 
 
-def widened(bits: np.ndarray, kind: str) -> np.ndarray:
-    """16-bit patterns as float32."""
-    return from_bf16(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
-
-
 def fragment_a(block: Block, registers: list[np.ndarray], kind: str) -> np.ndarray:
     """[warps, 16, 16] from the four registers of every lane; rows first."""
     # k half, row half, warp, row, k, k
@@ -153,7 +161,7 @@ def _multiply(block: Block, operation: Operation) -> Action:
     c = [block.read(name, "f32") for name in block.vector(c_text)]
 
     def multiply(mask: Mask) -> None:
-        assert whole_warps(block, mask).all() or mask is not True
+        whole_warps(block, mask)
         left = fragment_a(block, a, kind)
         packed = np.stack(b).view(np.uint16).reshape(2, block.warps, 8, 4, 2)  # k half, warp, column, k, k
         right = widened(packed.transpose(1, 0, 3, 4, 2).reshape(block.warps, 16, 8), kind)

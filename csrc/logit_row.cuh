@@ -1,6 +1,8 @@
 // One row of logits: how it is cut into 16-byte loads, what an element means, and how its gradient is written.
 #pragma once
 
+#include <cfloat>
+
 #include "numeric.cuh"
 
 namespace cotbal {
@@ -154,39 +156,29 @@ struct RowGradient {
     // Logits of any column but the target's to their gradients.
     template <bool kGeneral, int N>
     __device__ void elsewhere(float (&z)[N], const TokenLoss& spec) const {
-        float cap_slope[N];
-        slopes<kGeneral>(z, cap_slope, spec);
+        const float inward = inward_of(spec);
 #pragma unroll
         for (int i = 0; i < N; ++i) {
             const float gradient = fmaf(exp_nonpositive(z[i] - max), coefficient, minus_offset);
-            z[i] = kGeneral ? gradient * cap_slope[i] : gradient;
+            z[i] = kGeneral ? gradient * slope(z[i], inward) : gradient;
         }
     }
 
     // p - 1 is formed in float32, before the scale and before any rounding to 16 bits.
     template <bool kGeneral>
     __device__ float at_target(float z, const TokenLoss& spec) const {
-        const float logit[1] = {z};
-        float cap_slope[1];
-        slopes<kGeneral>(logit, cap_slope, spec);
         const float probability = factor * (exp_nonpositive(z - max) * inverse_sum);
         const float gradient = (probability - even - right) * scale;
-        return kGeneral ? gradient * cap_slope[0] : gradient;
+        return kGeneral ? gradient * slope(z, inward_of(spec)) : gradient;
     }
 
    private:
-    // Of the softcap, 1 where there is none.
-    template <bool kGeneral, int N>
-    __device__ static void slopes(const float (&z)[N], float (&slope)[N], const TokenLoss& spec) {
-        if constexpr (kGeneral) {
-            const bool caps = spec.softcap > 0;  // an infinite logit times 0 would be NaN
-            const float inward = 1 / spec.softcap;
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-                const float capped = z[i] * inward;
-                slope[i] = caps ? fmaf(-capped, capped, 1) : 1.0f;
-            }
-        }
+    __device__ static float inward_of(const TokenLoss& spec) { return spec.softcap > 0 ? 1 / spec.softcap : 0.0f; }
+
+    // Of the softcap: 1 where there is none, at -inf too, which times 0 would be NaN.
+    __device__ static float slope(float z, float inward) {
+        const float capped = fmaxf(z, -FLT_MAX) * inward;
+        return fmaf(-capped, capped, 1);
     }
 };
 

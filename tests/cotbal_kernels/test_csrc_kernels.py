@@ -120,9 +120,9 @@ def check_gradient(actual: Tensor, expected: Tensor) -> None:
     assert bool((actual[3:] == 0).all())  # not NaN times 0
 
 
-@pytest.fixture(params=["host", "80", "90a"])
+@pytest.fixture(params=["host", "90a"])
 def kernels(request: pytest.FixtureRequest) -> KernelLibrary:
-    """Compiled by the host's compiler, and by nvcc for two architectures."""
+    """Compiled by the host's compiler, and by nvcc."""
     if request.param == "host":
         return cpu_kernels()
     if find_nvcc() is None:

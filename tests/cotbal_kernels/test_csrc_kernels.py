@@ -1,123 +1,41 @@
-"""The kernels of csrc/, run on the CPU from their own source and as nvcc's PTX, against float64: every format, layout
-and order.
-"""
+"""Values of the kernels of csrc/, run on the CPU from their own source and as nvcc's PTX, against float64."""
 
-import ctypes
 import math
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from csrc_case import (
+    BF16,
+    F16,
+    F32,
+    FORMATS,
+    NO_NVCC,
+    PLAIN,
+    SENTINEL,
+    Case,
+    check_gradient,
+    everything,
+    one_thread,  # noqa: F401 (a fixture)
+    oracle,
+    outside_untouched,
+    placed,
+)
 from cuda_on_cpu import (
     ASCENDING,
-    DESCENDING,
     SHUFFLED,
-    compile_for_cpu,
     cpu_kernels,
     find_compiler,
     schedule,
 )
-from cuda_on_cpu.as_ptx import PtxKernels, compile_to_ptx, ptx_kernels, warps_take_turns
+from cuda_on_cpu.as_ptx import PtxKernels, ptx_kernels
 from loss_problems import FP32
 from torch import Tensor
 
-from cotbal_kernels.cuda_build import find_nvcc, source_directory
+from cotbal_kernels.cuda_build import find_nvcc
 from cotbal_kernels.cuda_kernels import ChunkRows, KernelLibrary, RowResults
 from cotbal_kernels.interface import TokenLoss
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler: CXX, g++, c++")
-
-# Shapes: C rows of a chunk, M positions, V vocabulary, K tasks.
-
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-FORMATS = [(F32, F32), (F32, BF16), (F32, F16), (BF16, BF16), (F16, F16)]
-PLAIN = TokenLoss()
-SENTINEL = 77.0
-NO_NVCC = "no nvcc: CUDA_HOME, PATH, /usr/local/cuda"
-
-
-def everything(vocab: int, **changed: float) -> TokenLoss:
-    """Every option; no scale is a power of two."""
-    return TokenLoss(4.0, 0.1, 0.01, 0.7, 0.1 / vocab)._replace(**changed)
-
-
-def oracle(logits_CV: Tensor, bias_V: Tensor | None, targets_C: Tensor, scale_C: Tensor, spec: TokenLoss):
-    """Loss, largest logit, log of the sum, first argmax and gradient of every row in float64, by autograd."""
-    raw = logits_CV.double().requires_grad_()
-    z = spec.scale * (raw if bias_V is None else raw + bias_V.double())
-    if spec.softcap:
-        z = spec.softcap * torch.tanh(z / spec.softcap)
-    log_p = z.log_softmax(1)
-    loss = -(1 - spec.smoothing) * log_p.gather(1, targets_C[:, None])[:, 0]
-    if spec.smoothing:  # 0 times the -inf of a masked word is NaN
-        loss = loss - spec.smoothing * log_p.mean(1)
-    loss = loss + spec.z_loss * z.logsumexp(1) ** 2
-    (gradient,) = torch.autograd.grad((loss * scale_C.double()).sum(), raw)
-    largest = z.max(1).values
-    return loss.detach(), largest.detach(), (z.logsumexp(1) - largest).detach(), z.argmax(1), gradient
-
-
-def placed(rows: int, vocab: int, dtype: torch.dtype, *, misaligned: int, pad: int) -> tuple[Tensor, Tensor]:
-    """A ``[rows, vocab]`` view with gaps behind its rows, some elements off a 16-byte boundary, and all around it."""
-    whole = torch.full((32 + misaligned + rows * (vocab + pad) + 32,), SENTINEL, dtype=dtype)
-    assert whole.data_ptr() % 64 == 0
-    return whole, whole.as_strided((rows, vocab), (vocab + pad, 1), 32 + misaligned)
-
-
-def outside_untouched(whole: Tensor, view: Tensor) -> bool:
-    copy = whole.clone()
-    copy.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(SENTINEL)
-    return bool((copy == SENTINEL).all())
-
-
-class Case:
-    """Rows of random logits of which some are positions: row r is position ``rows[r]``, the last two are none."""
-
-    def __init__(self, vocab: int, in_dtype: torch.dtype, *, misaligned: int = 0, pad: int = 0, bias: bool = False):
-        generator = torch.Generator().manual_seed(vocab)
-        self.C, self.M, self.V = 5, 11, vocab
-        self.rows_N = torch.tensor([99, 99, 9, 0, 4, self.M, self.M])  # the chunk starts at its third row
-        self.num_rows = torch.tensor([5])
-        self.positions = torch.tensor([9, 0, 4])
-        self.targets_M = torch.randint(vocab, (self.M,), generator=generator)
-        self.targets_M[0] = vocab - 1  # in the tail
-        self.targets_M[4] = 0  # in the head
-        self.tasks_M = torch.randint(3, (self.M,), generator=generator)
-        self.scale_K = torch.tensor([0.7, 1.9, 0.02])
-        values = 3 * torch.randn(self.C, vocab, generator=generator)
-        values[0, self.targets_M[9]] = 12.0  # sure, and right
-        values[3:] = math.nan
-        self.whole, self.logits_CV = placed(self.C, vocab, in_dtype, misaligned=misaligned, pad=pad)
-        self.logits_CV.copy_(values)
-        self.bias_V = torch.randn(vocab, generator=generator) if bias else None
-        self.results = RowResults(*(torch.full((self.M,), SENTINEL) for _ in range(3)), torch.full((self.M,), 77))
-
-    def expected(self, spec: TokenLoss):
-        scale_C = self.scale_K[self.tasks_M[self.positions]]
-        return oracle(self.logits_CV[:3].clone(), self.bias_V, self.targets_M[self.positions], scale_C, spec)
-
-    def where(self) -> ChunkRows:
-        return ChunkRows(self.rows_N, self.num_rows, 2, self.targets_M, self.tasks_M, self.scale_K)
-
-    def check_results(self, expected, dtype: torch.dtype) -> None:
-        loss, largest, log_sum, argmax, _ = expected
-        found = [result[self.positions] for result in self.results]
-        for actual, wanted in zip(found[:3], (loss, largest, log_sum), strict=True):
-            assert float((actual - wanted).abs().max()) <= FP32 * max(1.0, float(wanted.abs().max()))
-        assert found[3].tolist() == (argmax == self.targets_M[self.positions]).long().tolist()
-        others = [m for m in range(self.M) if m not in self.positions.tolist()]
-        assert all(bool((result[others] == SENTINEL).all()) for result in self.results)  # nothing but the positions
-
-
-def check_gradient(actual: Tensor, expected: Tensor) -> None:
-    """One rounding of each element to its format, and FP32 of the largest for everything before it."""
-    wanted, largest = expected.abs(), float(expected.abs().max())
-    bound = torch.finfo(actual.dtype).eps / 2 * wanted + FP32 * largest
-    if actual.dtype == F16:
-        bound = bound + 2.0**-25  # subnormal
-    assert bool(((actual[:3].double() - expected).abs() <= bound).all())
-    assert bool((actual[3:] == 0).all())  # not NaN times 0
 
 
 @pytest.fixture(params=["host", "90a"])
@@ -128,15 +46,6 @@ def kernels(request: pytest.FixtureRequest) -> KernelLibrary:
     if find_nvcc() is None:
         pytest.skip(NO_NVCC)
     return ptx_kernels(request.param)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are small: more threads would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Threads and columns per tile are 128 and 2048 up to 4096 columns, 512 and 8192 up to 65536, 1024 and 16384 beyond:
@@ -163,101 +72,6 @@ def test_chunk_gradient(
         again = torch.full_like(out_CV, SENTINEL)
         kernels.saved_gradient(case.logits_CV, again, case.bias_V, case.where(), spec, stats_2M)
         check_gradient(again, expected[-1])
-
-
-@pytest.mark.parametrize("formats", FORMATS, ids=lambda f: "-".join(str(d)[6:] for d in f))
-@pytest.mark.parametrize("kernel", ["chunk", "saved"])
-@pytest.mark.parametrize("vocab", [5, 4099, 65531])  # the last is eight tiles, with barriers at 0, 2 and 6
-def test_in_place(formats: tuple[torch.dtype, torch.dtype], kernel: str, vocab: int) -> None:
-    """The gradient over the logits, 16-bit ones at the front of float32 rows, whatever order threads run in."""
-    for misaligned in (0, 1) if vocab < 20000 else (1,):
-        layout = {"misaligned": misaligned, "pad": 3}
-        apart = Case(vocab, formats[0], **layout)
-        expected, original = apart.expected(PLAIN), apart.logits_CV
-        out_CV = torch.empty(apart.C, vocab, dtype=formats[1])
-        cpu_kernels().chunk_gradient(original, out_CV, None, apart.where(), PLAIN, apart.results)
-        stats_2M = torch.stack([apart.results.max_M, apart.results.log_sum_M])
-        if kernel == "saved":
-            cpu_kernels().saved_gradient(original, out_CV, None, apart.where(), PLAIN, stats_2M)
-        check_gradient(out_CV, expected[-1])
-        for order, seed in ((ASCENDING, 1), (DESCENDING, 1), (SHUFFLED, 1), (SHUFFLED, 2)):
-            case = Case(vocab, formats[0], **layout)
-            front = in_front(case.logits_CV, formats[1])
-            with schedule(order, seed):
-                if kernel == "chunk":
-                    cpu_kernels().chunk_gradient(case.logits_CV, front, None, case.where(), PLAIN, case.results)
-                else:
-                    cpu_kernels().saved_gradient(case.logits_CV, front, None, case.where(), PLAIN, stats_2M)
-            assert torch.equal(front, out_CV)  # bit by bit
-            if formats[0] != formats[1]:  # the second half of every row is as it was
-                half = (vocab + 1) // 2
-                after, before = (logits[:, half:].nan_to_num(5) for logits in (case.logits_CV, original))
-                assert torch.equal(after, before)
-            assert outside_untouched(case.whole, case.logits_CV)
-
-
-@pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
-@pytest.mark.parametrize("formats", FORMATS, ids=lambda f: "-".join(str(d)[6:] for d in f))
-def test_in_place_as_compiled(formats: tuple[torch.dtype, torch.dtype]) -> None:
-    """Whatever order warps run in between barriers."""
-    vocab, compiled = 65531, ptx_kernels("80")
-    apart = Case(vocab, formats[0], misaligned=1, pad=3)
-    out_CV = torch.empty(apart.C, vocab, dtype=formats[1])
-    compiled.chunk_gradient(apart.logits_CV, out_CV, None, apart.where(), PLAIN, apart.results)
-    check_gradient(out_CV, apart.expected(PLAIN)[-1])
-    for seed in (1, 2):
-        case = Case(vocab, formats[0], misaligned=1, pad=3)
-        front = in_front(case.logits_CV, formats[1])
-        with warps_take_turns(compiled, seed):
-            compiled.chunk_gradient(case.logits_CV, front, None, case.where(), PLAIN, case.results)
-        assert torch.equal(front, out_CV)
-        assert outside_untouched(case.whole, case.logits_CV)
-
-
-def in_front(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """The memory of the logits as a matrix of another dtype, rows at the same addresses."""
-    ratio = logits_CV.element_size() // dtype.itemsize
-    flat = torch.empty(0, dtype=dtype).set_(logits_CV.untyped_storage())
-    return flat.as_strided(logits_CV.shape, (logits_CV.stride(0) * ratio, 1), logits_CV.storage_offset() * ratio)
-
-
-@pytest.fixture(scope="module")
-def without_barriers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of csrc/ that lacks the barriers before its stores from the third tile on."""
-    source = tmp_path_factory.mktemp("broken") / "csrc"
-    shutil.copytree(source_directory(), source)
-    header = source / "logit_row.cuh"
-    barrier = "if (barrier_before_stores(t)) __syncthreads();"
-    text = header.read_text()
-    assert text.count(barrier) == 1
-    header.write_text(text.replace(barrier, "if (t < 2 && barrier_before_stores(t)) __syncthreads();"))
-    return source
-
-
-def is_right(broken: KernelLibrary) -> bool:
-    case = Case(65531, F32)
-    expected, front = case.expected(PLAIN), in_front(case.logits_CV, BF16)
-    broken.chunk_gradient(case.logits_CV, front, None, case.where(), PLAIN, case.results)
-    return float((front[:3].double() - expected[-1]).abs().max()) < 0.01
-
-
-def test_a_missing_barrier_is_noticed(without_barriers: Path, tmp_path: Path) -> None:
-    """The harness can fail: without barriers the same kernel gives another gradient."""
-    compile_for_cpu(tmp_path / "kernels.so", without_barriers)
-    broken = KernelLibrary(tmp_path / "kernels.so", device_type="cpu")
-    right = []
-    for order in (ASCENDING, DESCENDING):
-        with schedule(order, kernels=broken):
-            right.append(is_right(broken))
-    assert not all(right)
-
-
-@pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
-def test_a_missing_barrier_is_noticed_as_compiled(without_barriers: Path, tmp_path: Path) -> None:
-    broken = PtxKernels(ptx_kernels("80").path, compile_to_ptx("80", without_barriers, tmp_path))
-    assert is_right(broken)  # all threads keep together: what makes the other order necessary
-    with warps_take_turns(broken, seed=1):
-        assert not is_right(broken)
 
 
 def test_losses_alone_leave_the_logits(kernels: KernelLibrary) -> None:
@@ -472,22 +286,6 @@ def test_softcapped_logits_keep_their_digits(kernels: KernelLibrary) -> None:
     assert bool(((results.max_M - exact).abs() <= 3.5 * 2.0**-23 * exact.abs()).all())
 
 
-@pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
-@pytest.mark.parametrize(
-    ("formats", "spec", "most"),
-    [((BF16, BF16), PLAIN, 38), ((F32, BF16), PLAIN, 34), ((BF16, BF16), TokenLoss(softcap=30.0), 92)],
-    ids=["bfloat16", "float32", "softcap"],
-)
-def test_operations_per_logit(formats: tuple[torch.dtype, torch.dtype], spec: TokenLoss, most: int) -> None:
-    """Two sweeps of a long row, moves included: with more, arithmetic takes longer than the memory it hides behind."""
-    compiled, case = ptx_kernels("90a"), Case(70001, formats[0])
-    out_CV, before = torch.empty(case.C, case.V, dtype=formats[1]), compiled.issued
-    compiled.chunk_gradient(case.logits_CV, out_CV, None, case.where(), spec, case.results)
-    rows = len(case.positions)
-    found = (compiled.issued - before) / (rows * case.V / 32)
-    assert 0.5 * most < found <= most
-
-
 @pytest.mark.parametrize(("positions", "tasks"), [(0, 2), (1, 1), (3001, 5), (700, 64)])
 def test_task_sums_are_in_their_order_bit_by_bit(kernels: KernelLibrary, positions: int, tasks: int) -> None:
     generator = torch.Generator().manual_seed(positions)
@@ -563,19 +361,3 @@ def test_errors_name_the_launch_and_the_cause() -> None:
     on_gpu = KernelLibrary(cpu_kernels().path, device_type="cuda")
     with pytest.raises(ValueError, match="run on cuda, got a tensor on cpu"):
         on_gpu.task_sums(torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 1)
-
-
-def test_a_barrier_that_cannot_complete_ends_the_launch(tmp_path: Path) -> None:
-    """The other thing the harness must notice."""
-    source = tmp_path / "api.cu"
-    source.write_text(
-        "#include <cuda_runtime.h>\n"
-        "__global__ void half() { if (threadIdx.x < 16) __syncthreads(); else __shfl_xor_sync(~0u, 1, 1); }\n"
-        'extern "C" int run() {\n'
-        "    cudaLaunchConfig_t config = {};\n"
-        "    config.blockDim = dim3(32);\n"
-        "    return cudaLaunchKernelEx(&config, half);\n"
-        "}\n"
-    )
-    compile_for_cpu(tmp_path / "half.so", tmp_path)
-    assert ctypes.CDLL(str(tmp_path / "half.so")).run() == 719

@@ -9,10 +9,6 @@ from launch_accesses import Accesses
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-class MemoryFault(AssertionError):
-    """An access that the hardware would refuse, or compute-sanitizer."""
-
-
 class Memory:
     """What global and shared memory have in common: typed views of bytes from ``first`` on."""
 
@@ -27,7 +23,7 @@ class Memory:
     def _at(self, addresses: np.ndarray, size: int, count: int, kind: str) -> np.ndarray:
         """Index into the view of elements of ``size`` bytes of the first of ``count`` at every address."""
         if np.count_nonzero(addresses & np.uint64(size * count - 1)):
-            raise MemoryFault(f"{self.name} memory: misaligned access of {size * count} bytes")
+            raise AssertionError(f"{self.name} memory: misaligned access of {size * count} bytes")
         self.note(addresses, size * count, kind)
         return ((addresses - np.uint64(self.first)) >> np.uint64(size.bit_length() - 1)).astype(np.int64)
 
@@ -82,4 +78,4 @@ class SharedMemory(Memory):
 
     def note(self, addresses: np.ndarray, size: int, kind: str) -> None:
         if addresses.size and int(addresses.max()) + size > self.bytes.size:
-            raise MemoryFault("shared memory: access behind its end")
+            raise AssertionError("shared memory: access behind its end")

@@ -1,9 +1,5 @@
 """Every kernel of a training step compiles for GPUs that are not here, with the tiles it would have there."""
 
-import functools
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import pytest
 import torch
 
@@ -27,19 +23,12 @@ FEW = 256
 
 
 def compiled(capability: int, variants: str) -> dict[str, Resources]:
-    """Resources by name of the launch, in two processes as a machine of CI has two cores."""
+    """Resources by name of the launch."""
     launches = ahead_of_time.training_launches(capability, torch.bfloat16, VARIANTS[variants])
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # threads of torch do not survive a fork
-        found = pool.map(functools.partial(_compile, capability, variants), range(len(launches)))
-        return dict(zip((launch.name for launch in launches), found, strict=True))
+    return {launch.name: ahead_of_time.compile_launch(launch, capability) for launch in launches}
 
 
 VARIANTS = {"plain": PLAIN, "features": FEATURES}
-
-
-def _compile(capability: int, variants: str, index: int) -> Resources:
-    launch = ahead_of_time.training_launches(capability, torch.bfloat16, VARIANTS[variants])[index]
-    return ahead_of_time.compile_launch(launch, capability)
 
 
 @pytest.mark.parametrize(

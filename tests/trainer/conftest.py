@@ -14,6 +14,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
+from small_run import small_run
 
 import trainer.cli
 from trainer.config import RunConfig, TaskConfig, TinyLlavaConfig, parse_config
@@ -149,15 +150,8 @@ def pixel_model(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> P
 
 @pytest.fixture
 def run_data(tiny_tasks: list[TaskConfig], pixel_model: Path, tmp_path: Path) -> dict[str, Any]:
-    """A whole run configuration as a mapping that a test may change: the three tasks on the pixel model."""
-    return {
-        "output_dir": str(tmp_path / "run"),
-        "tasks": [task.model_dump(mode="json") for task in tiny_tasks],
-        "model": {"path": str(pixel_model), "max_length": 128},
-        "training": {"batch_size": 4, "precision": "fp32", "zero_stage": 1},
-        "cotbal": {"mini_ratio": 0.25},
-        "launch": {"device": "cpu", "threads": 1},
-    }
+    """The three tasks on the pixel model."""
+    return small_run(tiny_tasks, pixel_model, tmp_path / "run")
 
 
 @pytest.fixture

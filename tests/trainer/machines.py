@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import AutoModelForImageTextToText
 
 # `python -c` in place of `cotbal`: a machine that is gone is missed within seconds.
 COTBAL = (
@@ -54,6 +56,24 @@ class Machines:
             for process in self.processes.values():
                 process.kill()
         return ended
+
+    def run(self, *arguments: object) -> list[str]:
+        """Runs a command on all machines to a good end; returns what each said."""
+        self.start(*arguments)
+        ended = self.wait()
+        assert [code for code, _ in ended] == [0] * self.count, "\n".join(said[-3000:] for _, said in ended)
+        return [said for _, said in ended]
+
+
+def assert_equal_models(found: Path, expected: Path) -> None:
+    """Parameter by parameter, bit for bit."""
+    ours, theirs = (
+        AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).state_dict()
+        for model in (found, expected)
+    )
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
 
 
 def survivors(run_dir: Path) -> list[str]:

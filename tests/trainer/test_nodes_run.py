@@ -1,8 +1,7 @@
-"""Whole runs on two machines equal those on one, and survive the loss of either."""
+"""A training on two machines equals one on one machine, and runs survive the loss of either."""
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -12,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from machines import Machines, survivors, write
-from transformers import AutoModelForImageTextToText
+from machines import Machines, assert_equal_models, survivors, write
 
 from trainer.loop.callbacks import COMPLETE
 
@@ -34,25 +31,6 @@ def with_launch(data: dict[str, Any], folder: Path, **launch: Any) -> dict[str, 
     return data | {"output_dir": str(folder), "launch": data["launch"] | launch}
 
 
-def run(machines: Machines, *arguments: object) -> list[str]:
-    """Runs a command on all machines to a good end; returns what each said."""
-    machines.start(*arguments)
-    ended = machines.wait()
-    assert [code for code, _ in ended] == [0] * machines.count, "\n".join(said[-3000:] for _, said in ended)
-    return [said for _, said in ended]
-
-
-def parameters(model: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).state_dict()
-
-
-def assert_equal(found: Path, expected: Path) -> None:
-    ours, theirs = parameters(found), parameters(expected)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-
-
 def newest_step(folder: Path) -> int:
     """Of the complete checkpoints of a training."""
     return max((int(path.parent.name.split("-")[1]) for path in folder.glob(f"checkpoints/*/{COMPLETE}")), default=0)
@@ -63,21 +41,6 @@ def until(reached: Callable[[], bool]) -> None:
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_trainings_spread_over_two_machines_end_as_on_one(data: dict[str, Any], tmp_path: Path) -> None:
-    """Bit for bit: which machine trains and scores a model changes nothing."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone = write(tmp_path / "one.yaml", with_launch(data, one))
-    subprocess.run([sys.executable, "-m", "trainer.cli", "run", str(alone)], check=True, capture_output=True)
-    said = run(Machines(2), "run", write(tmp_path / "two.yaml", with_launch(data, two, nodes=2)))
-    assert "all 2 machines are here" in said[0]
-    done_there = {line.split(": ", 1)[1].split("/")[0] for line in said[1].splitlines() if "node 1: " in line}
-    assert {"trainings", "evaluations"} <= done_there, said[1]
-    for name in ("scores.json", "weights.json", "results.json"):
-        assert json.loads((two / name).read_text()) == json.loads((one / name).read_text()), name
-    for training in ("mini", "plus-colour", "plus-box", "cotbal"):
-        assert_equal(two / "trainings" / training / "model", one / "trainings" / training / "model")
 
 
 def test_one_training_on_two_machines(data: dict[str, Any], tmp_path: Path) -> None:
@@ -102,8 +65,8 @@ def test_one_training_on_two_machines(data: dict[str, Any], tmp_path: Path) -> N
             assert said.startswith("cotbal: contact with node 0"), said
         until(lambda: not survivors(two))
         assert not (two / "model").exists()
-    run(Machines(2), "train", both, "--method", "rlw", "--output", two)
-    assert_equal(two / "model", tmp_path / "one" / "model")
+    Machines(2).run("train", both, "--method", "rlw", "--output", two)
+    assert_equal_models(two / "model", tmp_path / "one" / "model")
     assert (two / "weights.csv").read_text() == (tmp_path / "one" / "weights.csv").read_text()
     assert (two / "output.node1.log").exists()
 

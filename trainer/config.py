@@ -92,6 +92,11 @@ class TrainingConfig(Options):
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         2e-5, description="peak, reached after the warm-up; cosine to 0"
     )
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="peaks of their own for parameters that are trained and have a key in their name, e.g. "
+        "`{multi_modal_projector: 2.0e-5}`",
+    )
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="share of the steps")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off")
@@ -104,6 +109,10 @@ class TrainingConfig(Options):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
     logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="optimizer steps per line of log.jsonl")
+    report_to: list[str] = Field(
+        ["tensorboard"],
+        description="trackers that logs go to beside log.jsonl: tensorboard, wandb, mlflow and others of transformers",
+    )
     save_steps: Annotated[int, Field(ge=1)] = Field(500, description="steps between checkpoints (resume points)")
     dataloader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that encode samples; 0 = none")
     packing: bool = Field(False, description="several samples in a sequence of model.max_length tokens (docs/data.md)")
@@ -122,7 +131,9 @@ class TrainingConfig(Options):
 
     def fingerprint(self) -> dict[str, Any]:
         """What results depend on."""
-        no_matter = {"logging_steps", "save_steps", "dataloader_workers", "gradient_checkpointing"}
+        no_matter = {"logging_steps", "save_steps", "dataloader_workers", "gradient_checkpointing", "report_to"}
+        if not self.learning_rates:  # younger than the fingerprints of older runs: without it, nothing has changed
+            no_matter.add("learning_rates")
         return self.model_dump(mode="json", exclude=no_matter)
 
 

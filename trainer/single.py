@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from trainer.balancing.registry import SINGLE_TASK, check_name, is_cotbal
+from trainer.balancing.registry import SINGLE_TASK, check_name, is_cotbal, method_class
 from trainer.config import BUILT_IN, RunConfig
 from trainer.data.mixtures import Mixture
 from trainer.errors import UserError, unknown_name
@@ -17,7 +17,7 @@ from trainer.nodes import Cluster, Membership
 from trainer.nodes.machine import log_of
 from trainer.pipeline.identity import Identity
 from trainer.pipeline.places import last_step
-from trainer.pipeline.preflight import check_all
+from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
 from trainer.pipeline.trainings import Training
@@ -87,9 +87,9 @@ def train_once(
         node: this machine, which leads the others of ``launch.nodes``; None is a training of this machine alone.
 
     Raises:
-        UserError: an unknown method, missing weights, tasks and a model that only a pipeline run can make, a finished
-            training that would be lost, another process that works in `output`, or a machine of several that cannot
-            take part.
+        UserError: an unknown method, missing weights, tasks and a model that only a pipeline run can make, records,
+            images or options that cannot be used, a finished training that would be lost, another process that works
+            in `output`, or a machine of several that cannot take part.
     """
     method = method or ("cotbal" if weights else config.balancing.method)
     check_name(method)
@@ -109,6 +109,12 @@ def train_once(
     if method == SINGLE_TASK:
         trainings = {output / name: Training(f"stl-{name}", Mixture("single", name), (), ()) for name in balanced}
     identity, device = Identity(config, config.tasks, on_disk=True), resolve_device(config.launch.device)
+    validates = any(method_class(training.method).needs.validation for training in trainings.values())
+
+    def check(context: StageContext) -> None:
+        check_run(config, config.model.path, output / "tasks.json", context)
+        if validates:
+            check_validation(config, config.model.path, context)
 
     def train(folder: Path, training: Training, context: StageContext) -> None:
         spec = TrainingSpec(
@@ -133,14 +139,16 @@ def train_once(
         cluster.train(folder / "spec.json", context.slot, folder / "output.log", poll)
 
     other_logs = [log_of(Path("output.log"), rank).name for rank in range(1, config.launch.nodes)]
+    stages = [Stage("check", [*identity.check(), validates], (), (output / "tasks.json",), check)]
     # One stage for a folder, whatever the method: its manifest tells whose the folder is.
-    stages = [
+    stages += [
         Stage(
             "-".join(["train", *folder.relative_to(output).parts]),
             [identity.training(training), task_weights],
             (),
             (folder / "model",),
             partial(train, folder, training),
+            after=("check",),
             costly=True,
             leaves=tuple(folder / name for name in (*LEAVES, *other_logs)),
         )

@@ -40,6 +40,7 @@ from trainer.files import write_json
 from trainer.launching import ERROR_FILE, die_with_parent
 from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, StopWhenDiverged
 from trainer.loop.packing_probe import PackingProbe
+from trainer.loop.tracking import prepare_trackers
 from trainer.loop.trainer import TaskWeightedTrainer
 from trainer.loop.validation import ValidationBatches
 from trainer.loop.weighting import Tasks, TaskWeighting
@@ -159,7 +160,8 @@ def training_arguments(spec: TrainingSpec, use_cpu: bool) -> TrainingArguments:
         dataloader_pin_memory=not use_cpu,
         remove_unused_columns=False,
         average_tokens_across_devices=True,
-        report_to=["tensorboard"],
+        report_to=training.report_to,
+        run_name=f"{spec.config.output_dir.name}/{spec.name}",
         disable_tqdm=not sys.stderr.isatty(),
     )
 
@@ -270,7 +272,7 @@ def train(spec: TrainingSpec) -> None:
         import deepspeed
 
         deepspeed.init_distributed("gloo")  # before any model is built
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(spec.output_dir / "tensorboard"))
+    prepare_trackers(spec.config.output_dir.name, spec.output_dir)
     args = training_arguments(spec, use_cpu)  # before the model: ZeRO-3 shards it as it is loaded
     set_seed(spec.training_seed)
 
@@ -282,7 +284,7 @@ def train(spec: TrainingSpec) -> None:
         for task in tasks
     ]
 
-    processor = load_processor(spec.model_path)
+    processor = load_processor(spec.model_path, spec.config.model.image_aspect_ratio)
     features = FeatureStore(spec.features) if spec.features else None
     encoder = ConversationEncoder(processor, spec.config.model.max_length, features)
     collator = Collator(
@@ -308,6 +310,7 @@ def train(spec: TrainingSpec) -> None:
     window = args.world_size * spec.config.training.batch_size
     trainer = TaskWeightedTrainer(
         weighting=weighting,
+        learning_rates=spec.config.training.learning_rates,
         model=model,
         args=args,
         train_dataset=WholeBatches(dataset, window) if args.world_size > 1 else dataset,

@@ -146,7 +146,7 @@ def test_what_a_training_iterates_over(data: dict[str, Any], tmp_path: Path, pac
 
 
 def test_a_training_refuses_by_itself(data: dict[str, Any], tmp_path: Path) -> None:
-    """`cotbal train` has no check stage before it."""
+    """Run by hand, it has no check stage before it."""
     data["training"]["overlong"] = "refuse"
     config = parse_config(data, "x")
     assert not isinstance(config.tasks, str)

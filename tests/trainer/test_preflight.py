@@ -89,6 +89,27 @@ def empty_answer(data: dict[str, Any], folder: Path) -> None:
     change_record(folder, "colour_train", 6, lambda row: row["conversations"][1].update(value=" "))
 
 
+def rate_of_a_frozen_part(data: dict[str, Any], folder: Path) -> None:
+    data["training"]["learning_rates"] = {"multi_modal_projector": 1e-5, "vision_tower": 1e-6}
+
+
+def rate_of_a_part_that_lora_leaves_alone(data: dict[str, Any], folder: Path) -> None:
+    data["model"]["lora"] = {"train_whole": ["multi_modal_projector"]}
+    data["training"]["learning_rates"] = {"multi_modal_projector": 1e-5, "lora_B": 1e-3, "embed_tokens": 1e-6}
+
+
+def two_rates_of_a_parameter(data: dict[str, Any], folder: Path) -> None:
+    data["training"]["learning_rates"] = {"projector": 1e-5, "linear_1": 1e-6}
+
+
+def unknown_tracker(data: dict[str, Any], folder: Path) -> None:
+    data["training"]["report_to"] = ["tensorboard", "wandbb"]
+
+
+def tracker_that_is_not_installed(data: dict[str, Any], folder: Path) -> None:
+    data["training"]["report_to"] = ["clearml"]
+
+
 def answer_cut_off(data: dict[str, Any], folder: Path) -> None:
     change_record(folder, "chat_train", 6, lambda row: row["conversations"][0].update(value=200 * " what"))
 
@@ -168,6 +189,11 @@ BAD = [
     (long_test_under_perplexity, ["task 'colour', test set ", "colour_test.jsonl: record 'colour-test-1': its images"]),
     (long_validation_for_a_method_that_trains_on_it, ["task 'colour', validation set ", "'colour-validation-2': its "]),
     (misspelt_freeze, ["model.freeze: no parameter of ", " has 'visoin' in its name"]),
+    (rate_of_a_frozen_part, ["training.learning_rates: no parameter that is trained has 'vision_tower' in its name"]),
+    (rate_of_a_part_that_lora_leaves_alone, ["training.learning_rates: no parameter ", " 'embed_tokens' in its name"]),
+    (two_rates_of_a_parameter, ["learning_rates: 'linear_1' and 'projector' are both in the name of model.multi_"]),
+    (unknown_tracker, ["unknown tracker in training.report_to 'wandbb' (did you mean 'wandb'?); valid: "]),
+    (tracker_that_is_not_installed, ["training.report_to: the package of 'clearml' is not installed"]),
     (empty_validation, ["task 'box': the validation set ", "box_validation.jsonl has no records"]),
     (two_questions_to_score, ["task 'box', test record 'box-test-0': scoring takes one question per record, got 2"]),
     (missing_file, ["record file ", "box_train.jsonl does not exist"]),
@@ -177,13 +203,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD, ids=[damage.__name__ for damage, _ in BAD])
-@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("command", ["run", "check", "train"])
 def test_bad_input_on_the_command_line(
     damage: Callable[..., None], message: list[str], command: str, data: dict[str, Any], folder: Path,
     write_config: Write, cotbal: Callable[..., Any],
 ) -> None:  # fmt: skip
     damage(data, folder)
-    outcome = cotbal(command, write_config(data))
+    output = ["--output", folder.parent / "one"] if command == "train" else []
+    outcome = cotbal(command, write_config(data), *output)
     assert outcome.code == 2
     assert outcome.out == ""
     assert "Traceback" not in outcome.err
@@ -192,6 +219,7 @@ def test_bad_input_on_the_command_line(
     for part in message:
         assert part in told[-1]
     assert not (Path(data["output_dir"]) / "trainings").exists()
+    assert not (folder.parent / "one" / "spec.json").exists()
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD, ids=[damage.__name__ for damage, _ in BAD])

@@ -69,8 +69,15 @@ def oracle(run_data: dict[str, Any], aggregation: str) -> tuple[dict[str, torch.
     dataset = MixtureDataset(encoder, tasks, [task.train for task in tasks])
     collate = Collator(encoder.tokenizer.pad_token_id, encoder.blank_image())
     model = AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=torch.float32).train()
-    parameters = [p for name, p in model.named_parameters() if "vision_tower" not in name]
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
+    trained = {name: p for name, p in model.named_parameters() if "vision_tower" not in name}
+    parameters = list(trained.values())
+    peaks = [
+        next((rate for part, rate in training.learning_rates.items() if part in name), training.learning_rate)
+        for name in trained
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "lr": peak} for p, peak in zip(parameters, peaks, strict=True)], weight_decay=0.0
+    )
     weights_K = torch.tensor([WEIGHTS.get(task.name, 1.0) for task in tasks])
     warmup = math.ceil(training.warmup_ratio * STEPS)
     losses, step = [], 0
@@ -92,10 +99,10 @@ def oracle(run_data: dict[str, Any], aggregation: str) -> tuple[dict[str, torch.
                 lambdas = weights_K[task_ids.unique()]
                 means = torch.stack([entropy[row].mean() for row in rows])
                 loss = (lambdas * means).sum() / lambdas.sum()
-            for group in optimizer.param_groups:
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 ratio = (step - warmup) / max(1, STEPS - warmup)
                 cosine = 0.5 * (1 + math.cos(math.pi * ratio))
-                group["lr"] = training.learning_rate * (step / max(1, warmup) if step < warmup else cosine)
+                group["lr"] = peak * (step / max(1, warmup) if step < warmup else cosine)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
@@ -131,7 +138,11 @@ def test_training_equals_a_plain_loop(
     run_data: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """However a batch of 8 is spread, losses and parameters are those of a single-process loop over Eq. 2."""
+    """However a batch of 8 is spread, losses and parameters are those of a single-process loop over Eq. 2.
+
+    Parts of the model have learning rates of their own; images are squares already, which padding leaves alone.
+    """
+    run_data["model"]["image_aspect_ratio"] = "pad"
     found = run(
         run_data,
         tmp_path / "out",
@@ -140,6 +151,7 @@ def test_training_equals_a_plain_loop(
         batch_size=batch_size,
         zero_stage=zero[0],
         offload=zero[1],
+        learning_rates={"multi_modal_projector": 2e-3, "layers.0.mlp": 3e-2},
         aggregation=aggregation,
     )
     expected, losses = oracle(run_data, aggregation)
@@ -148,6 +160,8 @@ def test_training_equals_a_plain_loop(
     # Adam divides by the root of tiny second moments, which magnifies rounding: 1e-2 per step times 1e-4.
     assert [line["loss"] for line in lines] == pytest.approx(losses, abs=2e-5)
     assert_same(found, expected, 2e-4)
+    assert max(line["learning_rate"] for line in lines) == 1e-2  # of the parts that have none of their own
+    assert load_processor(str(tmp_path / "out" / "model")).image_processor.do_pad  # and so it was in the training
 
 
 def test_bf16_follows_the_fp32_loop(run_data: dict[str, Any], tmp_path: Path) -> None:

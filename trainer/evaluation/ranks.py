@@ -56,7 +56,8 @@ class RankProcesses:
 def load_encoder(spec: EvaluationSpec) -> ConversationEncoder:
     """The model folder's processor, with cached features where the spec has them."""
     features = FeatureStore(spec.features) if spec.features else None
-    return ConversationEncoder(load_processor(str(spec.model_path)), spec.max_length, features)
+    processor = load_processor(str(spec.model_path), spec.image_aspect_ratio)
+    return ConversationEncoder(processor, spec.max_length, features)
 
 
 def run_rank(spec: EvaluationSpec, rank: int, todo: Sequence[int], after: Callable[[], None] = lambda: None) -> None:

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from cotbal_kernels.huggingface import TaskWeightedTrainerMixin
+from trainer.loop.learning_rates import set_own_rates
 from trainer.loop.weighting import TaskWeighting
 
 
 class TaskWeightedTrainer(TaskWeightedTrainerMixin, Trainer):
-    """A Trainer whose loss runs over every supervised token of the optimizer step, weighted by `weighting`."""
+    """A Trainer whose loss runs over every supervised token of the optimizer step, weighted by `weighting`.
 
-    def __init__(self, *, weighting: TaskWeighting, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+    Parts of the model that `learning_rates` names have learning rates of their own.
+    """
+
+    def __init__(
+        self,
+        *,
+        weighting: TaskWeighting,
+        learning_rates: Mapping[str, float] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
         # First, so that what later callbacks write describes a step that is over for the weighting too.
         super().__init__(task_names=weighting.tasks.names, callbacks=[weighting, *callbacks], **kwargs)
         self.weighting = weighting
+        self.learning_rates = learning_rates or {}
         weighting.attach(self)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.learning_rates:
+            assert self.model is not None
+            set_own_rates(optimizer, self.model, self.learning_rates)
+        return optimizer
 
     def step_normalizer(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """Fixes the weights of the step too."""

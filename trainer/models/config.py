@@ -9,6 +9,7 @@ from pydantic import Field
 from trainer.options import Options
 
 BUILT_IN = "built_in"
+AspectRatio = Literal["pad", "own"]
 
 
 class TinyLlavaConfig(Options):
@@ -50,6 +51,11 @@ class ModelConfig(Options):
         2048, description="tokens of a sequence at most; for longer samples see training.overlong"
     )
     freeze: list[str] = Field(["vision_tower"], description="parameters whose name contains one of these are frozen")
+    image_aspect_ratio: AspectRatio | None = Field(
+        None,
+        description="pad: images are padded to squares, as LLaVA-1.5 was trained; none and own: what the model's "
+        "processor does, though with none a task of boxes is refused where that crops",
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         None, description="none: the model's own choice"
     )

@@ -12,21 +12,27 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 import trainer.models.efficientnet_lite  # noqa: F401  registers the built-in model's vision tower
 from trainer.config import ModelConfig
 from trainer.errors import UserError
+from trainer.models.config import AspectRatio
+from trainer.models.images import pad_to_square
 
 
-def load_processor(path: str, *, local_only: bool = False) -> Any:
+def load_processor(path: str, aspect_ratio: AspectRatio | None = None, *, local_only: bool = False) -> Any:
     """The processor of a model folder or hub name; for a text model, its tokenizer.
 
     Args:
+        aspect_ratio: ``model.image_aspect_ratio``. The folder of a trained model has it in its processor.
         local_only: take what is on this machine and ask no hub.
 
     Raises:
-        UserError: nothing loadable is there.
+        UserError: nothing loadable is there, or its images cannot be treated so.
     """
     try:
-        return AutoProcessor.from_pretrained(path, local_files_only=local_only)
+        processor = AutoProcessor.from_pretrained(path, local_files_only=local_only)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path '{path}': no processor could be loaded ({error})") from error
+    if aspect_ratio == "pad":
+        pad_to_square(processor, path)
+    return processor
 
 
 def load_config(path: str, *, local_only: bool = False) -> Any:

@@ -41,8 +41,8 @@ def add_lora(model: nn.Module, config: ModelConfig) -> Any:
     return adapted
 
 
-def check_lora(path: str, config: ModelConfig) -> None:
-    """Checks what LoRA adapts from the model's configuration alone.
+def check_lora(path: str, config: ModelConfig) -> list[str]:
+    """Checks what LoRA adapts from the model's configuration alone; returns the names of what is trained.
 
     Raises:
         UserError: as :func:`add_lora`, or ``freeze`` matches nothing.
@@ -50,8 +50,8 @@ def check_lora(path: str, config: ModelConfig) -> None:
     if importlib.util.find_spec("peft") is None:
         raise UserError("model.lora needs the package 'peft': pip install 'cotbal[trainer]'")
     model = empty_model(load_config(path), config)
-    adapted_layers(model, config)
-    whole_parameters(model, config)
+    updates = [f"{name}.lora_{side}" for name in adapted_layers(model, config) for side in "AB"]
+    return [*updates, *whole_parameters(model, config)]
 
 
 def whole_parameters(model: nn.Module, config: ModelConfig) -> dict[str, nn.Parameter]:

@@ -193,7 +193,7 @@ class Pipeline:
             replace(checked, needs=("initial_model",)),
             Stage(
                 "features",
-                [FORMAT, files],
+                self.identity.features(),
                 ("initial_model",),
                 (self.features,),
                 lambda context: built_in.write_image_features(

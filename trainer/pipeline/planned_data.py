@@ -45,7 +45,9 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
     encoder, image_tokens = None, _IMAGE_TOKENS
     if config.model.path != BUILT_IN:
         try:
-            encoder = token_counter(load_processor(config.model.path, local_only=True), config.model.max_length)
+            model = config.model
+            processor = load_processor(model.path, model.image_aspect_ratio, local_only=True)
+            encoder = token_counter(processor, model.max_length)
         except UserError:  # no processor here, or one without a chat template: then by the number of characters
             try:
                 found = load_config(config.model.path, local_only=True)

@@ -16,6 +16,10 @@ from trainer.data.records import Record
 from trainer.errors import UserError, each
 from trainer.files import write_json
 from trainer.launching import resolve_device
+from trainer.loop.learning_rates import own_rates
+from trainer.loop.tracking import check_trackers
+from trainer.metrics import AccuracyIoU, get_metric
+from trainer.models.images import refuse_cropped_boxes
 from trainer.models.loading import empty_model, load_config, load_processor
 from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
@@ -84,14 +88,17 @@ def check_model(config: RunConfig, model_path: str) -> None:
     """Checks that the model can be trained as configured, from its config.json.
 
     Raises:
-        UserError: it cannot be packed although ``training.packing`` is on, or ``freeze`` or LoRA names nothing in it.
+        UserError: it cannot be packed although ``training.packing`` is on, or ``freeze``, LoRA or
+            ``training.learning_rates`` names nothing in it.
     """
     if config.training.packing:
         refuse_unpackable(model_path)
     if config.model.lora is not None:
-        check_lora(model_path, config.model)
+        trained = check_lora(model_path, config.model)
     else:
-        empty_model(load_config(model_path), config.model)
+        model = empty_model(load_config(model_path), config.model)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    own_rates(trained, config.training.learning_rates)
 
 
 @dataclass(frozen=True)
@@ -117,12 +124,24 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
     if encoder is not None:
         checks.append(partial(check_tokens, task, encoder, "train", config.training.overlong))
     if encoder is not None and not task_config.auxiliary:
+        if _answers_boxes(task_config) and config.model.image_aspect_ratio is None:
+            images_of = (image for split in SPLITS for record in task.split(split) for image in record.images)
+            paths = map(task.image_path, images_of)
+            checks.append(partial(refuse_cropped_boxes, encoder.processor, paths, f"task '{task.name}'"))
         scored = [split for split in ("validation", "test") if task_config.records_file(split)]
         checks += [partial(check_scoring, task_config, split, task.split(split), encoder) for split in scored]
         if _validates(config):
             checks.append(partial(check_tokens, task, encoder, "validation", config.training.overlong))
     images, *found = each(lambda check: check(), checks)
     return CheckedTask(task, images, found[0] if found else None)
+
+
+def _answers_boxes(task: TaskConfig) -> bool:
+    return task.metric is not None and isinstance(get_metric(task.metric), AccuracyIoU)
+
+
+def _token_counter(config: RunConfig, model_path: str) -> ConversationEncoder:
+    return token_counter(load_processor(model_path, config.model.image_aspect_ratio), config.model.max_length)
 
 
 def _validates(config: RunConfig) -> bool:
@@ -145,10 +164,11 @@ def check_all(
         UserError: everything that is wrong, a line each.
     """
     assert not isinstance(config.tasks, str)
-    encoder = token_counter(load_processor(model_path), config.model.max_length) if model_path else None
+    encoder = _token_counter(config, model_path) if model_path else None
     checks: list[Callable[[], CheckedTask | None]] = [
         partial(check_task, config, task, encoder) for task in config.tasks
     ]
+    check_trackers(config.training.report_to)
     if model_path:
         checks.insert(0, partial(check_model, config, model_path))
 
@@ -190,7 +210,7 @@ def check_validation(config: RunConfig, model_path: str, context: StageContext) 
         UserError: the first task's records that cannot, named.
     """
     assert not isinstance(config.tasks, str)
-    encoder = token_counter(load_processor(model_path), config.model.max_length)
+    encoder = _token_counter(config, model_path)
     balanced = [task for task in config.tasks if not task.auxiliary]
     for number, task_config in enumerate(balanced):
         check_tokens(load_task(task_config), encoder, "validation", config.training.overlong)

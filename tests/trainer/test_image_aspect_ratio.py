@@ -1,0 +1,170 @@
+"""``model.image_aspect_ratio``: padding as LLaVA-1.5 pads, and boxes that a cropping processor would falsify."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from trainer.config import parse_config
+from trainer.data.converters.refcoco import box_text
+from trainer.errors import UserError
+from trainer.metrics import parse_box
+from trainer.models.images import crops, pad_to_square
+from trainer.models.loading import load_processor
+from trainer.pipeline.preflight import check_config
+
+SIZE = 48
+MEAN, STD = (0.48, 0.455, 0.41), (0.27, 0.26, 0.28)
+FAMILIES = {
+    # As published: the shorter side is resized, the longer one cropped; here the crop is the smaller, as in CLIP-H.
+    "clip": lambda: CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE + 8}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
+    ),
+    "siglip": lambda: SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD),
+}
+
+
+class Processor:
+    """As much of a processor as carries an image processor."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        return np.asarray(self.image_processor(images=[picture], return_tensors="np")["pixel_values"][0])
+
+
+def expected(picture: Image.Image) -> np.ndarray:
+    """LLaVA-1.5's transform in Pillow: onto a square of the mean's colour, in its middle, then resized."""
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in MEAN))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    values = np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC), dtype=np.float64) / 255
+    return ((values - MEAN) / STD).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(width=st.integers(3, 130), height=st.integers(3, 130), seed=st.integers(0, 9))
+def test_pads_as_llava_does(family: str, width: int, height: int, seed: int) -> None:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    processor = Processor(FAMILIES[family]())
+    pad_to_square(processor, "x")
+    once = processor.pixels(picture)
+    np.testing.assert_allclose(once, expected(picture), atol=1e-5)  # float32 of values up to 3
+    pad_to_square(processor, "x")  # as on the folder of a model that was trained so
+    assert (processor.pixels(picture) == once).all()
+
+
+@pytest.mark.parametrize("size", [(120, 45), (37, 90)])
+def test_boxes_of_the_converters_are_where_the_model_sees_them(size: tuple[int, int]) -> None:
+    """A white rectangle in a black image; `cotbal convert refcoco` writes its box, to two decimals."""
+    x, y, width, height = 11, 8, 21, 30
+    picture = Image.new("RGB", size)
+    picture.paste((255, 255, 255), (x, y, x + width, y + height))
+    processor = Processor(FAMILIES["clip"]())
+    pad_to_square(processor, "x")
+    bright = processor.pixels(picture)[0] * STD[0] + MEAN[0] > 0.75  # more than the padding
+    rows, columns = np.nonzero(bright)
+    seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    box = parse_box(box_text((x, y, width, height), *size, "pad"))
+    assert box is not None
+    assert np.abs(np.array(box) * SIZE - seen).max() <= 1.25  # a pixel of the model, and half of a hundredth
+    other = parse_box(box_text((x, y, width, height), *size, "image"))
+    assert other is not None
+    assert np.abs(np.array(other) * SIZE - seen).max() > 5
+
+
+def test_a_trained_model_keeps_it_and_loading_it_again_is_the_same(pixel_model: Path, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
+
+    def pixels(processor: Any) -> np.ndarray:
+        return np.asarray(processor.image_processor(images=[picture], return_tensors="np")["pixel_values"][0])
+
+    processor = load_processor(str(pixel_model), "pad")
+    assert (pixels(processor) != pixels(load_processor(str(pixel_model), "own"))).any()
+    processor.save_pretrained(tmp_path / "model")
+    for ratio in (None, "pad", "own"):
+        assert (pixels(load_processor(str(tmp_path / "model"), ratio)) == pixels(processor)).all()
+
+
+def test_a_text_model_has_no_images(pixel_model: Path) -> None:
+    with pytest.raises(UserError, match="'some/model' reads text only"):
+        pad_to_square(load_processor(str(pixel_model)).tokenizer, "some/model")
+
+
+def test_models_with_ways_of_their_own() -> None:
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    with pytest.raises(UserError, match="LlavaNextImageProcessorPil, which treats shapes of images in its own way"):
+        pad_to_square(Processor(LlavaNextImageProcessorPil()), "x")
+
+
+def test_what_crops() -> None:
+    clip, siglip = (Processor(make()) for make in FAMILIES.values())
+    assert crops(clip)
+    assert not crops(siglip)  # squeezed: all of the image, and boxes relative to it
+    pad_to_square(clip, "x")
+    assert not crops(clip)
+
+
+@pytest.fixture
+def cropping(run_data: dict[str, Any], pixel_model: Path, tmp_path: Path) -> dict[str, Any]:
+    """The run's configuration on a model whose processor crops, with wide images in a copy of the data."""
+    folder = tmp_path / "data"
+    shutil.copytree(Path(run_data["tasks"][0]["image_root"]), folder)
+    for task in run_data["tasks"]:
+        task["image_root"] = str(folder)
+        for split in ("train", "validation", "test"):
+            task[split] = str(folder / Path(task[split]).name)
+    for path in (folder / "images").glob("*_1.png"):
+        Image.new("RGB", (90, 64)).save(path)
+    model = tmp_path / "model"
+    shutil.copytree(pixel_model, model)
+    path = next(model.glob("*processor_config.json"))
+    content = json.loads(path.read_text())
+    own = content.get("image_processor", content)
+    own |= {"do_center_crop": True, "size": {"shortest_edge": 64}}
+    path.write_text(json.dumps(content))
+    run_data["model"]["path"] = str(model)
+    return run_data
+
+
+def test_boxes_in_cropped_images_are_refused(cropping: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        check_config(parse_config(cropping, "x"))
+    text = str(caught.value)
+    assert "task 'box': answers are boxes, image " in text
+    assert "box_train_1.png has 90 x 64 pixels" in text
+    assert "set model.image_aspect_ratio: pad" in text
+    assert "'colour'" not in text  # its answers are words
+
+
+def square(data: dict[str, Any]) -> None:
+    for path in (Path(data["tasks"][1]["image_root"]) / "images").glob("box_*.png"):
+        Image.new("RGB", (64, 64)).save(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["model"].update(image_aspect_ratio="pad"),
+        lambda data: data["model"].update(image_aspect_ratio="own"),
+        lambda data: data["tasks"][1].update(metric="cider"),
+        square,
+    ],
+)
+def test_what_is_not_refused(cropping: dict[str, Any], change: Callable[[dict[str, Any]], None]) -> None:
+    change(cropping)
+    assert check_config(parse_config(cropping, "x"))

@@ -1,0 +1,33 @@
+"""Where logs of a training go beside ``log.jsonl``: the experiment trackers that transformers knows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.errors import UserError, unknown_name
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Checks ``training.report_to``.
+
+    Raises:
+        UserError: transformers knows no such tracker, or its package is not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown_name("tracker in training.report_to", name, INTEGRATION_TO_CALLBACK)
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"training.report_to: the package of '{name}' is not installed; install it, or take it out")
+
+
+def prepare_trackers(run: str, output_dir: Path) -> None:
+    """Says to trackers that read the environment where logs go; what is set there already stays."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "tensorboard"))
+    os.environ.setdefault("WANDB_RUN_GROUP", run)  # the trainings of one run together

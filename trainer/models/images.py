@@ -1,0 +1,93 @@
+"""What a model sees of an image that is not square: LLaVA-1.5 pads it, its processor as published crops it.
+
+A cropped image has lost what was at its longer sides, and boxes relative to the image, or to the padded square, are
+wrong in what is left of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from trainer.errors import UserError
+
+_KEPT = (
+    "do_convert_rgb", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
+    "image_std",
+)  # fmt: skip
+
+
+def pad_to_square(processor: Any, path: str) -> None:
+    """Makes a processor pad every image to a square with the colour of its mean, the image in the middle.
+
+    That is ``image_aspect_ratio: pad`` of LLaVA-1.5 (Liu et al., 2023a). The processor is saved so, with a trained
+    model too.
+
+    Args:
+        processor: of a model that takes square images: CLIP's or SigLIP's transform, or LLaVA's own.
+        path: of the model, for errors.
+
+    Raises:
+        UserError: the model reads no images, or treats their shapes in a way of its own.
+    """
+    own = getattr(processor, "image_processor", None)
+    if own is None:
+        raise UserError(f"model.image_aspect_ratio: '{path}' reads text only; leave the option out")
+    family = type(own).__name__.removesuffix("Fast").removesuffix("Pil")
+    if family not in ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"):
+        raise UserError(
+            f"model.image_aspect_ratio: '{path}' has a {type(own).__name__}, which treats shapes of images in its own "
+            "way; 'pad' is for models that take square images (CLIP's, SigLIP's or LLaVA's processor); leave it out"
+        )
+    # Nothing is left to crop: what the crop would leave is the size to come to.
+    size = own.crop_size if getattr(own, "do_center_crop", None) else own.size
+    kept = {name: getattr(own, name) for name in _KEPT}
+    processor.image_processor = _llavas(own)(**kept, size=dict(size), do_center_crop=False, do_pad=True)
+
+
+def _llavas(own: Any) -> Any:
+    """LLaVA's image processor, with Pillow or with torchvision as the model's `own` one is."""
+    if any(base.__name__ == "PilBackend" for base in type(own).__mro__):
+        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+        return LlavaImageProcessorPil
+    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
+    return LlavaImageProcessor
+
+
+def crops(processor: Any) -> bool:
+    """Whether the processor cuts off the longer sides of an image that is not square."""
+    own = getattr(processor, "image_processor", None)
+    fits = getattr(own, "do_pad", None) or not getattr(own, "do_center_crop", None)
+    return own is not None and not fits and "shortest_edge" in (getattr(own, "size", None) or {})
+
+
+def refuse_cropped_boxes(processor: Any, images: Iterable[Path], title: str) -> None:
+    """Raise where answers are boxes in images that the processor crops.
+
+    Args:
+        processor: of the model.
+        images: files; the first that is not square decides.
+        title: of the task, for the error.
+
+    Raises:
+        UserError: an image is not square, and the processor crops.
+    """
+    if not crops(processor):
+        return
+    for path in images:
+        try:
+            with Image.open(path) as picture:  # the header alone
+                width, height = picture.size
+        except OSError:  # another check's to report
+            continue
+        if width != height:
+            raise UserError(
+                f"{title}: answers are boxes, image {path} has {width} x {height} pixels, and the model's processor "
+                "crops to the square in its middle, where no box is right; set model.image_aspect_ratio: pad (boxes "
+                "relative to the padded square, as `cotbal convert` writes them), or 'own' to crop all the same"
+            )

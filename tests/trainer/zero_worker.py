@@ -1,6 +1,6 @@
 """Run under torchrun by test_zero_gradients.py: gradients of one optimizer step under DeepSpeed, saved by rank 0.
 
-    torchrun --nproc_per_node R tests/trainer/zero_worker.py MODEL_DIR BATCH.pt OUT.pt
+    torchrun --nproc_per_node R tests/trainer/zero_worker.py MODEL_DIR BATCHES.pt OUT.pt
 
 A raw ``deepspeed.initialize`` loop, independent of the Trainer subclass: it checks the loss, not the plumbing.
 """
@@ -59,10 +59,14 @@ def gradients(model_dir: str, batch: dict[str, Any], stage: int, micro_batches: 
 
 
 def main() -> None:
-    model_dir, batch_path, out = sys.argv[1:4]
+    model_dir, batches, out = sys.argv[1:4]
     deepspeed.init_distributed("gloo")
-    batch = torch.load(batch_path)
-    results = {(stage, k): gradients(model_dir, batch, stage, k) for stage in STAGES for k in MICRO_BATCHES}
+    results = {
+        (name, stage, k): gradients(model_dir, batch, stage, k)
+        for name, batch in torch.load(batches).items()
+        for stage in STAGES
+        for k in MICRO_BATCHES
+    }
     if torch.distributed.get_rank() == 0:
         torch.save(results, out)
     torch.distributed.barrier()

@@ -107,6 +107,11 @@ class TrainingConfig(Options):
         description="what ZeRO keeps in the host's memory: optimizer states and steps (stage 1 to 3), with "
         "`parameters` also the parameters that are not in use (stage 3)",
     )
+    overlap_comm: bool = Field(
+        False,
+        description="ZeRO reduces gradients while the backward pass goes on: less waiting for a slow network; off, "
+        "since races were reported in it (DeepSpeed issues 5545, 8061)",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
     logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="optimizer steps per line of log.jsonl")
     report_to: list[str] = Field(
@@ -131,7 +136,14 @@ class TrainingConfig(Options):
 
     def fingerprint(self) -> dict[str, Any]:
         """What results depend on."""
-        no_matter = {"logging_steps", "save_steps", "dataloader_workers", "gradient_checkpointing", "report_to"}
+        no_matter = {
+            "logging_steps",
+            "save_steps",
+            "dataloader_workers",
+            "gradient_checkpointing",
+            "report_to",
+            "overlap_comm",
+        }
         if not self.learning_rates:  # younger than the fingerprints of older runs: without it, nothing has changed
             no_matter.add("learning_rates")
         return self.model_dump(mode="json", exclude=no_matter)

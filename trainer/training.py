@@ -120,7 +120,7 @@ def deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "zero_optimization": {
             "stage": training.zero_stage,
-            "overlap_comm": False,
+            "overlap_comm": training.overlap_comm,
             "contiguous_gradients": True,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,

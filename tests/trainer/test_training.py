@@ -151,6 +151,7 @@ def test_training_equals_a_plain_loop(
         batch_size=batch_size,
         zero_stage=zero[0],
         offload=zero[1],
+        overlap_comm=zero[0] >= 2,
         learning_rates={"multi_modal_projector": 2e-3, "layers.0.mlp": 3e-2},
         aggregation=aggregation,
     )

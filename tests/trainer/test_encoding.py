@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ RECORDS = [TEXT, TURNS, IMAGE, IMAGES]
 class Features:
     """Features that name their image: every entry is the number in the file's name."""
 
-    def __getitem__(self, path: Path) -> Tensor:
-        return torch.full((PATCHES, CHANNELS), float(path.stem.split("_")[-1]))
+    def of(self, paths: Sequence[Path]) -> list[Tensor]:
+        return [torch.full((PATCHES, CHANNELS), float(path.stem.split("_")[-1])) for path in paths]
 
     def example(self) -> Tensor:
         return torch.ones(PATCHES, CHANNELS)

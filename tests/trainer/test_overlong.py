@@ -8,13 +8,15 @@ from threading import Event
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from trainer.config import TaskConfig, parse_config
 from trainer.data.collator import MixtureDataset
 from trainer.data.encoding import ConversationEncoder
-from trainer.data.lengths import SampleLength, exact_counter, measure_all
+from trainer.data.lengths import SampleLength, measure_all, token_counter
 from trainer.data.packing import PackedDataset
+from trainer.data.records import Record, Turn
 from trainer.errors import UserError
 from trainer.models.loading import load_processor
 from trainer.pipeline.preflight import check_config, check_run, check_validation
@@ -157,27 +159,38 @@ def test_a_training_refuses_by_itself(data: dict[str, Any], tmp_path: Path) -> N
         training_samples(spec, encoder, tasks, [task.train for task in tasks])
 
 
-class TestExactCounter:
-    def test_no_image_is_opened_where_all_are_alike(self, pixel_model: Path) -> None:
-        encoder = ConversationEncoder(load_processor(str(pixel_model)), 77)
-        counter = exact_counter(encoder)
-        assert counter is not encoder
-        assert (counter.features is not None, counter.max_length) == (True, 77)
+class TestCounter:
+    def test_no_image_is_opened_where_all_are_alike(self, data: dict[str, Any], tmp_path: Path) -> None:
+        config = parse_config(data, "x")
+        assert not isinstance(config.tasks, str)
+        task = load_task(config.tasks[0])
+        processor = load_processor(config.model.path)
+        counted = token_counter(processor, 10_000).training_sample(task.train[0], tmp_path.joinpath)
+        whole = ConversationEncoder(processor, 10_000).training_sample(task.train[0], task.image_path)
+        assert (counted.input_ids, counted.labels) == (whole.input_ids, whole.labels)
 
-    def test_images_of_different_lengths_are_looked_at(self, pixel_model: Path, monkeypatch: Any) -> None:
-        encoder = ConversationEncoder(load_processor(str(pixel_model)), 77)
+    def test_a_header_is_read_where_sizes_count(self, pixel_model: Path, tmp_path: Path) -> None:
+        own = load_processor(str(pixel_model))
 
         class Tiles:
             """A processor that gives a wide image more tokens."""
 
-            image_processor = encoder.processor.image_processor
-            tokenizer, chat_template, image_token = encoder.tokenizer, encoder.processor.chat_template, "<image>"
+            image_processor, tokenizer = own.image_processor, own.tokenizer
+            chat_template, image_token = own.chat_template, "<image>"
 
-            def __call__(self, text: str, images: list[Image.Image], **options: Any) -> dict[str, Any]:
-                return {"input_ids": [[1] * (1 + images[0].width // 300)]}
+            def __call__(self, text: list[str], images: list[list[Image.Image]], **options: Any) -> dict[str, Any]:
+                count = sum(1 + picture.width // 300 for picture in images[0])
+                return {"input_ids": torch.ones(1, count, dtype=torch.long)}
 
-        tiled = ConversationEncoder(Tiles(), 77)
-        assert exact_counter(tiled) is tiled
+        counter = token_counter(Tiles(), 500)
+        record = Record("a", ("a.png",), (Turn("<image>\nWhat?", "no"),), ())
+        lengths = []
+        for width in (10, 310, 950):
+            Image.new("RGB", (width, 10)).save(tmp_path / "a.png")
+            lengths.append(len(counter.training_sample(record, tmp_path.joinpath).input_ids))
+        assert [length - lengths[0] for length in lengths] == [0, 1, 3]
+        (tmp_path / "a.png").unlink()  # another check's to report
+        assert len(counter.training_sample(record, tmp_path.joinpath).input_ids) == lengths[0]
 
 
 def test_problems_of_all_samples_are_counted() -> None:

@@ -93,7 +93,8 @@ def check_files(
     Args:
         paths: ``.json`` lists or ``.jsonl`` files of records.
         image_root: decode every image below it, once each; None leaves images alone.
-        tokenizer: a model folder; its chat template and processor count tokens exactly as training does.
+        tokenizer: a model folder; its chat template and processor count tokens exactly as training does. Models that
+            tile images need `image_root` for that: without it every image counts as a small one.
         max_length: longest sample in tokens.
         batch_size: records per optimizer step, over all devices.
         epochs: passes over the records.
@@ -101,7 +102,7 @@ def check_files(
     Raises:
         UserError: a file or folder is missing, or the tokenizer cannot be used.
     """
-    encode = _encoder(tokenizer, max_length) if tokenizer else None
+    encode = _encoder(tokenizer, max_length, image_root or Path()) if tokenizer else None
     verdicts: dict[str, str | None] = {}
     result = CheckResult([], [], batch_size, epochs, encode is not None)
     for path in paths:
@@ -163,8 +164,8 @@ def _with_verdicts(found: Iterator[Found], root: Path, verdicts: dict[str, str |
             yield from ahead
 
 
-def _encoder(folder: Path, max_length: int) -> Callable[[Record], tuple[int, int, bool]]:
-    """Counts (tokens, supervised tokens, whether it is cut) of a record, without opening its images."""
+def _encoder(folder: Path, max_length: int, image_root: Path) -> Callable[[Record], tuple[int, int, bool]]:
+    """Counts (tokens, supervised tokens, whether it is cut) of a record, without decoding its images."""
     from trainer.data.lengths import token_counter
     from trainer.models.loading import load_processor
 
@@ -175,7 +176,7 @@ def _encoder(folder: Path, max_length: int) -> Callable[[Record], tuple[int, int
     whole = token_counter(processor, 2**40)
 
     def count(record: Record) -> tuple[int, int, bool]:
-        encoded = whole.training_sample(record, lambda image: folder / image)
+        encoded = whole.training_sample(record, lambda image: image_root / image)
         supervised = sum(label >= 0 for label in encoded.labels[1:max_length])
         if not supervised:
             raise UserError(f"record '{record.id}': no supervised token within {max_length} tokens")

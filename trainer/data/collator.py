@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded
+from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded, join
 from trainer.data.records import Record
 from trainer.tasks import Task
 
@@ -57,33 +57,34 @@ class Collator:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         encoded: list[Encoded] = [sample["encoded"] for sample in samples]
-        padding = self.blank_image if not any(sample.image_inputs for sample in encoded) else None
-        extra = len(padding.input_ids) if padding else 0
-        width = max(len(sample.input_ids) + (extra if row == 0 else 0) for row, sample in enumerate(encoded))
-        input_ids = torch.full((len(encoded), width), self.pad_token_id)
-        labels = torch.full((len(encoded), width), IGNORE_INDEX)
-        attention_mask = torch.zeros((len(encoded), width), dtype=torch.long)
-        for row, sample in enumerate(encoded):
-            length = len(sample.input_ids)
-            input_ids[row, :length] = torch.tensor(sample.input_ids)
-            labels[row, :length] = torch.tensor(sample.labels)
-            attention_mask[row, :length] = 1
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
+        blank = self.blank_image if not any(sample.image_inputs for sample in encoded) else None
+        shown = [sample.input_ids for sample in encoded]
+        types = {name: [sample.token_types[name] for sample in encoded] for name in encoded[0].token_types}
+        if blank:
+            shown[0] = shown[0] + blank.input_ids
+            for name, rows in types.items():
+                rows[0] = rows[0] + blank.token_types[name]
+        width = max(map(len, shown))
+        return {
+            "input_ids": pad(shown, self.pad_token_id, width),
+            "attention_mask": pad([[1] * len(sample.input_ids) for sample in encoded], 0, width),
+            "labels": pad([sample.labels for sample in encoded], IGNORE_INDEX, width),
             "loss_task_ids": torch.tensor([sample["task_id"] for sample in samples]),
+            **{name: pad(rows, 0, width) for name, rows in types.items()},
+            **stack_images([blank] if blank else encoded),
         }
-        if padding:
-            start = len(encoded[0].input_ids)
-            input_ids[0, start : start + extra] = torch.tensor(padding.input_ids)
-            encoded = [padding]
-        return batch | stack_images(encoded)
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int, width: int, side: Literal["left", "right"] = "right") -> Tensor:
+    """``[B, width]`` int64, every row filled up on that side."""
+    padded = torch.full((len(rows), width), fill)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(len(row))
+        padded[index, place] = torch.tensor(row, dtype=torch.long)
+    return padded
 
 
 def stack_images(samples: Sequence[Encoded]) -> dict[str, Tensor]:
-    """The image inputs of several samples, one after the other along the first dimension."""
+    """The image inputs of several samples together."""
     keys = {key: None for sample in samples for key in sample.image_inputs}
-    return {
-        key: torch.cat([sample.image_inputs[key] for sample in samples if key in sample.image_inputs]) for key in keys
-    }
+    return {key: join([sample.image_inputs[key] for sample in samples if key in sample.image_inputs]) for key in keys}

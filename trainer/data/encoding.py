@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,12 @@ from trainer.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from trainer.errors import UserError
 
 IGNORE_INDEX = -100
-_TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_UNSUPPORTED = {
+    "cross_attention_mask": "it attends to images outside of the sequence",
+    "labels": "its prompts attend in both directions, and it marks them by itself",
+}
+_TEXT_INPUTS = {"input_ids", "attention_mask", *_TOKEN_TYPES}
 
 
 class TooLongError(UserError):
@@ -32,9 +38,10 @@ class TooLongError(UserError):
 
 
 class ImageFeatures(Protocol):
-    """Features ``[P, C]`` of images by path, used in place of pixels."""
+    """Features of images, used in place of pixels."""
 
-    def __getitem__(self, path: Path) -> Tensor: ...
+    def of(self, paths: Sequence[Path]) -> list[Tensor]:
+        """``[P, C]`` for each of the images that stand in one text."""
 
     def example(self) -> Tensor:
         """Features of some image, for their shape."""
@@ -42,17 +49,53 @@ class ImageFeatures(Protocol):
 
 @dataclass
 class Encoded:
-    """One sample. ``image_inputs`` is what the model's forward takes besides text, stacked over its images."""
+    """One sample.
+
+    Attributes:
+        input_ids: its tokens.
+        labels: of each token, ``IGNORE_INDEX`` where it carries no loss.
+        image_inputs: what the model's forward takes besides text, of all its images.
+        truncated: whether it was longer than the limit.
+        token_types: for models that are told which tokens are an image's, one number for each token.
+    """
 
     input_ids: list[int]
     labels: list[int]
     image_inputs: dict[str, Tensor] = field(default_factory=dict)
     truncated: bool = False
+    token_types: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def supervised(self) -> int:
         """Tokens that carry loss; the first position has none before it to predict it."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What the processor makes of a part of a conversation."""
+
+    ids: list[int]
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)
+    token_types: dict[str, list[int]] = field(default_factory=dict)
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Image inputs one after the other along the first dimension.
+
+    Images of other sizes, or of other numbers of tiles, are filled up with zeros at the end of each dimension, as
+    processors do in a batch; models tell by their other inputs, or by the zeros, what is no image.
+    """
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    if all(list(part.shape[1:]) == shape for part in parts):
+        return torch.cat(list(parts))
+    whole = parts[0].new_zeros((sum(part.shape[0] for part in parts), *shape))
+    start = 0
+    for part in parts:
+        place = (slice(start, start + part.shape[0]), *map(slice, part.shape[1:]))
+        whole[place] = part
+        start += part.shape[0]
+    return whole
 
 
 class ConversationEncoder:
@@ -78,28 +121,36 @@ class ConversationEncoder:
         Raises:
             UserError: an image's tokens do not fit into ``max_length``, or no supervised token is left.
         """
-        encoded = Encoded([], [])
         self._check_images(record)
         pieces = self._pieces(record.turns)
         self._check_placeholders("".join(text for text, _ in pieces), record)
         images = iter(record.images)
         used = [[image_path(next(images)) for _ in range(text.count(self.image_token))] for text, _ in pieces]
-        tokens = self._tokenize([text for text, _ in pieces], used)
-        for (_, supervised), (ids, image_inputs) in zip(pieces, tokens, strict=True):
+        if sum(map(bool, used)) > 1 and not self._one_by_one:
+            raise UserError(
+                f"record '{record.id}' has images in several turns, and the model's processor makes less of an image "
+                "among others; put all of them into the first question"
+            )
+        encoded = Encoded([], [], token_types={name: [] for name in self._token_types})
+        for (_, supervised), piece in zip(pieces, self._tokenize([text for text, _ in pieces], used), strict=True):
+            ids = piece.ids
             if supervised and self.tokenizer.eos_token_id not in ids and not self._ends_turn(ids):
                 ids = [*ids, self.tokenizer.eos_token_id]  # a template without an end mark never teaches stopping
             encoded.input_ids += ids
             encoded.labels += ids if supervised else [IGNORE_INDEX] * len(ids)
-            for key, value in image_inputs.items():
+            for name, types in encoded.token_types.items():
+                types += piece.token_types.get(name, [0] * len(ids))
+            for key, value in piece.image_inputs.items():
                 held = encoded.image_inputs.get(key)
-                encoded.image_inputs[key] = value if held is None else torch.cat([held, value])
-            if image_inputs and len(encoded.input_ids) > self.max_length:
+                encoded.image_inputs[key] = value if held is None else join([held, value])
+            if piece.image_inputs and len(encoded.input_ids) > self.max_length:
                 raise TooLongError(
                     f"record '{record.id}': its images and the text around them need {len(encoded.input_ids)} "
                     f"tokens, more than model.max_length = {self.max_length}; raise max_length"
                 )
         encoded.truncated = len(encoded.input_ids) > self.max_length
-        del encoded.input_ids[self.max_length :], encoded.labels[self.max_length :]
+        for row in (encoded.input_ids, encoded.labels, *encoded.token_types.values()):
+            del row[self.max_length :]
         if not encoded.supervised:
             problem = TooLongError if encoded.truncated else UserError
             remedy = "; raise model.max_length or take the record out" if encoded.truncated else ""
@@ -111,19 +162,21 @@ class ConversationEncoder:
         self._check_images(record)
         (text,) = self._render([self._messages(record.turns)[:-1]], add_generation_prompt=True)
         self._check_placeholders(text, record)
-        ((ids, image_inputs),) = self._tokenize([text], [[image_path(image) for image in record.images]])
-        return Encoded(ids, [IGNORE_INDEX] * len(ids), image_inputs)
+        (piece,) = self._tokenize([text], [[image_path(image) for image in record.images]])
+        types = {name: piece.token_types.get(name, [0] * len(piece.ids)) for name in self._token_types}
+        return Encoded(piece.ids, [IGNORE_INDEX] * len(piece.ids), piece.image_inputs, token_types=types)
 
-    def blank_image(self) -> Encoded:
-        """Tokens and inputs of one black image, for a batch that would otherwise not call the vision tower."""
+    def blank_image(self, sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> Encoded:
+        """Tokens and inputs of a black image, for a batch that would otherwise not call the vision tower.
+
+        Args:
+            sizes: width and height in pixels, of each where there are to be several.
+        """
         if self.features is not None:
-            features_PC = torch.zeros_like(self.features.example())
-            return self._with_features(self.image_token, [features_PC])
-        out = self.processor(
-            text=self.image_token, images=[Image.new("RGB", (64, 64))], return_tensors="pt", add_special_tokens=False
-        )
-        ids = out["input_ids"][0].tolist()
-        return Encoded(ids, [IGNORE_INDEX] * len(ids), {k: v for k, v in out.items() if k not in _TEXT_INPUTS})
+            piece = self._with_features(self.image_token, [torch.zeros_like(self.features.example())])
+        else:
+            piece = self._with_pictures(self.image_token * len(sizes), [Image.new("RGB", size) for size in sizes])
+        return Encoded(piece.ids, [IGNORE_INDEX] * len(piece.ids), piece.image_inputs, token_types=piece.token_types)
 
     @property
     def reads_images(self) -> bool:
@@ -134,6 +187,21 @@ class ConversationEncoder:
     def image_token(self) -> str:
         """What stands for an image in rendered text."""
         return getattr(self.processor, "image_token", IMAGE_PLACEHOLDER)
+
+    @cached_property
+    def _token_types(self) -> tuple[str, ...]:
+        """Names of the inputs of this model that tell an image's tokens from others, in every sample."""
+        if self.features is not None or not self.reads_images:
+            return ()
+        return tuple(self.blank_image().token_types)
+
+    @cached_property
+    def _one_by_one(self) -> bool:
+        """Whether an image has as many tokens among others as alone."""
+        if self.features is not None:
+            return True
+        alone, together = (len(self.blank_image(((64, 64),) * count).input_ids) for count in (1, 2))
+        return together == 2 * alone
 
     def _check_images(self, record: Record) -> None:
         if record.images and not self.reads_images:
@@ -203,7 +271,7 @@ class ConversationEncoder:
             raise UserError("the model's processor has no chat template; add chat_template.jinja to the model folder")
         return template
 
-    def _tokenize(self, texts: list[str], images: list[list[Path]]) -> list[tuple[list[int], dict[str, Tensor]]]:
+    def _tokenize(self, texts: list[str], images: list[list[Path]]) -> list[_Piece]:
         """Token ids and image inputs of consecutive pieces of one conversation."""
         bos = self.tokenizer.bos_token
         special = not (bos and texts[0].startswith(bos))  # a template may write the first token itself
@@ -211,30 +279,48 @@ class ConversationEncoder:
         if special and not images[0]:
             plain[0] = self.tokenizer(texts[0])["input_ids"]
         return [
-            self._with_images(text, paths, special and index == 0) if paths else (ids, {})
+            self._with_images(text, paths, special and index == 0) if paths else _Piece(ids)
             for index, (text, ids, paths) in enumerate(zip(texts, plain, images, strict=True))
         ]
 
-    def _with_images(self, text: str, paths: list[Path], special: bool) -> tuple[list[int], dict[str, Tensor]]:
+    def _with_images(self, text: str, paths: list[Path], special: bool) -> _Piece:
         if self.features is not None:
-            sample = self._with_features(text, [self.features[path] for path in paths], special)
-            return sample.input_ids, sample.image_inputs
-        pictures = [Image.open(path).convert("RGB") for path in paths]
-        out = self.processor(text=text, images=pictures, return_tensors="pt", add_special_tokens=special)
-        return out["input_ids"][0].tolist(), {k: v for k, v in out.items() if k not in _TEXT_INPUTS}
+            return self._with_features(text, self.features.of(paths), special)
+        return self._with_pictures(text, [Image.open(path).convert("RGB") for path in paths], special)
 
-    def _with_features(self, text: str, features: list[Tensor], special: bool = False) -> Encoded:
+    def _with_pictures(self, text: str, pictures: list[Image.Image], special: bool = False) -> _Piece:
+        # Nested: the images of one text, of which some processors make less than of as many texts.
+        out = self.processor(text=[text], images=[pictures], return_tensors="pt", add_special_tokens=special)
+        for name, reason in _UNSUPPORTED.items():
+            if name in out:
+                raise UserError(
+                    f"the trainer does not support models with a {type(self.processor).__name__}: {reason}; choose a "
+                    "model whose images are tokens and whose attention is the same in training as in generation"
+                )
+        # Some tokenizers give types of their own, all 0, which models of images know nothing of.
+        types = {name: out[name][0].tolist() for name in _TOKEN_TYPES if name in out and out[name].any()}
+        inputs = {name: value for name, value in out.items() if name not in _TEXT_INPUTS}
+        return _Piece(out["input_ids"][0].tolist(), inputs, types)
+
+    def _with_features(self, text: str, features: list[Tensor], special: bool = False) -> _Piece:
         token = self.image_token
         head, *rest = text.split(token)
         for features_PC, tail in zip(features, rest, strict=True):
             head += token * features_PC.shape[0] + tail
-        ids = self.tokenizer(head, add_special_tokens=special)["input_ids"]
-        return Encoded(ids, [IGNORE_INDEX] * len(ids), {"pixel_values": torch.stack(features)})
+        return _Piece(
+            self.tokenizer(head, add_special_tokens=special)["input_ids"],
+            {"pixel_values": join([features_PC[None] for features_PC in features])},
+        )
 
     def _ends_turn(self, ids: list[int]) -> bool:
         """Whether the piece ends in a special token (``<|im_end|>`` and its like), blanks after it aside."""
-        special = set(self.tokenizer.all_special_ids)
-        return any(token in special for token in ids[-2:])
+        return any(token in self._special_ids for token in ids[-2:])
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        """Those with a name, and those without one (Gemma's ``<end_of_turn>``)."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {*self.tokenizer.all_special_ids, *(token for token, content in added.items() if content.special)}
 
 
 def _message(role: str, text: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How long samples are before training starts: counted without opening an image where that is exact.
+"""How long samples are before training starts, counted without decoding an image.
 
 Packing needs every length, and so does a rule for samples longer than ``model.max_length`` (``training.overlong``).
 """
@@ -19,7 +19,7 @@ from trainer.data.encoding import ConversationEncoder, TooLongError
 from trainer.data.records import Record
 from trainer.errors import UserError
 
-_SIZES = ((64, 64), (900, 150), (640, 480))  # pixels; a model that tiles images gives each its own number of tokens
+_SIZES = [(64, 64), (900, 150), (640, 480)]  # pixels; a model that tiles images gives each its own number of tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,43 +35,50 @@ class SampleLength:
         return self.tokens == 0
 
 
-class BlankImages:
-    """Stands in for image features when only tokens are counted: every image has as many as a blank one.
+class ImageLengths:
+    """Stands in for image features when only tokens are counted: as many as the processor makes of images of a size.
 
-    Models that cut an image into a number of tiles that depends on its size may need more for a large one.
+    They are found once for every size, with blank images. Where all sizes have the same number no file is opened, else
+    its header. One that cannot be read counts as a small image; to report it is another check's.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self._features_P0 = torch.empty(tokens, 0)
+    def __init__(self, plain: ConversationEncoder) -> None:
+        self._plain = plain
+        self._found: dict[tuple[tuple[int, int], ...], int] = {}
+        one = self._tokens(_SIZES[:1])
+        alike = all(self._tokens([size]) == one for size in _SIZES) and self._tokens(_SIZES[:2]) == 2 * one
+        self._each = one if alike else None
 
-    def __getitem__(self, path: Path) -> Tensor:
-        return self._features_P0
+    def of(self, paths: Sequence[Path]) -> list[Tensor]:
+        if self._each is not None:
+            return [torch.empty(self._each, 0) for _ in paths]
+        # Together they may have fewer than one by one: the first stands for all.
+        first = self._tokens([_size(path) for path in paths]) - len(paths) + 1
+        return [torch.empty(first, 0), *(torch.empty(1, 0) for _ in paths[1:])]
 
     def example(self) -> Tensor:
-        return self._features_P0
+        return torch.empty(self._tokens(_SIZES[:1]), 0)
+
+    def _tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        key = tuple(sizes)
+        if key not in self._found:
+            self._found[key] = len(self._plain.blank_image(sizes).input_ids)
+        return self._found[key]
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except OSError:
+        return _SIZES[0]
 
 
 def token_counter(processor: Any, max_length: int) -> ConversationEncoder:
-    """An encoder that lays out tokens and labels without opening an image."""
+    """An encoder that lays out tokens and labels, as many as of the processor's own, without decoding an image."""
     plain = ConversationEncoder(processor, max_length)
-    if not plain.reads_images:
-        return plain
-    return ConversationEncoder(processor, max_length, BlankImages(len(plain.blank_image().input_ids)))
-
-
-def exact_counter(encoder: ConversationEncoder) -> ConversationEncoder:
-    """The cheapest encoder whose lengths are those of `encoder`, whatever the images.
-
-    Where every image has the same number of tokens none is opened; a model that tiles images gets `encoder` itself.
-    """
-    if encoder.features is not None or not encoder.reads_images:
-        return encoder
-    token = encoder.image_token
-    counts = {
-        len(encoder.processor(text=token, images=[Image.new("RGB", size)], add_special_tokens=False)["input_ids"][0])
-        for size in _SIZES
-    }
-    return token_counter(encoder.processor, encoder.max_length) if len(counts) == 1 else encoder
+    return ConversationEncoder(processor, max_length, ImageLengths(plain)) if plain.reads_images else plain
 
 
 def sample_length(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trainer.data.collator import stack_images
+from trainer.data.collator import pad, stack_images
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded
 from trainer.data.records import Record
 from trainer.errors import UserError
@@ -90,16 +90,15 @@ class BatchScorer:
             ) from error
 
     def _answers(self, encoded: Sequence[Encoded], max_new_tokens: int) -> Scored:
-        input_ids_BS, attention_mask_BS = self._pad(encoded, "left")
+        text = self._text(encoded, "left")  # generation goes on at the right end
         generated_BN = self.model.generate(  # type: ignore[operator]  # any transformers model that generates
-            input_ids=input_ids_BS,
-            attention_mask=attention_mask_BS,
+            **text,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=self.tokenizer.pad_token_id,
             **self._images(encoded),
-        )[:, input_ids_BS.shape[1] :].cpu()
+        )[:, text["input_ids"].shape[1] :].cpu()
         texts = self.tokenizer.batch_decode(generated_BN, skip_special_tokens=True)
         return Scored([{"prediction": text.strip()} for text in texts], self._until_end(generated_BN))
 
@@ -118,31 +117,27 @@ class BatchScorer:
         if not self._patched:
             apply_fused_loss(self.model, num_tasks=self.batch_size)
             self._patched = True
-        input_ids_BS, attention_mask_BS = self._pad(encoded, "right")
-        labels_BS = torch.full_like(input_ids_BS, IGNORE_INDEX)
-        for row, one in enumerate(encoded):
-            labels_BS[row, : len(one.labels)] = torch.tensor(one.labels)
+        text = self._text(encoded, "right")
+        labels_BS = pad([one.labels for one in encoded], IGNORE_INDEX, text["input_ids"].shape[1])
         out = self.model(
-            input_ids=input_ids_BS,
-            attention_mask=attention_mask_BS,
-            labels=labels_BS,
-            loss_task_ids=torch.arange(len(encoded), device=input_ids_BS.device),
+            **text,
+            labels=labels_BS.to(self._device),
+            loss_task_ids=torch.arange(len(encoded), device=self._device),
             **self._images(encoded),
         )
         sums, tokens = out.task_loss.tolist(), out.task_tokens.tolist()
         return Scored([{"loss_sum": sums[row], "tokens": tokens[row]} for row in range(len(encoded))], 0)
 
-    def _pad(self, encoded: Sequence[Encoded], side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask ``[B, S]`` int64 on the model's device; generation goes on at the right end."""
+    def _text(self, encoded: Sequence[Encoded], side: Literal["left", "right"]) -> dict[str, Tensor]:
+        """Token ids, attention mask and token types, each ``[B, S]`` int64 on the model's device."""
         width = max(len(one.input_ids) for one in encoded)
-        input_ids_BS = torch.full((len(encoded), width), self.tokenizer.pad_token_id)
-        attention_mask_BS = torch.zeros((len(encoded), width), dtype=torch.long)
-        for row, one in enumerate(encoded):
-            length = len(one.input_ids)
-            place = slice(width - length, width) if side == "left" else slice(length)
-            input_ids_BS[row, place] = torch.tensor(one.input_ids)
-            attention_mask_BS[row, place] = 1
-        return input_ids_BS.to(self._device), attention_mask_BS.to(self._device)
+        rows = {
+            "input_ids": pad([one.input_ids for one in encoded], self.tokenizer.pad_token_id, width, side),
+            "attention_mask": pad([[1] * len(one.input_ids) for one in encoded], 0, width, side),
+        }
+        for name in encoded[0].token_types:
+            rows[name] = pad([one.token_types[name] for one in encoded], 0, width, side)
+        return {name: row_BS.to(self._device) for name, row_BS in rows.items()}
 
     def _images(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
         dtype = next(self.model.parameters()).dtype

@@ -12,13 +12,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from PIL import Image
-
 from trainer.data.encoding import ConversationEncoder, Encoded
-from trainer.data.lengths import BlankImages
+from trainer.data.lengths import token_counter
 from trainer.data.records import Record
 from trainer.evaluation.generation import encode
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
@@ -74,38 +71,11 @@ def _path(spec: EvaluationSpec) -> Path:
 
 
 def prompt_sizes(encoder: ConversationEncoder) -> Callable[[Record, EvaluationSet], int]:
-    """A function for the length of a record in tokens that decodes no image.
-
-    Every image is measured as one token plus what its size expands to: the same for all images with most models,
-    else found once per image size. Should a processor look at more than the size, the order of the records is less
-    tight and nothing else changes.
-    """
-    if encoder.features is not None or not encoder.reads_images:
-        return lambda record, chosen: len(_encode(encoder, record, chosen).input_ids)
-    plain = ConversationEncoder(encoder.processor, encoder.max_length, BlankImages(1))
-    tokens = _image_tokens(encoder)
-
-    def size(record: Record, chosen: EvaluationSet) -> int:
-        length = len(_encode(plain, record, chosen).input_ids)
-        return length + sum(tokens(chosen.image_path(image)) - 1 for image in record.images)
-
-    return size
+    """A function for the length of a record in tokens that decodes no image."""
+    plain = encoder if encoder.features is not None else token_counter(encoder.processor, encoder.max_length)
+    return lambda record, chosen: len(_encode(plain, record, chosen).input_ids)
 
 
 def _encode(encoder: ConversationEncoder, record: Record, chosen: EvaluationSet) -> Encoded:
     (encoded,) = encode(encoder, chosen, [record])
     return encoded
-
-
-def _image_tokens(encoder: ConversationEncoder) -> Callable[[Path], int]:
-    @cache
-    def of_size(size: tuple[int, int]) -> int:
-        found = encoder.processor(text=encoder.image_token, images=[Image.new("RGB", size)], add_special_tokens=False)
-        return len(found["input_ids"][0])
-
-    def of_file(path: Path) -> int:
-        with Image.open(path) as picture:  # the header only
-            return of_size(picture.size)
-
-    counts = {of_size(size) for size in _PROBES}
-    return (lambda path: next(iter(counts))) if len(counts) == 1 else of_file

@@ -35,6 +35,10 @@ class FeatureStore:
             raise UserError(f"no cached features for image {path}; delete the run's features folder and run again")
         return torch.from_numpy(self._features[row].astype(np.float32))
 
+    def of(self, paths: Sequence[Path]) -> list[Tensor]:
+        """``[P, C]`` of each of several images."""
+        return [self[path] for path in paths]
+
     def example(self) -> Tensor:
         """Features of some image, for their shape."""
         return torch.from_numpy(self._features[0].astype(np.float32))

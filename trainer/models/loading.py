@@ -28,7 +28,7 @@ def load_processor(path: str, aspect_ratio: AspectRatio | None = None, *, local_
     """
     try:
         processor = AutoProcessor.from_pretrained(path, local_files_only=local_only)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: torchvision, which many processors need
         raise UserError(f"model.path '{path}': no processor could be loaded ({error})") from error
     if aspect_ratio == "pad":
         pad_to_square(processor, path)
@@ -102,7 +102,10 @@ def freeze(model: nn.Module, config: ModelConfig, path: str, images: bool) -> No
     for part in config.freeze:
         names = [name for name, _ in model.named_parameters() if part in name]
         if not names and part not in excused:
-            raise UserError(f"model.freeze: no parameter of '{path}' has '{part}' in its name")
+            parts = dict.fromkeys(".".join(name.split(".")[:2]) for name, _ in model.named_parameters())
+            raise UserError(
+                f"model.freeze: no parameter of '{path}' has '{part}' in its name; its parts are {', '.join(parts)}"
+            )
         for name, parameter in model.named_parameters():
             if part in name:
                 parameter.requires_grad_(False)

@@ -1,0 +1,186 @@
+"""Training and evaluation on families of LMMs that differ in what an image is: tiles, positions, masks, types.
+
+The reference is each model's own processor on the whole conversation, and the unpatched model on one sample at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from families import CHATML, FAMILIES, SIDE, make, make_image_processor, make_tokenizer
+from PIL import Image
+
+from cotbal_kernels.huggingface import apply_fused_loss
+from trainer.data.collator import Collator
+from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
+from trainer.data.lengths import token_counter
+from trainer.data.records import Record, Turn
+from trainer.errors import UserError
+from trainer.evaluation.generation import BatchScorer
+from trainer.evaluation.spec import EvaluationSet
+
+SIZES = {"a": (60, 40), "b": (200, 50), "c": (48, 130)}  # of the images in pixels
+WIDE = Record("wide", ("a",), (Turn("<image>\nWhat colour is it?", "red"),), ())
+LONG = Record("long", ("b",), (Turn("<image>\nWhat is it?", "A long answer"), Turn("How much is it?", "It is 3.")), ())
+TEXT = Record("text", (), (Turn("How much is 2 plus one?", "It is 3."), Turn("What colour is it?", "green")), ())
+TWO = Record("two", ("c", "a"), (Turn("<image>\n<image>\nWhat colour is it?", "A red answer"),), ())
+APART = Record("apart", ("a", "c"), (Turn("<image>\nWhat is it?", "green"), Turn("<image>\nWhat is it?", "red")), ())
+RECORDS = [WIDE, LONG, TEXT, TWO, APART]
+
+
+@dataclass
+class Family:
+    name: str
+    model: Any
+    processor: Any
+    folder: Path
+
+    @property
+    def records(self) -> list[Record]:
+        """OneVision's processor makes less of an image among others, and takes them in one turn only."""
+        return [record for record in RECORDS if self.name != "llava_onevision" or record is not APART]
+
+    @property
+    def encoder(self) -> ConversationEncoder:
+        return ConversationEncoder(self.processor, 4096)
+
+    def image(self, name: str) -> Path:
+        return self.folder / f"{name}.png"
+
+    def messages(self, record: Record) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for turn in record.turns:
+            images = [{"type": "image"}] * turn.question.count("<image>")
+            question = {"type": "text", "text": turn.question.replace("<image>", "").strip()}
+            found.append({"role": "user", "content": [*images, question]})
+            found.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        return found
+
+    def processed(self, record: Record, prompt: bool = False) -> dict[str, torch.Tensor]:
+        """What the processor makes of the whole conversation, or of all before its last answer."""
+        messages = self.messages(record)[: -1 if prompt else None]
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        pictures = [Image.open(self.image(name)) for name in record.images]
+        bos = self.processor.tokenizer.bos_token
+        out = self.processor(
+            text=[text],
+            images=[pictures] if pictures else None,
+            return_tensors="pt",
+            add_special_tokens=not (bos and text.startswith(bos)),
+        )
+        return {name: value.double() if value.is_floating_point() else value for name, value in out.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for name, (width, height) in SIZES.items():
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request: pytest.FixtureRequest, folder: Path) -> Family:
+    return Family(request.param, *make(request.param), folder)
+
+
+def alone(family: Family, record: Record, labels: list[int]) -> tuple[float, int]:
+    """The unpatched model's summed cross-entropy of one sample, and its supervised tokens."""
+    with torch.no_grad():
+        logits = family.model(**family.processed(record)).logits[0, :-1]
+    targets = torch.tensor(labels)[1:]
+    sums = F.cross_entropy(logits.double(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return sums.item(), int((targets != IGNORE_INDEX).sum())
+
+
+def test_a_sample_is_what_the_processor_makes_of_it(family: Family) -> None:
+    for record in family.records:
+        encoded = family.encoder.training_sample(record, family.image)
+        assert encoded.input_ids == family.processed(record)["input_ids"][0].tolist(), record.id
+        answers = family.processor.tokenizer.decode([label for label in encoded.labels if label != IGNORE_INDEX])
+        for mark in ("<|im_end|>", "<end_of_turn>", "\n", "</s>"):
+            answers = answers.replace(mark, " ")
+        assert answers.split() == " ".join(turn.answer for turn in record.turns).split()
+
+
+def test_a_batch_has_the_loss_of_its_samples_one_by_one(family: Family) -> None:
+    """Images of different sizes and numbers, and none; last, text alone, which gets a blank image without effect."""
+    encoder = family.encoder
+    encoded = {record.id: encoder.training_sample(record, family.image) for record in family.records}
+    expected = {record.id: alone(family, record, encoded[record.id].labels) for record in family.records}
+    collate = Collator(encoder.tokenizer.pad_token_id, encoder.blank_image())
+    model, _ = make(family.name)
+    apply_fused_loss(model, num_tasks=1)
+    for names in ([record.id for record in family.records], ["wide", "text"], ["text"]):
+        batch = collate([{"encoded": encoded[name], "task_id": 0} for name in names])
+        inputs = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+        model.zero_grad()
+        found = model(**inputs)
+        sums, tokens = zip(*(expected[name] for name in names), strict=True)
+        # Positions and norms are float32 inside of some models.
+        assert found.loss.item() == pytest.approx(sum(sums) / sum(tokens), rel=1e-6), names
+        found.loss.backward()
+        seen = sum(
+            p.grad.abs().sum().item() for name, p in model.named_parameters() if "vis" in name and p.grad is not None
+        )
+        assert (seen == 0) == (names == ["text"])
+
+
+def test_answers_in_a_batch_are_those_of_one_prompt_at_a_time(family: Family) -> None:
+    chosen = EvaluationSet("x", (), family.folder, ("exact_match",), max_new_tokens=8)
+    prompts = [family.encoder.prompt(record, family.image) for record in family.records]
+    scorer = BatchScorer(family.model, family.processor.tokenizer, 8)
+    found = [result["prediction"] for result in scorer(chosen, prompts).results]
+    expected = []
+    for record in family.records:
+        inputs = family.processed(record, prompt=True)
+        out = family.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        text = family.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected.append(text.strip())
+    assert found == expected
+    assert len(set(expected)) > 2  # there is something to confuse
+
+
+def test_losses_of_given_answers(family: Family) -> None:
+    chosen = EvaluationSet("x", (), family.folder, ("perplexity",), max_new_tokens=8)
+    encoder, (model, _) = family.encoder, make(family.name)
+    encoded = [encoder.training_sample(record, family.image) for record in family.records]
+    found = BatchScorer(model, family.processor.tokenizer, 8)(chosen, encoded).results
+    for result, record, one in zip(found, family.records, encoded, strict=True):
+        sums, tokens = alone(family, record, one.labels)
+        assert (result["loss_sum"], result["tokens"]) == (pytest.approx(sums, rel=1e-6), tokens)
+
+
+def test_tokens_are_counted_without_decoding_an_image(family: Family, tmp_path: Path) -> None:
+    for name, size in SIZES.items():  # the same headers, other contents
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    counter = token_counter(family.processor, 4096)
+    for record in family.records:
+        counted = counter.training_sample(record, replace(family, folder=tmp_path).image)
+        encoded = family.encoder.training_sample(record, family.image)
+        assert (len(counted.input_ids), counted.supervised) == (len(encoded.input_ids), encoded.supervised), record.id
+
+
+def test_images_that_count_less_among_others_stand_in_one_turn(folder: Path) -> None:
+    encoder = ConversationEncoder(make("llava_onevision")[1], 4096)
+    message = r"record 'apart' has images in several turns, .*; put all of them into the first question"
+    with pytest.raises(UserError, match=message):
+        encoder.training_sample(APART, lambda name: folder / f"{name}.png")
+
+
+def test_a_model_that_marks_its_prompts_is_refused() -> None:
+    """PaliGemma, whose attention on a prompt is not that of training on causal tokens."""
+    images = make_image_processor("siglip", "SiglipImageProcessorPil", size={"height": SIDE, "width": SIDE})
+    images.image_seq_length = 16
+    text = make_tokenizer([], {"image_token": "<image>"}, bos="<bos>")
+    processor = transformers.PaliGemmaProcessor(images, text, chat_template=CHATML)
+    with pytest.raises(UserError, match=r"models with a PaliGemmaProcessor: its prompts attend in both directions"):
+        token_counter(processor, 128)

@@ -45,7 +45,7 @@ from trainer.loop.trainer import TaskWeightedTrainer
 from trainer.loop.validation import ValidationBatches
 from trainer.loop.weighting import Tasks, TaskWeighting
 from trainer.models.features import FeatureStore
-from trainer.models.loading import load_model, load_processor
+from trainer.models.loading import load_model, load_processor, stop_generation_at
 from trainer.models.lora import add_lora, save_merged
 from trainer.models.packable import finds_samples_in_one_row, refuse_unpackable
 from trainer.tasks import Task, load_task
@@ -343,6 +343,7 @@ def train(spec: TrainingSpec) -> None:
         save_merged(trainer.model, spec.model_path, spec.config, partial)
     if trainer.is_world_process_zero():
         processor.save_pretrained(partial)
+        stop_generation_at(partial, encoder.end_marks)
         shutil.rmtree(spec.output_dir / "model", ignore_errors=True)
         partial.rename(spec.output_dir / "model")
         shutil.rmtree(spec.output_dir / "checkpoints", ignore_errors=True)

@@ -24,7 +24,7 @@ from trainer.evaluation import evaluate
 from trainer.files import write_json
 from trainer.launching import LaunchConfig, run_training
 from trainer.loop.callbacks import COMPLETE
-from trainer.models.loading import load_model, load_processor
+from trainer.models.loading import load_model, load_processor, stop_generation_at
 from trainer.models.lora import adapted_layers, add_lora, save_merged
 from trainer.models.tiny_llava import train_tokenizer
 from trainer.pipeline.evaluations import evaluation_spec
@@ -66,6 +66,27 @@ class TestTextModel:
         assert all(parameter.requires_grad for parameter in model.parameters())
         with pytest.raises(UserError, match=r"model\.freeze: no parameter of .* has 'vision' in its name"):
             load_model(str(text_model), ModelConfig(freeze=["vision"]), torch.float32)
+
+    def test_a_temperature_without_sampling_is_no_hindrance(self, text_model: Path, tmp_path: Path) -> None:
+        """As Vicuna's folder has it; some versions of transformers load that and refuse to save it."""
+        folder = Path(shutil.copytree(text_model, tmp_path / "model"))
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+        load_model(str(folder), ModelConfig(freeze=[]), torch.float32).save_pretrained(tmp_path / "saved")
+        saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+        assert (saved["temperature"], saved["top_p"]) == (0.9, 0.6)
+
+    def test_generation_stops_where_answers_end(self, text_model: Path, tmp_path: Path) -> None:
+        """A base model's own end, and the mark of the template that it is trained on."""
+        folder = Path(shutil.copytree(text_model, tmp_path / "model"))
+        path = folder / "generation_config.json"
+        processor = load_processor(str(folder))
+        end = processor.convert_tokens_to_ids("</s>")
+        assert ConversationEncoder(processor, 100).end_marks == [end]
+        for given, wanted in ((7, [7, end]), ([7, end], [7, end]), (None, [end]), (end, end)):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": given}))
+            stop_generation_at(folder, ConversationEncoder(processor, 100).end_marks)
+            assert json.loads(path.read_text())["eos_token_id"] == wanted
 
     def test_its_template_gets_strings(self, text_model: Path) -> None:
         encoder = ConversationEncoder(load_processor(str(text_model)), 100)

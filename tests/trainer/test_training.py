@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,10 @@ def test_training_equals_a_plain_loop(
 
     Parts of the model have learning rates of their own; images are squares already, which padding leaves alone.
     """
-    run_data["model"]["image_aspect_ratio"] = "pad"
+    model = shutil.copytree(run_data["model"]["path"], tmp_path / "pretrained")
+    ends_nowhere = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": None}
+    (model / "generation_config.json").write_text(json.dumps(ends_nowhere))
+    run_data["model"] |= {"path": str(model), "image_aspect_ratio": "pad"}
     found = run(
         run_data,
         tmp_path / "out",
@@ -162,7 +166,10 @@ def test_training_equals_a_plain_loop(
     assert [line["loss"] for line in lines] == pytest.approx(losses, abs=2e-5)
     assert_same(found, expected, 2e-4)
     assert max(line["learning_rate"] for line in lines) == 1e-2  # of the parts that have none of their own
-    assert load_processor(str(tmp_path / "out" / "model")).image_processor.do_pad  # and so it was in the training
+    processor = load_processor(str(tmp_path / "out" / "model"))
+    assert processor.image_processor.do_pad  # and so it was in the training
+    saved = json.loads((tmp_path / "out" / "model" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [processor.tokenizer.eos_token_id]  # of the chat template
 
 
 def test_bf16_follows_the_fp32_loop(run_data: dict[str, Any], tmp_path: Path) -> None:

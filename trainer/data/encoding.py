@@ -178,6 +178,13 @@ class ConversationEncoder:
             piece = self._with_pictures(self.image_token * len(sizes), [Image.new("RGB", size) for size in sizes])
         return Encoded(piece.ids, [IGNORE_INDEX] * len(piece.ids), piece.image_inputs, token_types=piece.token_types)
 
+    @cached_property
+    def end_marks(self) -> list[int]:
+        """Tokens that end an answer, where generation is to stop."""
+        _, (answer, _) = self._pieces([Turn("probe", "probe")])
+        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return [token for token in ids[-2:] if token in self._special_ids] or [self.tokenizer.eos_token_id]
+
     @property
     def reads_images(self) -> bool:
         """Whether the model takes images; a tokenizer alone belongs to one that reads text only."""

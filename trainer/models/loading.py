@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 import trainer.models.efficientnet_lite  # noqa: F401  registers the built-in model's vision tower
@@ -81,7 +89,22 @@ def load_model(path: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.path '{path}': no model could be loaded ({error})") from error
     freeze(model, config, path, images)
+    _make_savable(model)
     return model
+
+
+def _make_savable(model: Any) -> None:
+    """Mends generation settings that some versions of transformers load but do not save: temperature without sampling.
+
+    Otherwise a training would end at its first checkpoint. Evaluation samples in no case.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
 
 
 def empty_model(config: Any, options: ModelConfig) -> Any:
@@ -109,6 +132,20 @@ def freeze(model: nn.Module, config: ModelConfig, path: str, images: bool) -> No
         for name, parameter in model.named_parameters():
             if part in name:
                 parameter.requires_grad_(False)
+
+
+def stop_generation_at(folder: Path, tokens: Sequence[int]) -> None:
+    """Adds tokens to those at which a saved model's generation ends.
+
+    A base model ends at the end of a text; what it was trained on ends answers with a mark of the chat template.
+    """
+    config = GenerationConfig.from_pretrained(folder)
+    ends = config.eos_token_id
+    known = [ends] if isinstance(ends, int) else list(ends or [])
+    new = [token for token in tokens if token not in known]
+    if new:
+        config.eos_token_id = [*known, *new]
+        config.save_pretrained(folder)
 
 
 def vision_tower(model: nn.Module) -> nn.Module | None:

@@ -47,6 +47,8 @@ RECORDS = [TEXT, TURNS, IMAGE, IMAGES]
 class Features:
     """Features that name their image: every entry is the number in the file's name."""
 
+    one_by_one = True
+
     def of(self, paths: Sequence[Path]) -> list[Tensor]:
         return [torch.full((PATCHES, CHANNELS), float(path.stem.split("_")[-1])) for path in paths]
 

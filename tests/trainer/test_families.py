@@ -176,10 +176,12 @@ def test_tokens_are_counted_without_decoding_an_image(family: Family, tmp_path: 
 
 
 def test_images_that_count_less_among_others_stand_in_one_turn(folder: Path) -> None:
-    encoder = ConversationEncoder(make("llava_onevision")[1], 4096)
+    """The check before a training says so too."""
+    processor = make("llava_onevision")[1]
     message = r"record 'apart' has images in several turns, .*; put all of them into the first question"
-    with pytest.raises(UserError, match=message):
-        encoder.training_sample(APART, lambda name: folder / f"{name}.png")
+    for encoder in (ConversationEncoder(processor, 4096), token_counter(processor, 4096)):
+        with pytest.raises(UserError, match=message):
+            encoder.training_sample(APART, lambda name: folder / f"{name}.png")
 
 
 def test_a_model_that_marks_its_prompts_is_refused() -> None:

@@ -38,7 +38,14 @@ class TooLongError(UserError):
 
 
 class ImageFeatures(Protocol):
-    """Features of images, used in place of pixels."""
+    """Features of images, used in place of pixels.
+
+    Attributes:
+        one_by_one: whether an image has as many of them among others as alone.
+    """
+
+    @property
+    def one_by_one(self) -> bool: ...
 
     def of(self, paths: Sequence[Path]) -> list[Tensor]:
         """``[P, C]`` for each of the images that stand in one text."""
@@ -206,7 +213,7 @@ class ConversationEncoder:
     def _one_by_one(self) -> bool:
         """Whether an image has as many tokens among others as alone."""
         if self.features is not None:
-            return True
+            return self.features.one_by_one
         alone, together = (len(self.blank_image(((64, 64),) * count).input_ids) for count in (1, 2))
         return together == 2 * alone
 

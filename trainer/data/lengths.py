@@ -46,7 +46,8 @@ class ImageLengths:
         self._plain = plain
         self._found: dict[tuple[tuple[int, int], ...], int] = {}
         one = self._tokens(_SIZES[:1])
-        alike = all(self._tokens([size]) == one for size in _SIZES) and self._tokens(_SIZES[:2]) == 2 * one
+        self.one_by_one = self._tokens(_SIZES[:1] * 2) == 2 * one
+        alike = self.one_by_one and all(self._tokens([size]) == one for size in _SIZES)
         self._each = one if alike else None
 
     def of(self, paths: Sequence[Path]) -> list[Tensor]:

@@ -25,6 +25,8 @@ from trainer.errors import UserError
 class FeatureStore:
     """Read access to a folder written by :func:`write_features`: image path to ``[P, C]`` float32 features."""
 
+    one_by_one = True
+
     def __init__(self, directory: Path) -> None:
         self._row = {path: row for row, path in enumerate(json.loads((directory / "images.json").read_text()))}
         self._features = np.load(directory / "features.npy", mmap_mode="r")

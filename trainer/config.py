@@ -18,7 +18,7 @@ from trainer.balancing.config import BalancingConfig, ComparisonConfig, Validati
 from trainer.errors import UserError, nearest
 from trainer.launching import LaunchConfig
 from trainer.metrics import get_metric
-from trainer.models.config import BUILT_IN, LoraConfig, ModelConfig, TinyLlavaConfig
+from trainer.models.config import BUILT_IN, ImageConfig, LoraConfig, ModelConfig, TinyLlavaConfig
 from trainer.options import NAME, Options
 
 _TASKS_WORD = "literal['built_in']"
@@ -290,6 +290,7 @@ def reference() -> str:
             groups.append((name, field.annotation))
     groups += [
         ("model.tiny_llava", TinyLlavaConfig),
+        ("model.images", ImageConfig),
         ("model.lora", LoraConfig),
         ("balancing.validation", ValidationConfig),
     ]

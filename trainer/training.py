@@ -289,7 +289,7 @@ def train(spec: TrainingSpec) -> None:
         for task in tasks
     ]
 
-    processor = load_processor(spec.model_path, spec.config.model.image_aspect_ratio)
+    processor = load_processor(spec.model_path, spec.config.model.images)
     features = FeatureStore(spec.features) if spec.features else None
     encoder = ConversationEncoder(processor, spec.config.model.max_length, features)
     collator = Collator(

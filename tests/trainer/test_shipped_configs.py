@@ -146,7 +146,7 @@ def test_the_papers_setting(cotbal: Any, write_records: Any, llava_folder: Path)
     config = load_config(CONFIGS / "cotbal_llava15_7b.yaml")
     assert (config.cotbal.temperature, config.cotbal.alpha, config.cotbal.mini_ratio) == (0.5, 0.5, 1 / 32)
     assert (config.training.learning_rate, config.training.epochs, config.training.zero_stage) == (2e-5, 1, 3)
-    assert config.model.image_aspect_ratio == "pad"  # LLaVA-1.5's fine-tuning
+    assert config.model.images.aspect_ratio == "pad"  # LLaVA-1.5's fine-tuning
     assert len(config.tasks) == 8
     out = dry_run(cotbal, "cotbal_llava15_7b.yaml", llava_folder, "--tflops", "200", "--mfu", "0.5")
 
@@ -190,7 +190,7 @@ def test_lora_on_one_gpu(cotbal: Any, write_records: Any, llava_folder: Path) ->
     config = load_config(CONFIGS / "cotbal_llava15_7b_lora.yaml")
     rates = (config.training.learning_rate, config.training.learning_rates)
     assert rates == (2e-4, {"multi_modal_projector": 2e-5})  # LLaVA-1.5's LoRA fine-tuning
-    assert config.model.image_aspect_ratio == "pad"
+    assert config.model.images.aspect_ratio == "pad"
     out = dry_run(cotbal, "cotbal_llava15_7b_lora.yaml", llava_folder)
     counted = [length for found in records.values() for length in lengths(found, llava_folder)]
     sequences = len(pack([tokens for tokens, _ in counted], 2048, seed=0))

@@ -146,7 +146,7 @@ def test_training_equals_a_plain_loop(
     model = shutil.copytree(run_data["model"]["path"], tmp_path / "pretrained")
     ends_nowhere = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": None}
     (model / "generation_config.json").write_text(json.dumps(ends_nowhere))
-    run_data["model"] |= {"path": str(model), "image_aspect_ratio": "pad"}
+    run_data["model"] |= {"path": str(model), "images": {"aspect_ratio": "pad"}}
     found = run(
         run_data,
         tmp_path / "out",

@@ -90,7 +90,7 @@ def evaluate(
         attention=own_model.attention,
         max_length=own_model.max_length,
         features=features,
-        image_aspect_ratio=own_model.image_aspect_ratio,
+        images=own_model.images,
         overwrite=overwrite,
     )
     ranks = closing(RankProcesses(launch.processes)) if launch.processes > 1 else nullcontext()

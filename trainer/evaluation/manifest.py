@@ -33,8 +33,7 @@ def describe(spec: EvaluationSpec, records: Sequence[Sequence[Record]]) -> dict[
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
-    if spec.image_aspect_ratio == "pad":
-        content["image_aspect_ratio"] = spec.image_aspect_ratio
+    content |= {f"images.{name}": value for name, value in spec.images.changes().items()}
     for chosen, own in zip(spec.sets, records, strict=True):
         key = f"sets.{chosen.name}"
         content[f"{key}.limit"] = chosen.limit

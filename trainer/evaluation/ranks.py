@@ -56,7 +56,7 @@ class RankProcesses:
 def load_encoder(spec: EvaluationSpec) -> ConversationEncoder:
     """The model folder's processor, with cached features where the spec has them."""
     features = FeatureStore(spec.features) if spec.features else None
-    processor = load_processor(str(spec.model_path), spec.image_aspect_ratio)
+    processor = load_processor(str(spec.model_path), spec.images)
     return ConversationEncoder(processor, spec.max_length, features)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from trainer.data.records import Record, RecordError, read_records
 from trainer.errors import UserError
 from trainer.metrics import takes_losses
-from trainer.models.config import AspectRatio
+from trainer.models.config import ImageConfig
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class EvaluationSpec:
         attention: implementation; None is the model's own choice.
         max_length: tokens, longer conversations are cut; for perplexity only, a prompt is never cut.
         features: folder of cached vision features, when the tower takes them.
-        image_aspect_ratio: of the configuration; the model folder of a training has it in its processor.
+        images: of the configuration; the model folder of a training has it in its processor.
         by_task: ``metrics.json`` is ``{set: entry}`` with one metric a set, and predictions carry their score;
             otherwise there is one set and the file is ``{"metrics": {metric: entry}, "throughput"}``.
         overwrite: replace what another evaluation left in ``output_dir`` instead of refusing it.
@@ -108,7 +108,7 @@ class EvaluationSpec:
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     max_length: int = 2048
     features: Path | None = None
-    image_aspect_ratio: AspectRatio | None = None
+    images: ImageConfig = field(default_factory=ImageConfig)
     by_task: bool = False
     overwrite: bool = False
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from trainer.options import Options
 
 BUILT_IN = "built_in"
-AspectRatio = Literal["pad", "own"]
 
 
 class TinyLlavaConfig(Options):
@@ -23,6 +22,24 @@ class TinyLlavaConfig(Options):
         2400, description="image descriptions to pretrain on before Algorithm 1; 0 starts it from random weights"
     )
     pretraining_epochs: Annotated[float, Field(gt=0)] = 4.0
+
+
+class ImageConfig(Options):
+    """What the model's processor makes of images; the models that come out keep it in their own processor."""
+
+    aspect_ratio: Literal["pad", "own"] | None = Field(
+        None,
+        description="pad: images are padded to squares, as LLaVA-1.5 was trained; none and own: what the processor "
+        "does, though with none a task of boxes is refused where that crops",
+    )
+    options: dict[str, Any] = Field(
+        {}, description="settings of its image processor, e.g. `{max_pixels: 401408}` for Qwen-VL; the others stay"
+    )
+
+    def changes(self) -> dict[str, Any]:
+        """What is asked for; empty where the processor is taken as it is."""
+        given: dict[str, Any] = {"aspect_ratio": "pad"} if self.aspect_ratio == "pad" else {}
+        return given | ({"options": self.options} if self.options else {})
 
 
 class LoraConfig(Options):
@@ -51,11 +68,7 @@ class ModelConfig(Options):
         2048, description="tokens of a sequence at most; for longer samples see training.overlong"
     )
     freeze: list[str] = Field(["vision_tower"], description="parameters whose name contains one of these are frozen")
-    image_aspect_ratio: AspectRatio | None = Field(
-        None,
-        description="pad: images are padded to squares, as LLaVA-1.5 was trained; none and own: what the model's "
-        "processor does, though with none a task of boxes is refused where that crops",
-    )
+    images: ImageConfig = ImageConfig()
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         None, description="none: the model's own choice"
     )

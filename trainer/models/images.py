@@ -6,13 +6,13 @@ wrong in what is left of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from trainer.errors import UserError
+from trainer.errors import UserError, unknown_name
 
 _KEPT = (
     "do_convert_rgb", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
@@ -20,10 +20,34 @@ _KEPT = (
 )  # fmt: skip
 
 
+def set_image_options(processor: Any, options: Mapping[str, Any], path: str) -> None:
+    """Changes settings of a processor's image processor, such as the most pixels or tiles of an image.
+
+    Args:
+        processor: of the model.
+        options: values by name.
+        path: of the model, for errors.
+
+    Raises:
+        UserError: the model reads no images, or its image processor has no such setting, or not with this value.
+    """
+    own = getattr(processor, "image_processor", None)
+    if own is None:
+        raise UserError(f"model.images.options: '{path}' reads text only; leave them out")
+    known = sorted(type(own).valid_kwargs.__annotations__)
+    for name in options:
+        if name not in known:
+            raise unknown_name(f"setting of {type(own).__name__} in model.images.options:", name, known)
+    try:
+        processor.image_processor = type(own).from_dict(own.to_dict(), **options)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"model.images.options: {type(own).__name__} does not take {dict(options)}: {error}") from error
+
+
 def pad_to_square(processor: Any, path: str) -> None:
     """Makes a processor pad every image to a square with the colour of its mean, the image in the middle.
 
-    That is ``image_aspect_ratio: pad`` of LLaVA-1.5 (Liu et al., 2023a). The processor is saved so, with a trained
+    That is ``image_aspect_ratio pad`` of LLaVA-1.5 (Liu et al., 2023a). The processor is saved so, with a trained
     model too.
 
     Args:
@@ -35,11 +59,11 @@ def pad_to_square(processor: Any, path: str) -> None:
     """
     own = getattr(processor, "image_processor", None)
     if own is None:
-        raise UserError(f"model.image_aspect_ratio: '{path}' reads text only; leave the option out")
+        raise UserError(f"model.images.aspect_ratio: '{path}' reads text only; leave the option out")
     family = type(own).__name__.removesuffix("Fast").removesuffix("Pil")
     if family not in ("CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"):
         raise UserError(
-            f"model.image_aspect_ratio: '{path}' has a {type(own).__name__}, which treats shapes of images in its own "
+            f"model.images.aspect_ratio: '{path}' has a {type(own).__name__}, which treats shapes of images in its own "
             "way; 'pad' is for models that take square images (CLIP's, SigLIP's or LLaVA's processor); leave it out"
         )
     # Nothing is left to crop: what the crop would leave is the size to come to.
@@ -88,6 +112,6 @@ def refuse_cropped_boxes(processor: Any, images: Iterable[Path], title: str) -> 
         if width != height:
             raise UserError(
                 f"{title}: answers are boxes, image {path} has {width} x {height} pixels, and the model's processor "
-                "crops to the square in its middle, where no box is right; set model.image_aspect_ratio: pad (boxes "
+                "crops to the square in its middle, where no box is right; set model.images.aspect_ratio: pad (boxes "
                 "relative to the padded square, as `cotbal convert` writes them), or 'own' to crop all the same"
             )

@@ -20,15 +20,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 import trainer.models.efficientnet_lite  # noqa: F401  registers the built-in model's vision tower
 from trainer.config import ModelConfig
 from trainer.errors import UserError
-from trainer.models.config import AspectRatio
-from trainer.models.images import pad_to_square
+from trainer.models.config import ImageConfig
+from trainer.models.images import pad_to_square, set_image_options
 
 
-def load_processor(path: str, aspect_ratio: AspectRatio | None = None, *, local_only: bool = False) -> Any:
+def load_processor(path: str, images: ImageConfig | None = None, *, local_only: bool = False) -> Any:
     """The processor of a model folder or hub name; for a text model, its tokenizer.
 
     Args:
-        aspect_ratio: ``model.image_aspect_ratio``. The folder of a trained model has it in its processor.
+        images: ``model.images``. The folder of a trained model has it in its processor.
         local_only: take what is on this machine and ask no hub.
 
     Raises:
@@ -38,7 +38,9 @@ def load_processor(path: str, aspect_ratio: AspectRatio | None = None, *, local_
         processor = AutoProcessor.from_pretrained(path, local_files_only=local_only)
     except (OSError, ValueError, ImportError) as error:  # the last: torchvision, which many processors need
         raise UserError(f"model.path '{path}': no processor could be loaded ({error})") from error
-    if aspect_ratio == "pad":
+    if images and images.options:
+        set_image_options(processor, images.options, path)
+    if images and images.aspect_ratio == "pad":
         pad_to_square(processor, path)
     return processor
 

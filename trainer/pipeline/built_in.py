@@ -126,7 +126,7 @@ def write_image_features(
         directory,
         list(images),
         tower.to(device),
-        load_processor(str(model_path), config.model.image_aspect_ratio).image_processor,
+        load_processor(str(model_path), config.model.images).image_processor,
         workers=(os.cpu_count() or 1) if device == "cpu" else 1,
         progress=lambda done: context.report(done, len(images), "image"),
     )

@@ -74,7 +74,7 @@ def evaluation_spec(
         attention=config.model.attention,
         max_length=config.model.max_length,
         features=features,
-        image_aspect_ratio=config.model.image_aspect_ratio,
+        images=config.model.images,
         by_task=True,
         overwrite=True,  # a stage that started with other inputs starts again
     )

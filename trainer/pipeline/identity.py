@@ -36,8 +36,9 @@ class Identity:
         options = self.config.model
         used = options.model_dump(mode="json", exclude={"path"} if options.path == BUILT_IN else {"path", "tiny_llava"})
         folder = Path(options.path)
-        if used["image_aspect_ratio"] is None:  # younger than FORMAT: without it, nothing has changed
-            del used["image_aspect_ratio"]
+        used["images"] = options.images.changes()
+        if not used["images"]:  # younger than FORMAT: without it, nothing has changed
+            del used["images"]
         return used | {"files": model_digest(folder) if (folder / "config.json").is_file() else options.path}
 
     def records(self, *splits: str, of: Sequence[str] | None = None) -> list[Any] | None:
@@ -52,8 +53,8 @@ class Identity:
 
     def features(self) -> list[Any]:
         """Of the built-in model's image features, beside the model."""
-        ratio = self.config.model.image_aspect_ratio
-        return [FORMAT, self.records("train", "validation", "test"), *([ratio] if ratio else [])]
+        changes = self.config.model.images.changes()
+        return [FORMAT, self.records("train", "validation", "test"), *([changes] if changes else [])]
 
     def check(self) -> list[Any]:
         """Of the verdict on the records, which costs little: everything about the tasks."""

@@ -46,7 +46,7 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
     if config.model.path != BUILT_IN:
         try:
             model = config.model
-            processor = load_processor(model.path, model.image_aspect_ratio, local_only=True)
+            processor = load_processor(model.path, model.images, local_only=True)
             encoder = token_counter(processor, model.max_length)
         except UserError:  # no processor here, or one without a chat template: then by the number of characters
             try:

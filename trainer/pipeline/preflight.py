@@ -124,7 +124,7 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
     if encoder is not None:
         checks.append(partial(check_tokens, task, encoder, "train", config.training.overlong))
     if encoder is not None and not task_config.auxiliary:
-        if _answers_boxes(task_config) and config.model.image_aspect_ratio is None:
+        if _answers_boxes(task_config) and config.model.images.aspect_ratio is None:
             images_of = (image for split in SPLITS for record in task.split(split) for image in record.images)
             paths = map(task.image_path, images_of)
             checks.append(partial(refuse_cropped_boxes, encoder.processor, paths, f"task '{task.name}'"))
@@ -141,7 +141,7 @@ def _answers_boxes(task: TaskConfig) -> bool:
 
 
 def _token_counter(config: RunConfig, model_path: str) -> ConversationEncoder:
-    return token_counter(load_processor(model_path, config.model.image_aspect_ratio), config.model.max_length)
+    return token_counter(load_processor(model_path, config.model.images), config.model.max_length)
 
 
 def _validates(config: RunConfig) -> bool:

@@ -1,4 +1,4 @@
-"""``model.image_aspect_ratio``: padding as LLaVA-1.5 pads, and boxes that a cropping processor would falsify."""
+"""``model.images``: padding as LLaVA-1.5 pads, and boxes that a cropping processor would falsify."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,15 +19,18 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from trainer.config import parse_config
 from trainer.data.converters.refcoco import box_text
+from trainer.data.encoding import ConversationEncoder
+from trainer.data.records import Record, Turn
 from trainer.errors import UserError
 from trainer.metrics import parse_box
-from trainer.models.images import crops, pad_to_square
+from trainer.models.config import ImageConfig
+from trainer.models.images import crops, pad_to_square, set_image_options
 from trainer.models.loading import load_processor
 from trainer.pipeline.preflight import check_config
 
 SIZE = 48
 MEAN, STD = (0.48, 0.455, 0.41), (0.27, 0.26, 0.28)
-FAMILIES = {
+TRANSFORMS = {
     # As published: the shorter side is resized, the longer one cropped; here the crop is the smaller, as in CLIP-H.
     "clip": lambda: CLIPImageProcessorPil(
         size={"shortest_edge": SIZE + 8}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
@@ -54,12 +58,12 @@ def expected(picture: Image.Image) -> np.ndarray:
     return ((values - MEAN) / STD).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @given(width=st.integers(3, 130), height=st.integers(3, 130), seed=st.integers(0, 9))
-def test_pads_as_llava_does(family: str, width: int, height: int, seed: int) -> None:
+def test_pads_as_llava_does(transform: str, width: int, height: int, seed: int) -> None:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
-    processor = Processor(FAMILIES[family]())
+    processor = Processor(TRANSFORMS[transform]())
     pad_to_square(processor, "x")
     once = processor.pixels(picture)
     np.testing.assert_allclose(once, expected(picture), atol=1e-5)  # float32 of values up to 3
@@ -73,7 +77,7 @@ def test_boxes_of_the_converters_are_where_the_model_sees_them(size: tuple[int, 
     x, y, width, height = 11, 8, 21, 30
     picture = Image.new("RGB", size)
     picture.paste((255, 255, 255), (x, y, x + width, y + height))
-    processor = Processor(FAMILIES["clip"]())
+    processor = Processor(TRANSFORMS["clip"]())
     pad_to_square(processor, "x")
     bright = processor.pixels(picture)[0] * STD[0] + MEAN[0] > 0.75  # more than the padding
     rows, columns = np.nonzero(bright)
@@ -92,11 +96,11 @@ def test_a_trained_model_keeps_it_and_loading_it_again_is_the_same(pixel_model: 
     def pixels(processor: Any) -> np.ndarray:
         return np.asarray(processor.image_processor(images=[picture], return_tensors="np")["pixel_values"][0])
 
-    processor = load_processor(str(pixel_model), "pad")
-    assert (pixels(processor) != pixels(load_processor(str(pixel_model), "own"))).any()
+    processor = load_processor(str(pixel_model), ImageConfig(aspect_ratio="pad"))
+    assert (pixels(processor) != pixels(load_processor(str(pixel_model), ImageConfig(aspect_ratio="own")))).any()
     processor.save_pretrained(tmp_path / "model")
-    for ratio in (None, "pad", "own"):
-        assert (pixels(load_processor(str(tmp_path / "model"), ratio)) == pixels(processor)).all()
+    for images in (None, ImageConfig(aspect_ratio="pad"), ImageConfig(aspect_ratio="own")):
+        assert (pixels(load_processor(str(tmp_path / "model"), images)) == pixels(processor)).all()
 
 
 def test_a_text_model_has_no_images(pixel_model: Path) -> None:
@@ -112,7 +116,7 @@ def test_models_with_ways_of_their_own() -> None:
 
 
 def test_what_crops() -> None:
-    clip, siglip = (Processor(make()) for make in FAMILIES.values())
+    clip, siglip = (Processor(make()) for make in TRANSFORMS.values())
     assert crops(clip)
     assert not crops(siglip)  # squeezed: all of the image, and boxes relative to it
     pad_to_square(clip, "x")
@@ -147,7 +151,7 @@ def test_boxes_in_cropped_images_are_refused(cropping: dict[str, Any]) -> None:
     text = str(caught.value)
     assert "task 'box': answers are boxes, image " in text
     assert "box_train_1.png has 90 x 64 pixels" in text
-    assert "set model.image_aspect_ratio: pad" in text
+    assert "set model.images.aspect_ratio: pad" in text
     assert "'colour'" not in text  # its answers are words
 
 
@@ -159,8 +163,8 @@ def square(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda data: data["model"].update(image_aspect_ratio="pad"),
-        lambda data: data["model"].update(image_aspect_ratio="own"),
+        lambda data: data["model"].update(images={"aspect_ratio": "pad"}),
+        lambda data: data["model"].update(images={"aspect_ratio": "own"}),
         lambda data: data["tasks"][1].update(metric="cider"),
         square,
     ],
@@ -168,3 +172,36 @@ def square(data: dict[str, Any]) -> None:
 def test_what_is_not_refused(cropping: dict[str, Any], change: Callable[[dict[str, Any]], None]) -> None:
     change(cropping)
     assert check_config(parse_config(cropping, "x"))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "wanted"),
+    [
+        # 300 x 200 pixels become at most 4096: 64 x 48, the multiples of 16 below; a token is 16 x 16 of them.
+        ("qwen2_5_vl", {"max_pixels": 4096}, 4 * 3),
+        ("internvl", {"max_patches": 1}, 4),  # one tile
+        ("idefics3", {"do_image_splitting": False}, 4),
+    ],
+)
+def test_settings_of_an_image_processor(family: str, options: dict[str, Any], wanted: int, tmp_path: Path) -> None:
+    processor = FAMILIES[family]()[1]
+    Image.new("RGB", (300, 200)).save(tmp_path / "a.png")
+    record = Record("a", ("a.png",), (Turn("<image>\nWhat?", "no"),), ())
+    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    whole = ConversationEncoder(processor, 4096).training_sample(record, tmp_path.joinpath).input_ids.count(token)
+    set_image_options(processor, options, "x")
+    found = ConversationEncoder(processor, 4096).training_sample(record, tmp_path.joinpath).input_ids.count(token)
+    assert (found, found < whole) == (wanted, True)
+
+
+def test_a_setting_that_is_none(pixel_model: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"unknown setting of CLIPImageProcessorPil .* 'do_cente_crop' \(did you mean 'do_c"
+    ):
+        load_processor(str(pixel_model), ImageConfig(options={"do_cente_crop": True}))
+    with pytest.raises(
+        UserError, match=r"model\.images\.options: CLIPImageProcessorPil does not take .*'size': 'large'"
+    ):
+        load_processor(str(pixel_model), ImageConfig(options={"size": "large"}))
+    with pytest.raises(UserError, match=r"model\.images\.options: 'x' reads text only"):
+        set_image_options(load_processor(str(pixel_model)).tokenizer, {"size": 3}, "x")

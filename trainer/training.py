@@ -300,6 +300,7 @@ def train(spec: TrainingSpec) -> None:
         refuse_unpackable(spec.model_path)
     dataset = training_samples(spec, encoder, tasks, records)
 
+    end_marks = encoder.chat.end_marks
     model = load_model(spec.model_path, spec.config.model, torch.float32)
     weighting = task_weighting(spec, tasks, encoder, collator, args)
     # "task_sum" differs from "task" in the normaliser only, and that comes from outside.
@@ -343,7 +344,7 @@ def train(spec: TrainingSpec) -> None:
         save_merged(trainer.model, spec.model_path, spec.config, partial)
     if trainer.is_world_process_zero():
         processor.save_pretrained(partial)
-        stop_generation_at(partial, encoder.end_marks)
+        stop_generation_at(partial, end_marks)
         shutil.rmtree(spec.output_dir / "model", ignore_errors=True)
         partial.rename(spec.output_dir / "model")
         shutil.rmtree(spec.output_dir / "checkpoints", ignore_errors=True)

@@ -177,10 +177,25 @@ class TestSupervision:
 
 
 class TestErrors:
-    def test_a_template_that_changes_what_it_wrote(self, processor: Any) -> None:
-        encoder = with_template(processor, "{{ messages | length }}" + CHATML)
-        with pytest.raises(UserError, match="use a template that only appends"):
+    def test_answers_that_cannot_be_told_from_prompts(self, processor: Any) -> None:
+        changed = CHATML.replace("part['text']", "part['text'] | upper")
+        encoder = with_template(processor, "{{ messages | length }}" + changed)
+        with pytest.raises(UserError, match=r"record 'text': the chat template writes an answer otherwise .* appends"):
             encoder.training_sample(TEXT, Path)
+
+    def test_a_template_that_cannot_write_a_conversation(self, processor: Any) -> None:
+        encoder = with_template(processor, "{% for tool in tools %}{% endfor %}" + CHATML)
+        with pytest.raises(
+            UserError, match=r"record 'text': the chat template cannot write .* \(TypeError: 'NoneType'"
+        ):
+            encoder.training_sample(TEXT, Path)
+
+    def test_an_answer_that_loses_something(self, processor: Any) -> None:
+        """DeepSeek-R1's template drops thoughts."""
+        encoder = with_template(processor, CHATML.replace("part['text']", "part['text'].split('</think>')[-1]"))
+        record = Record("a", (), (Turn("How much?", "<think>2 + 1</think>It is 3."),), ())
+        with pytest.raises(UserError, match=r"record 'a': of the answer '<think>2 .* writes 'It is 3\..*' only"):
+            encoder.training_sample(record, Path)
 
     def test_no_template(self, processor: Any) -> None:
         processor.chat_template = processor.tokenizer.chat_template = None

@@ -114,7 +114,7 @@ def test_a_sample_is_what_the_processor_makes_of_it(family: Family) -> None:
 def test_the_mark_that_ends_an_answer_is_known(family: Family) -> None:
     """Gemma's is special without a name; a template without one would be ended by the tokenizer's own."""
     mark = "<end_of_turn>" if family.name == "gemma3" else "<|im_end|>"
-    assert family.encoder.end_marks == family.processor.tokenizer.convert_tokens_to_ids([mark])
+    assert family.encoder.chat.end_marks == family.processor.tokenizer.convert_tokens_to_ids([mark])
 
 
 def test_a_batch_has_the_loss_of_its_samples_one_by_one(family: Family) -> None:

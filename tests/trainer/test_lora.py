@@ -82,10 +82,10 @@ class TestTextModel:
         path = folder / "generation_config.json"
         processor = load_processor(str(folder))
         end = processor.convert_tokens_to_ids("</s>")
-        assert ConversationEncoder(processor, 100).end_marks == [end]
+        assert ConversationEncoder(processor, 100).chat.end_marks == [end]
         for given, wanted in ((7, [7, end]), ([7, end], [7, end]), (None, [end]), (end, end)):
             path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": given}))
-            stop_generation_at(folder, ConversationEncoder(processor, 100).end_marks)
+            stop_generation_at(folder, ConversationEncoder(processor, 100).chat.end_marks)
             assert json.loads(path.read_text())["eos_token_id"] == wanted
 
     def test_its_template_gets_strings(self, text_model: Path) -> None:

@@ -1,8 +1,8 @@
 """Conversations to token ids, labels and image inputs, for any processor with a chat template.
 
-A conversation is cut where supervision starts and stops, by rendering the chat template up to each answer, and
-every piece is tokenised on its own: exactly the tokens that generation will see as its prompt. Pieces with an
-image go through the processor, which expands the placeholder into as many tokens as the image has patches.
+Every part of a rendered conversation is tokenised on its own, so that a prompt in generation has exactly the tokens of
+training. Parts with an image go through the processor, which expands the placeholder into as many tokens as the image
+has patches.
 
 Legend: S tokens of one sample, P patches of one image, C feature channels.
 """
@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from trainer.data.records import IMAGE_PLACEHOLDER, Record, Turn
+from trainer.data.chat import ChatTemplate, Part
+from trainer.data.records import IMAGE_PLACEHOLDER, Record
 from trainer.errors import UserError
 
 IGNORE_INDEX = -100
@@ -119,8 +118,7 @@ class ConversationEncoder:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length = max_length
         self.features = features
-        _ = self._chat_template  # complain now, not at the first sample
-        self._plain_text = not self.reads_images and not self._template_takes_parts()
+        self.chat = ChatTemplate(processor, self.image_token)
 
     def training_sample(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
         """Token ids and labels of a whole conversation; only the answers are supervised.
@@ -128,33 +126,7 @@ class ConversationEncoder:
         Raises:
             UserError: an image's tokens do not fit into ``max_length``, or no supervised token is left.
         """
-        self._check_images(record)
-        pieces = self._pieces(record.turns)
-        self._check_placeholders("".join(text for text, _ in pieces), record)
-        images = iter(record.images)
-        used = [[image_path(next(images)) for _ in range(text.count(self.image_token))] for text, _ in pieces]
-        if sum(map(bool, used)) > 1 and not self._one_by_one:
-            raise UserError(
-                f"record '{record.id}' has images in several turns, and the model's processor makes less of an image "
-                "among others; put all of them into the first question"
-            )
-        encoded = Encoded([], [], token_types={name: [] for name in self._token_types})
-        for (_, supervised), piece in zip(pieces, self._tokenize([text for text, _ in pieces], used), strict=True):
-            ids = piece.ids
-            if supervised and self.tokenizer.eos_token_id not in ids and not self._ends_turn(ids):
-                ids = [*ids, self.tokenizer.eos_token_id]  # a template without an end mark never teaches stopping
-            encoded.input_ids += ids
-            encoded.labels += ids if supervised else [IGNORE_INDEX] * len(ids)
-            for name, types in encoded.token_types.items():
-                types += piece.token_types.get(name, [0] * len(ids))
-            for key, value in piece.image_inputs.items():
-                held = encoded.image_inputs.get(key)
-                encoded.image_inputs[key] = value if held is None else join([held, value])
-            if piece.image_inputs and len(encoded.input_ids) > self.max_length:
-                raise TooLongError(
-                    f"record '{record.id}': its images and the text around them need {len(encoded.input_ids)} "
-                    f"tokens, more than model.max_length = {self.max_length}; raise max_length"
-                )
+        encoded = self._encode(record, self._parts(record), image_path, self.max_length)
         encoded.truncated = len(encoded.input_ids) > self.max_length
         for row in (encoded.input_ids, encoded.labels, *encoded.token_types.values()):
             del row[self.max_length :]
@@ -165,13 +137,43 @@ class ConversationEncoder:
         return encoded
 
     def prompt(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
-        """The last question of a record, after the turns before it, ready for generation."""
-        self._check_images(record)
-        (text,) = self._render([self._messages(record.turns)[:-1]], add_generation_prompt=True)
-        self._check_placeholders(text, record)
-        (piece,) = self._tokenize([text], [[image_path(image) for image in record.images]])
-        types = {name: piece.token_types.get(name, [0] * len(piece.ids)) for name in self._token_types}
-        return Encoded(piece.ids, [IGNORE_INDEX] * len(piece.ids), piece.image_inputs, token_types=types)
+        """What stands before the last answer of a record, ready for generation; never cut."""
+        parts = self._parts(record)
+        while parts.pop().kind != "answer":
+            pass
+        encoded = self._encode(record, parts, image_path)
+        encoded.labels = [IGNORE_INDEX] * len(encoded.input_ids)
+        return encoded
+
+    def _encode(
+        self, record: Record, parts: Sequence[Part], image_path: Callable[[str], Path], limit: int | None = None
+    ) -> Encoded:
+        """Tokens of all parts; an error if images are past the limit."""
+        images = iter(record.images)
+        used = [[image_path(next(images)) for _ in range(part.text.count(self.image_token))] for part in parts]
+        if sum(map(bool, used)) > 1 and not self._one_by_one:
+            raise UserError(
+                f"record '{record.id}' has images in several turns, and the model's processor makes less of an image "
+                "among others; put all of them into the first question"
+            )
+        encoded = Encoded([], [], token_types={name: [] for name in self._token_types})
+        for part, piece in zip(parts, self._tokenize([part.text for part in parts], used), strict=True):
+            ids = piece.ids
+            if part.kind == "answer" and self.tokenizer.eos_token_id not in ids and not self._ends_turn(ids):
+                ids = [*ids, self.tokenizer.eos_token_id]  # a template without an end mark never teaches stopping
+            encoded.input_ids += ids
+            encoded.labels += [IGNORE_INDEX] * len(ids) if part.kind == "prompt" else ids
+            for name, types in encoded.token_types.items():
+                types += piece.token_types.get(name, [0] * len(ids))
+            for key, value in piece.image_inputs.items():
+                held = encoded.image_inputs.get(key)
+                encoded.image_inputs[key] = value if held is None else join([held, value])
+            if piece.image_inputs and limit is not None and len(encoded.input_ids) > limit:
+                raise TooLongError(
+                    f"record '{record.id}': its images and the text around them need {len(encoded.input_ids)} "
+                    f"tokens, more than model.max_length = {limit}; raise max_length"
+                )
+        return encoded
 
     def blank_image(self, sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> Encoded:
         """Tokens and inputs of a black image, for a batch that would otherwise not call the vision tower.
@@ -184,13 +186,6 @@ class ConversationEncoder:
         else:
             piece = self._with_pictures(self.image_token * len(sizes), [Image.new("RGB", size) for size in sizes])
         return Encoded(piece.ids, [IGNORE_INDEX] * len(piece.ids), piece.image_inputs, token_types=piece.token_types)
-
-    @cached_property
-    def end_marks(self) -> list[int]:
-        """Tokens that end an answer, where generation is to stop."""
-        _, (answer, _) = self._pieces([Turn("probe", "probe")])
-        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return [token for token in ids[-2:] if token in self._special_ids] or [self.tokenizer.eos_token_id]
 
     @property
     def reads_images(self) -> bool:
@@ -233,57 +228,14 @@ class ConversationEncoder:
                 "does not write one for every image"
             )
 
-    def _pieces(self, turns: Sequence[Turn]) -> list[tuple[str, bool]]:
-        """(text, supervised) pairs whose concatenation is the rendered conversation."""
-        messages = self._messages(turns)
-        asked = self._render([messages[: 2 * n + 1] for n in range(len(turns))], add_generation_prompt=True)
-        answered = self._render([messages[: 2 * n + 2] for n in range(len(turns))], add_generation_prompt=False)
-        pieces: list[tuple[str, bool]] = []
-        done = ""
-        for prompt, whole in zip(asked, answered, strict=True):
-            if not prompt.startswith(done) or not whole.startswith(prompt):
-                raise UserError(
-                    "the chat template renders a conversation's beginning differently once it goes on, so answers "
-                    "cannot be told from prompts; use a template that only appends"
-                )
-            pieces += [(prompt[len(done) :], False), (whole[len(prompt) :], True)]
-            done = whole
-        return pieces
-
-    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        """User and assistant messages in turn, as the chat template takes them."""
-        texts = [item for turn in turns for item in (("user", turn.question), ("assistant", turn.answer))]
-        if self._plain_text:
-            return [{"role": role, "content": text.strip()} for role, text in texts]
-        return [_message(role, text) for role, text in texts]
-
-    def _template_takes_parts(self) -> bool:
-        """Whether a text model's template reads content as a list of parts; most take a string."""
+    def _parts(self, record: Record) -> list[Part]:
+        self._check_images(record)
         try:
-            (text,) = self._render([[_message("user", "probe")]], add_generation_prompt=False)
-        except (TypeError, TemplateError):
-            return False
-        return "probe" in text and "'type'" not in text
-
-    def _render(self, conversations: list[list[dict[str, Any]]], add_generation_prompt: bool) -> list[str]:
-        # The compiled template itself: `apply_chat_template` copies every message first, which is most of its time.
-        render = _compile_jinja_template(self._chat_template).render
-        special = self.tokenizer.special_tokens_map
-        return [
-            render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **special
-            )
-            for messages in conversations
-        ]
-
-    @property
-    def _chat_template(self) -> str:
-        template = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
-        if isinstance(template, dict):
-            template = template.get("default")
-        if not template:
-            raise UserError("the model's processor has no chat template; add chat_template.jinja to the model folder")
-        return template
+            parts = self.chat.parts(record.turns)
+        except UserError as error:
+            raise UserError(f"record '{record.id}': {error}") from error
+        self._check_placeholders("".join(part.text for part in parts), record)
+        return parts
 
     def _tokenize(self, texts: list[str], images: list[list[Path]]) -> list[_Piece]:
         """Token ids and image inputs of consecutive pieces of one conversation."""
@@ -328,20 +280,4 @@ class ConversationEncoder:
 
     def _ends_turn(self, ids: list[int]) -> bool:
         """Whether the piece ends in a special token (``<|im_end|>`` and its like), blanks after it aside."""
-        return any(token in self._special_ids for token in ids[-2:])
-
-    @cached_property
-    def _special_ids(self) -> set[int]:
-        """Those with a name, and those without one (Gemma's ``<end_of_turn>``)."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        return {*self.tokenizer.all_special_ids, *(token for token, content in added.items() if content.special)}
-
-
-def _message(role: str, text: str) -> dict[str, Any]:
-    content: list[dict[str, str]] = []
-    for index, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
-        if index:
-            content.append({"type": "image"})
-        if part.strip():
-            content.append({"type": "text", "text": part.strip()})
-    return {"role": role, "content": content}
+        return any(token in self.chat.special_ids for token in ids[-2:])

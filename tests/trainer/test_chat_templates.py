@@ -1,0 +1,174 @@
+"""Kinds of chat templates that models are published with: what of a conversation is trained on, and what is asked.
+
+The templates are short ones of the same kind; the reference is each template's own rendering of the whole conversation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import make_tokenizer
+
+from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
+from trainer.data.records import Record, Turn
+
+ONE = Record("one", (), (Turn("How much is 2 plus one?", "It is 3."),), ())
+TWO = Record("two", (), (Turn("How much is 2 plus one?", "It is 3."), Turn("What colour is it?", "red")), ())
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|return|>"]
+ASK = "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+SAY = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+LOOP = "{% for m in messages %}"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A template, and for one turn and for two: what of each answer is trained on (``A`` is the answer), and how the
+    prompt for the last one ends."""
+
+    template: str
+    one: list[str]
+    two: list[str]
+    asks: str
+    mark: str = "<|im_end|>"
+
+
+KINDS = {
+    "ChatML": Kind(
+        f"{LOOP}{SAY}{{% endfor %}}{ASK}", ["A<|im_end|>\n"], ["A<|im_end|>\n"] * 2, "<|im_start|>assistant\n"
+    ),
+    # Qwen3: an empty thought opens the last answer, and is taken out once another follows.
+    "thoughts in the last answer": Kind(
+        f"{LOOP}{{% if m.role == 'assistant' and loop.last %}}"
+        "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' + m.content + '<|im_end|>\n' }}"
+        f"{{% else %}}{SAY}{{% endif %}}{{% endfor %}}{ASK}",
+        ["<think>\n\n</think>\n\nA<|im_end|>\n"],
+        ["A<|im_end|>\n"] * 2,
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    # DeepSeek-R1's distilled models: a prompt begins a thought, a conversation has none.
+    "thoughts in the prompt": Kind(
+        f"{LOOP}{SAY}{{% endfor %}}{{{{ '<|im_start|>assistant\n<think>\n' if add_generation_prompt }}}}",
+        ["A<|im_end|>\n"],
+        ["A<|im_end|>\n"] * 2,
+        "<|im_start|>assistant\n",
+    ),
+    # Phi-3: the end of the text behind the end of the last answer.
+    "an end of the whole": Kind(
+        f"{LOOP}{{{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}}}{{% endfor %}}"
+        "{{ '<|assistant|>\n' if add_generation_prompt else '</s>' }}",
+        ["A<|end|>\n"],
+        ["A<|end|>\n"] * 2,
+        "<|assistant|>\n",
+        "<|end|>",
+    ),
+    # Command A: the header of a next answer whether asked for or not.
+    "always a next answer": Kind(
+        f"{LOOP}{SAY}{{% endfor %}}{{{{ '<|im_start|>assistant\n' if messages[-1].role == 'assistant' or "
+        "add_generation_prompt }}",
+        ["A<|im_end|>\n"],
+        ["A<|im_end|>\n"] * 2,
+        "<|im_start|>assistant\n",
+    ),
+    # gpt-oss: the last answer ends otherwise than those before.
+    "an end of its own": Kind(
+        f"{LOOP}{{{{ '<|im_start|>' + m.role + '\n' + m.content }}}}"
+        "{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|im_end|>' }}{% endfor %}" + ASK,
+        ["A<|return|>"],
+        ["A<|im_end|>", "A<|return|>"],
+        "<|im_start|>assistant\n",
+        "<|return|>",
+    ),
+    # Qwen1.5: the end is written once a message follows.
+    "an end between messages": Kind(
+        f"{LOOP}{{{{ '<|im_start|>' + m.role + '\n' + m.content }}}}"
+        "{{ '<|im_end|>\n' if not loop.last or add_generation_prompt }}{% endfor %}" + ASK,
+        ["A<|im_end|>"],
+        ["A<|im_end|>\n", "A<|im_end|>"],
+        "<|im_start|>assistant\n",
+    ),
+    # GLM-4: nothing but the next question's header ends an answer.
+    "headers alone": Kind(
+        f"{LOOP}{{{{ '<|' + m.role + '|>' + m.content }}}}{{% endfor %}}"
+        "{{ '<|assistant|>' if add_generation_prompt }}",
+        ["A<|im_end|>"],
+        ["A<|user|>", "A<|im_end|>"],
+        "<|assistant|>",
+    ),
+    # LFM2: what is no string is written as JSON, so content is a string.
+    "JSON of what is no string": Kind(
+        LOOP
+        + SAY.replace("m.content", "(m.content if m.content is string else m.content | tojson)")
+        + "{% endfor %}"
+        + ASK,
+        ["A<|im_end|>\n"],
+        ["A<|im_end|>\n"] * 2,
+        "<|im_start|>assistant\n",
+    ),
+    "lists of parts": Kind(
+        LOOP + SAY.replace("m.content", "m.content[0].text") + "{% endfor %}" + ASK,
+        ["A<|im_end|>\n"],
+        ["A<|im_end|>\n"] * 2,
+        "<|im_start|>assistant\n",
+    ),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def encoder(kind: Kind) -> ConversationEncoder:
+    tokenizer = make_tokenizer(SPECIAL, {})
+    tokenizer.chat_template = kind.template
+    return ConversationEncoder(tokenizer, 500)
+
+
+def stretches(encoder: ConversationEncoder, record: Record) -> list[str]:
+    """Supervised tokens as text."""
+    encoded = encoder.training_sample(record, Path)
+    found: list[list[int]] = []
+    for place, label in enumerate(encoded.labels):
+        if label != IGNORE_INDEX:
+            assert label == encoded.input_ids[place]
+            if encoded.labels[place - 1] == IGNORE_INDEX:
+                found.append([])
+            found[-1].append(label)
+    return [encoder.tokenizer.decode(ids) for ids in found]
+
+
+def messages(kind: Kind, record: Record) -> list[dict[str, Any]]:
+    turns = [item for turn in record.turns for item in (("user", turn.question), ("assistant", turn.answer))]
+    parts = kind is KINDS["lists of parts"]
+    return [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in turns]
+
+
+@pytest.mark.parametrize("record", [ONE, TWO], ids=lambda record: record.id)
+def test_answers_are_trained_on_with_their_end_marks(kind: Kind, encoder: ConversationEncoder, record: Record) -> None:
+    wanted = kind.one if record is ONE else kind.two
+    filled = [text.replace("A", turn.answer) for text, turn in zip(wanted, record.turns, strict=True)]
+    assert stretches(encoder, record) == filled
+    whole = encoder.tokenizer.apply_chat_template(messages(kind, record), tokenize=False)
+    found = encoder.tokenizer.decode(encoder.training_sample(record, Path).input_ids)
+    added = (
+        "<|im_end|>" if filled[-1] == f"{record.turns[-1].answer}<|im_end|>" else ""
+    )  # where the template has no end
+    assert found == whole + added * (not whole.rstrip().endswith("<|im_end|>"))
+
+
+@pytest.mark.parametrize("record", [ONE, TWO], ids=lambda record: record.id)
+def test_a_prompt_is_what_stood_before_the_answer(kind: Kind, encoder: ConversationEncoder, record: Record) -> None:
+    prompt = encoder.prompt(record, Path)
+    encoded = encoder.training_sample(record, Path)
+    length = len(prompt.input_ids)
+    assert prompt.input_ids == encoded.input_ids[:length]
+    assert encoder.tokenizer.decode(prompt.input_ids).endswith(kind.asks)
+    assert encoder.tokenizer.decode(encoded.input_ids[length:]).startswith(record.turns[-1].answer)
+
+
+def test_generation_ends_where_answers_do(kind: Kind, encoder: ConversationEncoder) -> None:
+    assert encoder.chat.end_marks == encoder.tokenizer.convert_tokens_to_ids([kind.mark])

@@ -1,0 +1,200 @@
+"""Conversations as a model's chat template writes them, in parts: what is asked, what is answered.
+
+What a template writes is kept to the letter, so that a model sees in generation what it saw in training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from trainer.data.records import IMAGE_PLACEHOLDER, Turn
+from trainer.errors import UserError
+
+
+class Part(NamedTuple):
+    """A stretch of a rendered conversation: of a prompt, what opens an answer, or an answer with its end mark."""
+
+    text: str
+    kind: Literal["prompt", "opening", "answer"]
+
+
+class ChatTemplate:
+    """The chat template of a processor.
+
+    Args:
+        processor: a transformers processor (or tokenizer).
+        image_token: what stands for an image in rendered text.
+
+    Raises:
+        UserError: it has none.
+    """
+
+    def __init__(self, processor: Any, image_token: str) -> None:
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.image_token = image_token
+        text_only = getattr(processor, "image_processor", None) is None
+        self._template = _template_of(processor, self.tokenizer)
+        self._plain_text = text_only and not self._takes_parts()
+
+    def parts(self, turns: Sequence[Turn]) -> list[Part]:
+        """The rendered conversation in parts; one of them is the last answer.
+
+        Raises:
+            UserError: the template leaves out a part of an answer, or answers cannot be told from the rest.
+        """
+        try:
+            parts = self._appended(turns) or self._marked(turns)
+        except (TypeError, TemplateError) as error:
+            raise UserError(
+                f"the chat template cannot write this conversation ({type(error).__name__}: {error}); it may be one "
+                "for tools only"
+            ) from error
+        if not parts:
+            raise UserError(
+                "the chat template writes an answer otherwise than it is given, and a conversation's beginning "
+                "differently once it goes on, so answers cannot be told from prompts; use a template that only appends"
+            )
+        answers = (part.text for part in parts if part.kind == "answer")
+        for turn, text in zip(turns, answers, strict=True):
+            if "".join(turn.answer.split()) not in "".join(text.split()):
+                raise UserError(
+                    f"of the answer {turn.answer!r} the chat template writes {text!r} only; leave out what it does, or "
+                    "change the template"
+                )
+        return parts
+
+    @cached_property
+    def end_marks(self) -> list[int]:
+        """Tokens that end an answer, where generation is to stop."""
+        mark = self._mark.match(self._probe[1])
+        ids = self.tokenizer(mark[0], add_special_tokens=False)["input_ids"] if mark else []
+        return [token for token in ids if token in self.special_ids] or [self.tokenizer.eos_token_id]
+
+    def _appended(self, turns: Sequence[Turn]) -> list[Part] | None:
+        """By rendering up to each question and each answer; None if the template does not only append."""
+        messages = self._messages(turns)
+        asked = self._render([messages[: 2 * n + 1] for n in range(len(turns))], add_generation_prompt=True)
+        answered = self._render([messages[: 2 * n + 2] for n in range(len(turns))], add_generation_prompt=False)
+        parts: list[Part] = []
+        done, after = "", self._probe[1]
+        end = self._mark.match(after)
+        more = after[end.end() :] if end else ""  # behind the end mark; nothing that a model has to write
+        for prompt, whole in zip(asked, answered, strict=True):
+            if not prompt.startswith(done) or not whole.startswith(prompt):
+                return None
+            between, answer = prompt[len(done) :], whole[len(prompt) :]
+            if more and answer.endswith(after):
+                whole, answer = whole.removesuffix(more), answer.removesuffix(more)
+            mark = self._mark.match(between)
+            if mark and parts and not self._mark.search(parts[-1].text):  # it is written once a message follows
+                parts[-1] = Part(parts[-1].text + mark[0], "answer")
+                between = between[mark.end() :]
+            parts.append(Part(between, "prompt"))
+            if self._opening and answer.startswith(self._opening):
+                parts.append(Part(self._opening, "opening"))
+                answer = answer[len(self._opening) :]
+            parts.append(Part(answer, "answer"))
+            done = whole
+        rest = answered[-1].removeprefix(done)
+        return [*parts, Part(rest, "prompt")] if rest else parts
+
+    def _marked(self, turns: Sequence[Turn]) -> list[Part] | None:
+        """By rendering the whole with marks for answers; None if it is not the same with the answers in their place.
+
+        Templates of reasoning models take thoughts out of earlier turns, or begin an answer otherwise than they ask.
+        """
+        marks = [f"\ue000{number}\ue001" for number in range(len(turns))]
+        marked = [replace(turn, answer=mark) for turn, mark in zip(turns, marks, strict=True)]
+        whole, rest = self._render([self._messages(turns), self._messages(marked)], add_generation_prompt=False)
+        parts: list[Part] = []
+        for turn, mark in zip(turns, marks, strict=True):
+            before, found, rest = rest.partition(mark)
+            if not found:
+                return None
+            end = self._mark.match(rest)
+            length = end.end() if end else len(rest) - len(rest.lstrip())
+            parts += [Part(before, "prompt"), Part(turn.answer.strip() + rest[:length], "answer")]
+            rest = rest[length:]
+        parts.append(Part(rest, "prompt"))
+        return parts if "".join(part.text for part in parts) == whole else None
+
+    @cached_property
+    def _probe(self) -> tuple[str, str]:
+        """What the template writes between a prompt and its answer, and behind the answer."""
+        messages = self._messages([Turn("probe", "\ue000")])
+        (asked,) = self._render([messages[:1]], add_generation_prompt=True)
+        (whole,) = self._render([messages], add_generation_prompt=False)
+        before, _, after = whole.partition("\ue000")
+        return before[len(asked) :] if before.startswith(asked) else "", after
+
+    @property
+    def _opening(self) -> str:
+        """What every answer begins with and a prompt lacks, such as an empty thought; blanks do not count."""
+        return self._probe[0] if self._probe[0].strip() else ""
+
+    @cached_property
+    def _mark(self) -> re.Pattern[str]:
+        """A special token and the blanks around it."""
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
+        marks = sorted((token for token in tokens if token and token != self.image_token), key=len, reverse=True)
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, marks))})\s*" if marks else r"(?!)")
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        """User and assistant messages in turn, as the chat template takes them."""
+        texts = [item for turn in turns for item in (("user", turn.question), ("assistant", turn.answer))]
+        if self._plain_text:
+            return [{"role": role, "content": text.strip()} for role, text in texts]
+        return [_message(role, text) for role, text in texts]
+
+    def _takes_parts(self) -> bool:
+        """Whether a text model's template reads content as a list of parts only; most take a string."""
+        found = []
+        for message in ({"role": "user", "content": "probe"}, _message("user", "probe")):
+            try:
+                found.append("probe" in self._render([[message]], add_generation_prompt=False)[0])
+            except (TypeError, TemplateError):
+                found.append(False)
+        return found == [False, True]
+
+    def _render(self, conversations: list[list[dict[str, Any]]], add_generation_prompt: bool) -> list[str]:
+        # The compiled template itself: `apply_chat_template` copies every message first, which is most of its time.
+        render = _compile_jinja_template(self._template).render
+        special = self.tokenizer.special_tokens_map
+        return [
+            render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **special
+            )
+            for messages in conversations
+        ]
+
+    @cached_property
+    def special_ids(self) -> set[int]:
+        """Those with a name, and those without one (Gemma's ``<end_of_turn>``)."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {*self.tokenizer.all_special_ids, *(token for token, content in added.items() if content.special)}
+
+
+def _template_of(processor: Any, tokenizer: Any) -> str:
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError("the model's processor has no chat template; add chat_template.jinja to the model folder")
+    return template
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    content: list[dict[str, str]] = []
+    for index, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        if index:
+            content.append({"type": "image"})
+        if part.strip():
+            content.append({"type": "text", "text": part.strip()})
+    return {"role": role, "content": content}

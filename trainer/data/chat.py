@@ -93,7 +93,7 @@ class ChatTemplate:
             if more and answer.endswith(after):
                 whole, answer = whole.removesuffix(more), answer.removesuffix(more)
             mark = self._mark.match(between)
-            if mark and parts and not self._mark.search(parts[-1].text):  # it is written once a message follows
+            if mark and parts and not parts[-1].text.rstrip().endswith(self._marks):  # written once a message follows
                 parts[-1] = Part(parts[-1].text + mark[0], "answer")
                 between = between[mark.end() :]
             parts.append(Part(between, "prompt"))
@@ -140,11 +140,15 @@ class ChatTemplate:
         return self._probe[0] if self._probe[0].strip() else ""
 
     @cached_property
+    def _marks(self) -> tuple[str, ...]:
+        """Special tokens but an image's, longer ones first."""
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
+        return tuple(sorted((token for token in tokens if token and token != self.image_token), key=len, reverse=True))
+
+    @cached_property
     def _mark(self) -> re.Pattern[str]:
         """A special token and the blanks around it."""
-        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
-        marks = sorted((token for token in tokens if token and token != self.image_token), key=len, reverse=True)
-        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, marks))})\s*" if marks else r"(?!)")
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, self._marks))})\s*" if self._marks else r"(?!)")
 
     def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """User and assistant messages in turn, as the chat template takes them."""

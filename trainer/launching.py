@@ -63,6 +63,15 @@ class TrainingFailedError(RuntimeError):
     """A training process ended with an error; says why and where its whole output is."""
 
 
+def connect_on_cpu() -> None:
+    """Connects the processes of a training on CPUs, under torchrun's variables."""
+    import deepspeed
+
+    # Else it compiles an all-reduce on a machine's first run, for a minute, that inference alone calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+
+
 def die_with_parent(parent: int | None = None) -> None:
     """Asks the kernel to end this process when its parent ends, however that happens (Linux; else does nothing).
 

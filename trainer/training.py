@@ -37,7 +37,7 @@ from trainer.data.records import Record
 from trainer.data.whole_batches import WholeBatches
 from trainer.errors import UserError
 from trainer.files import write_json
-from trainer.launching import ERROR_FILE, die_with_parent
+from trainer.launching import ERROR_FILE, connect_on_cpu, die_with_parent
 from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, StopWhenDiverged
 from trainer.loop.packing_probe import PackingProbe
 from trainer.loop.tracking import prepare_trackers
@@ -274,9 +274,7 @@ def train(spec: TrainingSpec) -> None:
     """Runs one training to its end, from its newest complete checkpoint when there is one."""
     use_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     if use_cpu:
-        import deepspeed
-
-        deepspeed.init_distributed("gloo")  # before any model is built
+        connect_on_cpu()  # before any model is built
     prepare_trackers(spec.config.output_dir.name, spec.output_dir)
     args = training_arguments(spec, use_cpu)  # before the model: ZeRO-3 shards it as it is loaded
     set_seed(spec.training_seed)

@@ -23,6 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from cotbal_kernels import global_normalizer
 from cotbal_kernels.huggingface import apply_fused_loss
+from trainer.launching import connect_on_cpu
 
 ZERO = ("ZeRO-1", "ZeRO-2", "ZeRO-3")
 
@@ -104,7 +105,7 @@ def under_fsdp(folder: Path, kind: str, batch: dict[str, Tensor]) -> dict[str, T
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
+    connect_on_cpu()
     batch = torch.load(folder / "batch.pt")
     found = {}
     for kind in KINDS:

@@ -14,6 +14,8 @@ import deepspeed
 import torch
 from tiny_training import MOVING, OVER_RANKS, make_trainer
 
+from trainer.launching import connect_on_cpu
+
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 2,
@@ -34,7 +36,7 @@ CONFIG: dict[str, Any] = {
 def main() -> None:
     model_dir, output = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
+    connect_on_cpu()
     rank = torch.distributed.get_rank()
     found = {}
     for name in OVER_RANKS:

@@ -19,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from cotbal_kernels import global_normalizer
 from cotbal_kernels.huggingface import apply_fused_loss
+from trainer.launching import connect_on_cpu
 
 STAGES = (0, 1, 2, 3)
 MICRO_BATCHES = (1, 2)
@@ -60,7 +61,7 @@ def gradients(model_dir: str, batch: dict[str, Any], stage: int, micro_batches: 
 
 def main() -> None:
     model_dir, batches, out = sys.argv[1:4]
-    deepspeed.init_distributed("gloo")
+    connect_on_cpu()
     results = {
         (name, stage, k): gradients(model_dir, batch, stage, k)
         for name, batch in torch.load(batches).items()

@@ -30,7 +30,7 @@ from trainer.balancing.registry import method_class, read_options
 from trainer.config import RunConfig, TrainingConfig
 from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import ConversationEncoder
-from trainer.data.lengths import SampleLength, measure_all, sample_length, token_counter
+from trainer.data.lengths import SampleLength, counter_of, measure_all, sample_length
 from trainer.data.mixtures import Mixture, MixtureKind, select
 from trainer.data.packing import PackedCollator, PackedDataset, pack
 from trainer.data.records import Record
@@ -188,7 +188,7 @@ def task_weighting(
     if chosen.needs.validation:
         held_out = [task.validation if own else [] for task, own in zip(tasks, balanced, strict=True)]
         if spec.config.training.overlong == "drop":
-            counter = _counter(encoder)
+            counter = counter_of(encoder)
             held_out = [
                 [r for r in found if not sample_length(counter, r, task.image_path, "drop").dropped]
                 for task, found in zip(tasks, held_out, strict=True)
@@ -222,11 +222,6 @@ def task_weighting(
     )
 
 
-def _counter(encoder: ConversationEncoder) -> ConversationEncoder:
-    """The cheapest encoder with the same lengths."""
-    return encoder if encoder.features is not None else token_counter(encoder.processor, encoder.max_length)
-
-
 def training_samples(
     spec: TrainingSpec, encoder: ConversationEncoder, tasks: list[Task], records: list[list[Record]]
 ) -> MixtureDataset | PackedDataset:
@@ -241,7 +236,7 @@ def training_samples(
     dataset = MixtureDataset(encoder, tasks, records)
     if not training.packing and training.overlong == "truncate":
         return dataset
-    counter = _counter(encoder)
+    counter = counter_of(encoder)
 
     def measure(index: int) -> SampleLength:
         task_id, record = dataset.items[index]

@@ -252,7 +252,14 @@ def test_bad_input_in_the_library(
 
 
 def test_every_problem_is_named_at_once(data: dict[str, Any], folder: Path) -> None:
-    for damage in (missing_file, misspelt_freeze, answer_cut_off, truncated_image, long_test_under_perplexity):
+    for damage in (
+        missing_file,
+        misspelt_freeze,
+        unknown_tracker,
+        answer_cut_off,
+        truncated_image,
+        long_test_under_perplexity,
+    ):
         damage(data, folder)
     for number in range(4):
         change_record(folder, "colour_validation", number, longer)
@@ -261,7 +268,7 @@ def test_every_problem_is_named_at_once(data: dict[str, Any], folder: Path) -> N
     title, *told = str(caught.value).splitlines()
     assert title == "the run cannot start:"
     wanted = [
-        "model.freeze: no parameter", "train record 'colour-train-5': image ",
+        "model.freeze: no parameter", "unknown tracker in training.report_to", "train record 'colour-train-5': image ",
         *(f"colour_validation.jsonl: record 'colour-validation-{number}': its images" for number in range(4)),
         "record 'colour-test-1': its images", "box_train.jsonl does not exist", "record 'chat-train-6': no supervised",
     ]  # fmt: skip

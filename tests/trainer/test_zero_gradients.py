@@ -97,6 +97,7 @@ def test_micro_batches_and_ranks_give_the_single_batch_gradient(
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert "deepspeed_shm_comm" not in done.stdout  # compiled for a minute, and for inference only
     expected = {which: oracle(model_dir, batch) for which, batch in batches.items()}
     results = torch.load(tmp_path / "out.pt")
     assert set(results) == {(which, stage, k) for which in batches for stage in (0, 1, 2, 3) for k in (1, 2)}

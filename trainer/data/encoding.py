@@ -151,7 +151,7 @@ class ConversationEncoder:
         """Tokens of all parts; an error if images are past the limit."""
         images = iter(record.images)
         used = [[image_path(next(images)) for _ in range(part.text.count(self.image_token))] for part in parts]
-        if sum(map(bool, used)) > 1 and not self._one_by_one:
+        if sum(map(bool, used)) > 1 and not self.one_by_one:
             raise UserError(
                 f"record '{record.id}' has images in several turns, and the model's processor makes less of an image "
                 "among others; put all of them into the first question"
@@ -205,7 +205,7 @@ class ConversationEncoder:
         return tuple(self.blank_image().token_types)
 
     @cached_property
-    def _one_by_one(self) -> bool:
+    def one_by_one(self) -> bool:
         """Whether an image has as many tokens among others as alone."""
         if self.features is not None:
             return self.features.one_by_one

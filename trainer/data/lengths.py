@@ -46,7 +46,7 @@ class ImageLengths:
         self._plain = plain
         self._found: dict[tuple[tuple[int, int], ...], int] = {}
         one = self._tokens(_SIZES[:1])
-        self.one_by_one = self._tokens(_SIZES[:1] * 2) == 2 * one
+        self.one_by_one = plain.one_by_one
         alike = self.one_by_one and all(self._tokens([size]) == one for size in _SIZES)
         self._each = one if alike else None
 
@@ -80,6 +80,11 @@ def token_counter(processor: Any, max_length: int) -> ConversationEncoder:
     """An encoder that lays out tokens and labels, as many as of the processor's own, without decoding an image."""
     plain = ConversationEncoder(processor, max_length)
     return ConversationEncoder(processor, max_length, ImageLengths(plain)) if plain.reads_images else plain
+
+
+def counter_of(encoder: ConversationEncoder) -> ConversationEncoder:
+    """The cheapest encoder whose lengths are those of `encoder`."""
+    return encoder if encoder.features is not None else token_counter(encoder.processor, encoder.max_length)
 
 
 def sample_length(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.data.encoding import ConversationEncoder, Encoded
-from trainer.data.lengths import token_counter
+from trainer.data.lengths import counter_of
 from trainer.data.records import Record
 from trainer.evaluation.generation import encode
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
@@ -72,7 +72,7 @@ def _path(spec: EvaluationSpec) -> Path:
 
 def prompt_sizes(encoder: ConversationEncoder) -> Callable[[Record, EvaluationSet], int]:
     """A function for the length of a record in tokens that decodes no image."""
-    plain = encoder if encoder.features is not None else token_counter(encoder.processor, encoder.max_length)
+    plain = counter_of(encoder)
     return lambda record, chosen: len(_encode(plain, record, chosen).input_ids)
 
 

@@ -60,7 +60,7 @@ class Identity:
         """Of the verdict on the records, which costs little: everything about the tasks."""
         training = self.config.training
         tasks = [task.model_dump(mode="json") for task in self.tasks] if self.on_disk else None
-        rules = [training.packing, training.overlong]
+        rules = [training.packing, training.overlong, training.learning_rates, training.report_to]
         return [FORMAT, tasks, self.records("train", "validation", "test"), self.model, rules]
 
     def training(self, training: Training, own_records: bool = True) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def check_all(
     checks: list[Callable[[], CheckedTask | None]] = [
         partial(check_task, config, task, encoder) for task in config.tasks
     ]
-    check_trackers(config.training.report_to)
+    checks.insert(0, partial(check_trackers, config.training.report_to))
     if model_path:
         checks.insert(0, partial(check_model, config, model_path))
 

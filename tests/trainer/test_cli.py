@@ -53,6 +53,15 @@ class TestHelp:
         for _, sentence in listed:
             assert "(Eq." not in sentence  # typer ends the short help at the first stop
 
+    def test_what_needs_no_model_does_not_wait_for_torch(self) -> None:
+        """Importing torch and transformers takes seconds: help, and arithmetic on tables, come without them."""
+        modules = (
+            "trainer.cli, trainer.config, trainer.balancing.cotbal, trainer.comparison, trainer.evaluation.scoring"
+        )
+        code = f"import sys, {modules}; print(sorted({{'torch', 'transformers', 'deepspeed'}} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -19,7 +19,7 @@ from trainer.balancing.scores import Scores
 from trainer.comparison import compare
 from trainer.config import parse_config
 from trainer.errors import UserError
-from trainer.evaluation import EvaluationSpec
+from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import TrainingFailedError
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.progress import Progress

@@ -25,7 +25,7 @@ LLAVA_15 = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
-    "{% endfor %}{{ 'ASSISTANT: ' if add_generation_prompt }}"
+    "{% endfor %}{{ 'ASSISTANT:' if add_generation_prompt }}"
 )
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -124,11 +124,11 @@ class TestSupervision:
     ) -> None:
         encoder = with_template(processor, LLAVA_15, bos=bos)
         encoded = encoder.training_sample(record, folder.joinpath)
-        assert supervised_texts(encoder, encoded) == [f"{turn.answer} </s>" for turn in record.turns]
+        assert supervised_texts(encoder, encoded) == [f" {turn.answer}</s>" for turn in record.turns]
         text = encoder.tokenizer.decode(encoded.input_ids).replace("<image>" * PATCHES, "<image>")
         image = {True: "<image>\n", False: ""}
-        assert text == ("<s>" if bos else "") + "".join(
-            f"USER: {image['<image>' in turn.question]}{question(turn)} ASSISTANT: {turn.answer} </s>"
+        assert text == ("<s>" if bos else "") + " ".join(
+            f"USER: {image['<image>' in turn.question]}{question(turn)} ASSISTANT: {turn.answer}</s>"
             for turn in record.turns
         )
 

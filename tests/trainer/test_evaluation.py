@@ -19,11 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.evaluation import EvaluationSet, EvaluationSpec, RankProcesses, evaluate
 from trainer.evaluation.generation import BatchScorer
 from trainer.evaluation.parts import no_ranks
 from trainer.evaluation.progress import Meter
-from trainer.evaluation.ranks import load_encoder
+from trainer.evaluation.ranks import RankProcesses, load_encoder
+from trainer.evaluation.running import evaluate
+from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 
 COUNT = 23  # with batches of 4, each set ends in a ragged one
 # fmt: off

@@ -20,7 +20,7 @@ from trainer.config import LoraConfig, ModelConfig, TaskConfig, parse_config
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.records import Record, Turn, write_jsonl
 from trainer.errors import UserError
-from trainer.evaluation import evaluate
+from trainer.evaluation.running import evaluate
 from trainer.files import write_json
 from trainer.launching import LaunchConfig, run_training
 from trainer.loop.callbacks import COMPLETE

@@ -18,7 +18,7 @@ import trainer.nodes.following as following
 import trainer.nodes.machine as machine_module
 from trainer.config import RunConfig, parse_config
 from trainer.errors import UserError
-from trainer.evaluation import EvaluationSpec
+from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import LaunchConfig, Meeting, TrainingFailedError
 from trainer.nodes import Cluster, Membership, follow
 from trainer.nodes.mailbox import Mailbox

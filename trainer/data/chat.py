@@ -93,13 +93,16 @@ class ChatTemplate:
             if more and answer.endswith(after):
                 whole, answer = whole.removesuffix(more), answer.removesuffix(more)
             mark = self._mark.match(between)
-            if mark and parts and not parts[-1].text.rstrip().endswith(self._marks):  # written once a message follows
+            if mark and parts and not self.ends_turn(parts[-1].text):  # written once a message follows
                 parts[-1] = Part(parts[-1].text + mark[0], "answer")
                 between = between[mark.end() :]
             parts.append(Part(between, "prompt"))
             if self._opening and answer.startswith(self._opening):
                 parts.append(Part(self._opening, "opening"))
                 answer = answer[len(self._opening) :]
+            blanks = len(answer) - len(answer.rstrip())
+            if blanks and not self.ends_turn(answer):  # they stand between messages
+                whole, answer = whole[:-blanks], answer[:-blanks]
             parts.append(Part(answer, "answer"))
             done = whole
         rest = answered[-1].removeprefix(done)
@@ -119,7 +122,7 @@ class ChatTemplate:
             if not found:
                 return None
             end = self._mark.match(rest)
-            length = end.end() if end else len(rest) - len(rest.lstrip())
+            length = end.end() if end else 0
             parts += [Part(before, "prompt"), Part(turn.answer.strip() + rest[:length], "answer")]
             rest = rest[length:]
         parts.append(Part(rest, "prompt"))
@@ -149,6 +152,16 @@ class ChatTemplate:
     def _mark(self) -> re.Pattern[str]:
         """A special token and the blanks around it."""
         return re.compile(rf"\s*(?:{'|'.join(map(re.escape, self._marks))})\s*" if self._marks else r"(?!)")
+
+    def ends_turn(self, text: str) -> bool:
+        """Whether a text ends in a special token (``<|im_end|>`` and its like), blanks after it aside."""
+        return text.rstrip().endswith(self._marks)
+
+    def last_written(self, text: str) -> str:
+        """What a tokenizer has to see before a continuation of `text`: the special token at its end, or a character."""
+        if text.endswith(self._marks):
+            return next(mark for mark in self._marks if text.endswith(mark))
+        return text[-1:]
 
     def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """User and assistant messages in turn, as the chat template takes them."""

@@ -1,14 +1,16 @@
 """Conversations to token ids, labels and image inputs, for any processor with a chat template.
 
-Every part of a rendered conversation is tokenised on its own, so that a prompt in generation has exactly the tokens of
-training. Parts with an image go through the processor, which expands the placeholder into as many tokens as the image
-has patches.
+Every part of a rendered conversation is tokenised for itself, so that a prompt in generation has exactly the tokens of
+training, but as what goes on after the part before: SentencePiece tokenizers begin a text with a blank. Parts with an
+image go through the processor, which expands the placeholder into as many tokens as the image has patches.
 
 Legend: S tokens of one sample, P patches of one image, C feature channels.
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,6 +87,11 @@ class _Piece:
     image_inputs: dict[str, Tensor] = field(default_factory=dict)
     token_types: dict[str, list[int]] = field(default_factory=dict)
 
+    def behind(self, count: int) -> _Piece:
+        """All but the first tokens, of text."""
+        types = {name: own[count:] for name, own in self.token_types.items()}
+        return _Piece(self.ids[count:], self.image_inputs, types)
+
 
 def join(parts: Sequence[Tensor]) -> Tensor:
     """Image inputs one after the other along the first dimension.
@@ -138,10 +145,7 @@ class ConversationEncoder:
 
     def prompt(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
         """What stands before the last answer of a record, ready for generation; never cut."""
-        parts = self._parts(record)
-        while parts.pop().kind != "answer":
-            pass
-        encoded = self._encode(record, parts, image_path)
+        encoded = self._encode(record, self._parts(record)[:-1], image_path)
         encoded.labels = [IGNORE_INDEX] * len(encoded.input_ids)
         return encoded
 
@@ -159,7 +163,7 @@ class ConversationEncoder:
         encoded = Encoded([], [], token_types={name: [] for name in self._token_types})
         for part, piece in zip(parts, self._tokenize([part.text for part in parts], used), strict=True):
             ids = piece.ids
-            if part.kind == "answer" and self.tokenizer.eos_token_id not in ids and not self._ends_turn(ids):
+            if part.kind == "answer" and not self.chat.ends_turn(part.text):
                 ids = [*ids, self.tokenizer.eos_token_id]  # a template without an end mark never teaches stopping
             encoded.input_ids += ids
             encoded.labels += [IGNORE_INDEX] * len(ids) if part.kind == "prompt" else ids
@@ -229,27 +233,39 @@ class ConversationEncoder:
             )
 
     def _parts(self, record: Record) -> list[Part]:
+        """Up to the last answer."""
         self._check_images(record)
         try:
             parts = self.chat.parts(record.turns)
         except UserError as error:
             raise UserError(f"record '{record.id}': {error}") from error
         self._check_placeholders("".join(part.text for part in parts), record)
+        while parts[-1].kind != "answer":  # what a template writes behind it changes nothing before it
+            parts.pop()
         return parts
 
     def _tokenize(self, texts: list[str], images: list[list[Path]]) -> list[_Piece]:
         """Token ids and image inputs of consecutive pieces of one conversation."""
         bos = self.tokenizer.bos_token
         special = not (bos and texts[0].startswith(bos))  # a template may write the first token itself
-        plain = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        if special and not images[0]:
-            plain[0] = self.tokenizer(texts[0])["input_ids"]
-        return [
-            self._with_images(text, paths, special and index == 0) if paths else _Piece(ids)
-            for index, (text, ids, paths) in enumerate(zip(texts, plain, images, strict=True))
-        ]
+        last = self.chat.last_written
+        before = list(itertools.accumulate(texts[:-1], lambda written, text: last(written + text), initial=""))
+        ids = self.tokenizer([*before, *map(operator.add, before, texts)], add_special_tokens=False)["input_ids"]
+        pieces = []
+        for index, (text, paths) in enumerate(zip(texts, images, strict=True)):
+            known, both = ids[index], _Piece(ids[len(texts) + index])
+            if paths or not index:
+                both = self._piece(before[index] + text, paths, special and not index)
+            if both.ids[: len(known)] == known:
+                pieces.append(both.behind(len(known)))
+            else:  # a token would span both
+                pieces.append(self._piece(text, paths, special=False))
+        return pieces
 
-    def _with_images(self, text: str, paths: list[Path], special: bool) -> _Piece:
+    def _piece(self, text: str, paths: list[Path], special: bool) -> _Piece:
+        """Of a text by itself, with its images."""
+        if not paths:
+            return _Piece(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         if self.features is not None:
             return self._with_features(text, self.features.of(paths), special)
         return self._with_pictures(text, [Image.open(path).convert("RGB") for path in paths], special)
@@ -277,7 +293,3 @@ class ConversationEncoder:
             self.tokenizer(head, add_special_tokens=special)["input_ids"],
             {"pixel_values": join([features_PC[None] for features_PC in features])},
         )
-
-    def _ends_turn(self, ids: list[int]) -> bool:
-        """Whether the piece ends in a special token (``<|im_end|>`` and its like), blanks after it aside."""
-        return any(token in self.chat.special_ids for token in ids[-2:])

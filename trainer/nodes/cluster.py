@@ -14,7 +14,7 @@ from types import TracebackType
 
 from trainer.config import RunConfig
 from trainer.errors import UserError
-from trainer.evaluation import EvaluationSpec
+from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import LaunchConfig, TrainingFailedError, rank_devices
 from trainer.nodes.machine import Machine, Report, versions
 from trainer.nodes.mailbox import JOINING, POLL, Mailbox

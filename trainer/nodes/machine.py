@@ -9,7 +9,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from trainer.evaluation import EvaluationSpec, RankProcesses, evaluate
+from trainer.evaluation.ranks import RankProcesses
+from trainer.evaluation.running import evaluate
+from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import LaunchConfig, Meeting, run_training
 from trainer.nodes.mailbox import POLL, Mailbox
 from trainer.nodes.messages import Port, TrainingJob

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator
 
 from trainer.errors import UserError
-from trainer.evaluation import EvaluationSpec
+from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import LaunchConfig, TrainingFailedError
 
 # Errors quote file names and records, which may hold what is no Unicode text and would not become a message.

@@ -14,7 +14,7 @@ from trainer.evaluation.manifest import model_digest
 from trainer.pipeline.trainings import Training
 
 # Raised whenever a change of the code makes finished stages of older runs worthless.
-FORMAT = 2
+FORMAT = 3
 
 
 class Identity:
@@ -37,8 +37,6 @@ class Identity:
         used = options.model_dump(mode="json", exclude={"path"} if options.path == BUILT_IN else {"path", "tiny_llava"})
         folder = Path(options.path)
         used["images"] = options.images.changes()
-        if not used["images"]:  # younger than FORMAT: without it, nothing has changed
-            del used["images"]
         return used | {"files": model_digest(folder) if (folder / "config.json").is_file() else options.path}
 
     def records(self, *splits: str, of: Sequence[str] | None = None) -> list[Any] | None:
@@ -53,8 +51,7 @@ class Identity:
 
     def features(self) -> list[Any]:
         """Of the built-in model's image features, beside the model."""
-        changes = self.config.model.images.changes()
-        return [FORMAT, self.records("train", "validation", "test"), *([changes] if changes else [])]
+        return [FORMAT, self.records("train", "validation", "test"), self.config.model.images.changes()]
 
     def check(self) -> list[Any]:
         """Of the verdict on the records, which costs little: everything about the tasks."""

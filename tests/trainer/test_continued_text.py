@@ -1,0 +1,160 @@
+"""Parts of a conversation have the tokens that the whole conversation has, so a model sees what it was pretrained on.
+
+SentencePiece tokenizers begin a text with a blank: an answer tokenised alone would have one too many. The tokenizers
+here are small ones of that kind; the reference is the whole conversation, tokenised in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
+from trainer.data.records import Record, Turn
+from trainer.models.loading import load_processor
+
+TEXT = ["USER: How much is 2 plus one? ASSISTANT: It is 3. What colour is it? red [INST] [/INST] <| user assistant |>"]
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<|end|>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PATCHES = 3
+
+LOOP = "{% for m in messages %}"
+LLAVA_15 = (  # of llava-hf/llava-1.5-7b-hf
+    LOOP + "{{ m.role.upper() + ': ' }}{% for part in m.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in m.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}{% endfor %}"
+    "{{ 'ASSISTANT:' if add_generation_prompt }}"
+)
+ZEPHYR = (
+    LOOP + "{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt }}"
+)
+MISTRAL = (
+    "{{ bos_token }}" + LOOP + "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else "
+    "' ' + m.content + eos_token }}{% endfor %}"
+)
+PHI_3 = (
+    LOOP + "{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt }}"
+)
+TURNS = Record("turns", (), (Turn("How much is 2 plus one?", "It is 3."), Turn("What colour?", "red")), ())
+IMAGES = Record(
+    "images", ("a", "b"), (Turn("<image>\nHow much is it?", "3"), Turn("<image>\nWhat colour is it?", "red")), ()
+)
+
+
+def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """`legacy`, as in Llama 2's file: a blank before a text and behind special tokens; `first`: before a text."""
+    blank = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=True)
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = blank
+    tokenizer.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL + BYTES, show_progress=False)
+    )
+    if kind == "legacy":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = None
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    start = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=start)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+
+
+def make_encoder(kind: str, template: str) -> ConversationEncoder:
+    tokenizer = make_tokenizer(kind)
+    tokenizer.chat_template = template
+    return ConversationEncoder(tokenizer, 500)
+
+
+def tokens(encoder: ConversationEncoder, ids: list[int]) -> list[str]:
+    return encoder.tokenizer.convert_ids_to_tokens(ids)
+
+
+def supervised(encoder: ConversationEncoder, record: Record) -> list[str]:
+    encoded = encoder.training_sample(record, Path)
+    return tokens(encoder, [label for label in encoded.labels if label != IGNORE_INDEX])
+
+
+KINDS = pytest.mark.parametrize("kind", ["legacy", "first"])
+
+
+@KINDS
+@pytest.mark.parametrize("template", [ZEPHYR, MISTRAL, PHI_3], ids=["zephyr", "mistral", "phi_3"])
+def test_the_whole_conversation_in_one_go(kind: str, template: str) -> None:
+    encoder = make_encoder(kind, template)
+    messages = [
+        {"role": role, "content": text}
+        for turn in TURNS.turns
+        for role, text in (("user", turn.question), ("assistant", turn.answer))
+    ]
+    whole = encoder.tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = encoder.tokenizer(whole, add_special_tokens=template != MISTRAL)["input_ids"]
+    assert encoder.training_sample(TURNS, Path).input_ids == ids
+    asked = encoder.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    ids = encoder.tokenizer(asked, add_special_tokens=template != MISTRAL)["input_ids"]
+    assert encoder.prompt(TURNS, Path).input_ids == ids
+
+
+@KINDS
+def test_llava_15_is_trained_on_what_its_authors_trained_it_on(kind: str) -> None:
+    """``ASSISTANT: red</s>``: a word and the end of the answer carry a loss, and nothing else."""
+    encoder = make_encoder(kind, LLAVA_15.replace("m.content if part", "[{'type': 'text', 'text': m.content}] if part"))
+    text = "USER: How much is 2 plus one? ASSISTANT: It is 3.</s>USER: What colour? ASSISTANT: red</s>"
+    ids = encoder.training_sample(TURNS, Path).input_ids
+    assert (
+        ids[: ids.index(encoder.tokenizer.eos_token_id)]
+        == (encoder.tokenizer(text)["input_ids"][: ids.index(encoder.tokenizer.eos_token_id)])
+    )
+    assert supervised(encoder, TURNS)[-2:] == ["▁red", "</s>"]
+    assert supervised(encoder, TURNS)[0] == "▁It"
+
+
+@KINDS
+def test_an_answer_behind_a_newline_begins_without_a_blank(kind: str) -> None:
+    found = supervised(make_encoder(kind, PHI_3), TURNS)
+    assert "".join(found).replace("▁", " ").replace("<0x0A>", "\n").replace(" \n", "\n") == (
+        "It is 3.<|end|>\nred<|end|>\n"
+    )
+    assert found.count("</s>") == 0  # a blank between the end mark and the newline is no missing end mark
+
+
+class Features:
+    """Of images, by number: what stands for them is of no matter here."""
+
+    one_by_one = True
+
+    def of(self, paths: Sequence[Path]) -> list[Tensor]:
+        return [torch.zeros(PATCHES, 2) for _ in paths]
+
+    def example(self) -> Tensor:
+        return torch.zeros(PATCHES, 2)
+
+
+@KINDS
+@pytest.mark.parametrize("features", [Features(), None], ids=["features", "pixels"])
+def test_images_in_later_turns(kind: str, features: Features | None, pixel_model: Path, tmp_path: Path) -> None:
+    processor: Any = load_processor(str(pixel_model))
+    processor.tokenizer = make_tokenizer(kind)
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    processor.chat_template = LLAVA_15
+    for name in IMAGES.images:
+        Image.new("RGB", (40, 40)).save(tmp_path / name, "png")
+    encoder = ConversationEncoder(processor, 500, features)
+    ids = encoder.training_sample(IMAGES, tmp_path.joinpath).input_ids
+    image = "<image>" * (PATCHES if features else 4)
+    blank = "" if kind == "legacy" else " "  # which the legacy kind writes behind a special token by itself
+    text = f"USER: {image}\nHow much is it? ASSISTANT: 3</s>{blank}USER: {image}\nWhat colour is it? ASSISTANT: red</s>"
+    assert tokens(encoder, ids) == tokens(encoder, encoder.tokenizer(text)["input_ids"])

@@ -270,7 +270,7 @@ def train(spec: TrainingSpec) -> None:
     use_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"
     if use_cpu:
         connect_on_cpu()  # before any model is built
-    prepare_trackers(spec.config.output_dir.name, spec.output_dir)
+    prepare_trackers(spec.config.training.report_to, spec.config.output_dir.name, spec.output_dir)
     args = training_arguments(spec, use_cpu)  # before the model: ZeRO-3 shards it as it is loaded
     set_seed(spec.training_seed)
 

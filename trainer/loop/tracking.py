@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from uuid import uuid4
 
 from trainer.errors import UserError, unknown_name
 
@@ -27,7 +28,20 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"training.report_to: the package of '{name}' is not installed; install it, or take it out")
 
 
-def prepare_trackers(run: str, output_dir: Path) -> None:
-    """Says to trackers that read the environment where logs go; what is set there already stays."""
+def prepare_trackers(names: Sequence[str], run: str, output_dir: Path) -> None:
+    """Says to trackers that read the environment where logs go; what is set there already stays.
+
+    Args:
+        names: ``training.report_to``.
+        run: whose trainings belong together.
+        output_dir: of one training; one that continues there continues its run in Weights & Biases too.
+    """
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "tensorboard"))
-    os.environ.setdefault("WANDB_RUN_GROUP", run)  # the trainings of one run together
+    os.environ.setdefault("WANDB_RUN_GROUP", run)
+    if "wandb" in names and os.environ.get("RANK", "0") == "0":
+        known = output_dir / "wandb_run_id.txt"
+        if not known.exists():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            known.write_text(uuid4().hex, encoding="utf-8")
+        os.environ.setdefault("WANDB_RUN_ID", known.read_text(encoding="utf-8"))
+        os.environ.setdefault("WANDB_RESUME", "allow")

@@ -30,6 +30,11 @@ def classify(head: nn.Module | None, model_name: str) -> list[tuple[nn.Module, t
     if isinstance(head, FusedHead):
         return [(head, type(head))]
     if type(head) is nn.Linear:
+        if hasattr(head.weight, "device_mesh"):
+            raise ValueError(
+                f"the head of {model_name} is sharded (tp_plan, or FSDP before patching): patch the model before FSDP "
+                "shards it; tensor parallelism of transformers is not supported, load the model without tp_plan"
+            )
         if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
             raise ValueError(f"the head of {model_name} has a forward of its own: undo what replaced it first")
         return [(head, FusedLinear)]
@@ -60,6 +65,12 @@ def _classify_peft(head: nn.Module, model_name: str) -> list[tuple[nn.Module, ty
             f"model {model_name} has LoRA around a head of {type(base).__module__}.{type(base).__qualname__}, and "
             "only torch.nn.Linear is supported there: leave a quantised head out of target_modules, or keep it in "
             "16 bit with llm_int8_skip_modules=['lm_head']"
+        )
+    if type(head).__name__ == "TrainableTokensWrapper":
+        raise ValueError(
+            f"model {model_name} has rows of its head trained by trainable_token_indices, tied to the embeddings or "
+            "not, which the fused loss does not support: train the whole matrix with modules_to_save=['embed_tokens', "
+            "'lm_head'] instead"
         )
     raise ValueError(
         f"model {model_name} has a head wrapped by {type(head).__module__}.{type(head).__qualname__}; of PEFT, LoRA "

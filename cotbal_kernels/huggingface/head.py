@@ -11,7 +11,7 @@ probe, and calls the head again, this time with targets and with all its hooks, 
 import copy
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ class Targets:
     """Of one labelled forward pass."""
 
     labels: Tensor  # [B, S] as the model gets them
-    task_ids: Tensor  # [B] or [B, S]
+    task_ids: Tensor | None  # [B] or [B, S]; None: all of one task
     normalizer: Tensor | float | None
     shift_labels: Tensor | None  # [B, S] labels that are shifted already
 
@@ -50,6 +50,9 @@ class FusedLoss:
     hidden: Tensor | None = None
     head: "FusedHead | None" = field(default=None, repr=False)
     result: TaskLoss | None = field(default=None, repr=False)
+    passes: int = 0  # of the patched forward that run now
+    # Sums of loss and tokens of the last labelled pass, [K] each, as they were before mixed precision cast outputs.
+    task_sums: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FusedLoss":
         memo[id(self)] = new = object.__new__(FusedLoss)
@@ -63,6 +66,16 @@ class FusedLoss:
             "remove_fused_loss before and apply_fused_loss after"
         )
 
+    def enter(self) -> None:
+        """The patched forward starts; not counted under torch.compile, where nothing asks."""
+        if not torch.compiler.is_compiling():
+            self.passes += 1
+
+    def leave(self) -> None:
+        """The patched forward has ended."""
+        if not torch.compiler.is_compiling():
+            self.passes -= 1
+
     def begin(self, targets: Targets) -> None:
         """A labelled forward pass starts."""
         if self.targets is not None and self.current() is None:
@@ -71,10 +84,13 @@ class FusedLoss:
         if isinstance(normalizer, Tensor) and normalizer.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
                 f"num_items_in_batch came in {normalizer.dtype}, which is off by up to 0.4 %: mixed precision cast it "
-                "on the way; use MixedPrecisionPolicy(cast_forward_inputs=False) with FSDP, leave fp16.auto_cast off "
-                "with DeepSpeed, or pass a Python float"
+                "on the way; use TaskWeightedTrainerMixin with Trainer, "
+                "MixedPrecisionPolicy(cast_forward_inputs=False) with FSDP, leave fp16.auto_cast off with DeepSpeed, "
+                "or pass a Python float"
             )
         aggregation, count = self.options["aggregation"], len(self.task_weights)
+        if targets.task_ids is None and count > 1:
+            raise ValueError(no_task_ids(count))
         if normalizer is not None and aggregation == "sum":
             raise ValueError(
                 "aggregation='sum' has no normalizer, but num_items_in_batch came (Trainer passes it): patch the model "
@@ -130,7 +146,13 @@ class FusedLoss:
             correction = None if self.measured else poison(logits, self.probe, self.scaling, self.name)
         else:
             self.scaling, self.measured, correction = measure(logits, self.probe, self.name), True, None
-        self.result = TaskLoss(*self.head.call_with_targets(self.hidden, targets))
+        fields: Any = self.head.call_with_targets(self.hidden, targets)
+        if not isinstance(fields, tuple) or len(fields) != len(TaskLoss._fields):
+            raise ValueError(
+                f"a forward hook on the head of {self.name} changes its output, which is the loss here: remove it, or "
+                "let it leave tuples alone"
+            )
+        self.result = TaskLoss(*fields)
         loss = self.result.loss
         if loss.dim() != 0:
             raise RuntimeError(f"the fused loss must be a scalar, got shape {tuple(loss.shape)}")
@@ -157,6 +179,23 @@ class FusedLoss:
         ignored = kwargs.get("ignore_index", self.options["ignore_index"])
         if ignored != self.options["ignore_index"]:
             raise ValueError(f"model {self.name} ignores label {ignored}: pass ignore_index={ignored} when patching")
+
+
+@dataclass(frozen=True)
+class Uncast:
+    """A normaliser that reaches the loss as it is: frameworks cast the tensors among a model's arguments alone."""
+
+    value: Tensor
+
+
+def no_task_ids(tasks: int, batch: Iterable[str] = ()) -> str:
+    """What to say of a batch without tasks."""
+    found = f" among {', '.join(sorted(batch))}" if batch else ""
+    return (
+        f"the model has {tasks} task weights and the batch no loss_task_ids{found}: without them every token would "
+        "belong to task 0. Let the collator make them ([B] or [B, S] integers); a column of that name survives "
+        "remove_unused_columns"
+    )
 
 
 class FusedHead(nn.Module):
@@ -200,21 +239,21 @@ class FusedHead(nn.Module):
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.to(hidden.device)
         features, weight, bias = self.operands(hidden)
-        return tuple(
-            linear_task_cross_entropy(
-                features,
-                weight,
-                labels,
-                task_ids,
-                fused.weights_on(hidden.device),
-                bias=bias,
-                shift=shift,
-                normalizer=normalizer,
-                logit_scale=fused.scaling.scale,
-                logit_softcap=fused.scaling.softcap,
-                **fused.options,
-            )
+        out = linear_task_cross_entropy(
+            features,
+            weight,
+            labels,
+            task_ids,
+            fused.weights_on(hidden.device),
+            bias=bias,
+            shift=shift,
+            normalizer=normalizer,
+            logit_scale=fused.scaling.scale,
+            logit_softcap=fused.scaling.softcap,
+            **fused.options,
         )
+        fused.task_sums = out.task_loss.detach(), out.task_tokens
+        return tuple(out)
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Features ``[B, S, D]``, weight ``[V, D]`` and bias ``[V]`` whose product the logits are."""

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from .. import validation
 from ..backends import check_backend_name
 from ..results import TaskLoss
 from .fusing import classify, fuse_head, unfuse
-from .head import FusedHead, FusedLoss, Targets, checked_weights, probe_for
+from .head import FusedHead, FusedLoss, Targets, Uncast, checked_weights, probe_for
 from .scaling import calls_loss_function, configured_scaling
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,8 +58,8 @@ def apply_fused_loss(
 
     * ``labels [B, S]``, not shifted (the shift is done here, as transformers does); ``shift_labels [B, S]``, shifted
       already, take their place where given (context parallelism);
-    * ``loss_task_ids [B]`` or ``[B, S]`` integers, per position shifted as the labels are; without them every
-      token belongs to task 0. Not ``task_ids``: PEFT swallows an argument of that name;
+    * ``loss_task_ids [B]`` or ``[B, S]`` integers, per position shifted as the labels are; needed where K > 1. Not
+      ``task_ids``: PEFT swallows an argument of that name;
     * ``num_items_in_batch``, the normalizer of Eq. 2 (see :func:`global_normalizer`), scalar.
 
     With labels, the output has ``loss`` (scalar float32), ``task_loss [K]``, ``task_tokens [K]`` and
@@ -112,6 +113,7 @@ def apply_fused_loss(
     base.accepts_loss_kwargs = True
     # Bound, so that a deep copy of the model is bound to the copy.
     vars(base)["forward"] = MethodType(_patched_forward(base), base)
+    base.base_model.register_forward_pre_hook(MethodType(_refuse_replaced_forward, base))
     return model
 
 
@@ -131,6 +133,9 @@ def remove_fused_loss(model: Model) -> Model:
     for key in (_STATE, *_REPLACED):
         del vars(base)[key]
     vars(base).update(state.replaced)
+    hooks = base.base_model._forward_pre_hooks
+    for number in [key for key, hook in hooks.items() if getattr(hook, "__func__", None) is _refuse_replaced_forward]:
+        del hooks[number]
     return model
 
 
@@ -167,6 +172,29 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
+def _refuse_replaced_forward(model: Any, *_: Any) -> None:
+    """Before the layers of a patched model run: another package's forward in place of ours drops task weights silently.
+
+    It is put there after patching (Liger's in ``Trainer.train``, TRL's in ``SFTTrainer``), so only a pass shows it.
+    """
+    state = vars(model).get(_STATE)
+    if state is None or not model.training or torch.compiler.is_compiling():
+        return
+    if state.passes == 0 and not carries_patched_forward(model):
+        raise ValueError(replaced_forward(model))
+
+
+def replaced_forward(model: Any) -> str:
+    """What to say of a patched model whose forward is another's now."""
+    function = getattr(model.forward, "__func__", model.forward)
+    package = getattr(function, "__globals__", {}).get("__name__", "something")  # wrappers copy __module__, not this
+    return (
+        f"model.forward of a patched {type(model).__name__} was replaced by {package.split('.')[0]} after "
+        "apply_fused_loss, and that knows no task weights: leave it out (Trainer's use_liger_kernel); with TRL's "
+        "SFTTrainer use cotbal_kernels.huggingface.trl.TaskWeightedSFTTrainer"
+    )
+
+
 def carries_patched_forward(model: Any) -> bool:
     """Whether the forward of a model is ours, or one of accelerate's around it."""
     forward = vars(model).get("forward")
@@ -184,6 +212,7 @@ def _patched_forward(model: Any) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = vars(self)[_STATE]
         kwargs.update(zip(names, args, strict=False))
         call = functools.partial(original, self) if overridden is None else original
         if "task_ids" in kwargs and "task_ids" not in names:
@@ -194,11 +223,15 @@ def _patched_forward(model: Any) -> Callable[..., Any]:
         if labels is None and shift_labels is None:
             if self.training and (task_ids is not None or normalizer is not None):
                 raise ValueError(
-                    "loss_task_ids or num_items_in_batch came without labels: compute_loss_func and "
-                    "label_smoothing_factor of Trainer take the labels away and would bypass the fused loss; "
-                    "leave them out (apply_fused_loss has label_smoothing=)"
+                    "loss_task_ids or num_items_in_batch came without labels: either the batch has none, or "
+                    "compute_loss_func or label_smoothing_factor of Trainer took them away and would bypass the fused "
+                    "loss; leave those out (apply_fused_loss has label_smoothing=)"
                 )
-            return call(**kwargs)
+            state.enter()
+            try:
+                return call(**kwargs)
+            finally:
+                state.leave()
         for argument, value in (("labels", labels), ("shift_labels", shift_labels), ("loss_task_ids", task_ids)):
             if value is not None and not isinstance(value, Tensor):
                 raise ValueError(f"{argument} must be a tensor of integers, got {type(value).__name__}")
@@ -207,13 +240,16 @@ def _patched_forward(model: Any) -> Callable[..., Any]:
         as_dict = kwargs.pop("return_dict", None)
         if as_dict is None:
             as_dict = getattr(self.config, "return_dict", True)
-        state = vars(self)[_STATE]
         _refresh_head(self, state)
+        if isinstance(normalizer, Uncast):
+            normalizer = normalizer.value
         state.begin(Targets(labels, task_ids, normalizer, shift_labels))
+        state.enter()
         try:
             out = call(**kwargs, return_dict=True)
             result = state.result
         finally:
+            state.leave()
             state.end()
         out = _with_task_loss(out, result, state.name)
         return out if as_dict else out.to_tuple()

@@ -15,25 +15,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import global_task_tokens
 from ..functional import task_normalizer
-from .patching import carries_patched_forward, fused_loss, unwrapped
+from .head import FusedLoss, Uncast, no_task_ids
+from .patching import carries_patched_forward, fused_loss, replaced_forward, set_task_weights, unwrapped
 from .repeats import without_repeated_labels
+
+_CHECKPOINT = "TaskWeights"  # name among what callbacks save in a checkpoint
 
 
 class TaskWeightedTrainerMixin:
     """For a ``Trainer`` of a patched model, before ``Trainer`` among the bases.
 
-    Batches have ``labels [B, S]`` and ``loss_task_ids`` (``[B]`` or ``[B, S]``; task 0 without them). Gradients then
+    Batches have ``labels [B, S]`` and ``loss_task_ids`` (``[B]`` or ``[B, S]``; needed where K > 1). Gradients then
     equal those of one large batch, whatever the accumulation and the number of ranks, which the count of tokens that
     ``Trainer`` takes by itself gives for weights of 1 only. Samples that fill the last batch of several ranks up count
     once (:mod:`.repeats`).
 
     Logged beside the loss, over all ranks since the last log: ``task_loss/NAME`` (mean cross-entropy per token),
     ``task_tokens/NAME`` and ``task_weight/NAME``, and ``eval_task_loss/NAME``, ``eval_task_tokens/NAME`` with the
-    metrics of an evaluation.
+    metrics of an evaluation. Lambda that :func:`set_task_weights` changed on the way is saved with checkpoints; a
+    training that continues has it again, unless its script patched the model with another one this time.
 
     Args:
         task_names: K names for the logs; the task ids if None.
@@ -51,11 +56,24 @@ class TaskWeightedTrainerMixin:
         if len(self.task_names) != count:
             raise ValueError(f"task_names must have K = {count} entries, got {len(self.task_names)}")
         if not carries_patched_forward(unwrapped(trainer.model)):
-            raise ValueError("model.forward was replaced after apply_fused_loss (use_liger_kernel?): leave that out")
+            raise ValueError(replaced_forward(unwrapped(trainer.model)))
+        if trainer.args.use_liger_kernel and (trainer.args.liger_kernel_config or {}).get(
+            "fused_linear_cross_entropy", True
+        ):
+            raise ValueError(
+                "use_liger_kernel puts a loss without task weights in place of the fused one: leave it out, or set "
+                "liger_kernel_config={'fused_linear_cross_entropy': False}"
+            )
         if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
             raise ValueError(
                 "compute_loss_func and label_smoothing_factor bypass the fused loss: leave them out "
                 "(apply_fused_loss has label_smoothing=)"
+            )
+        if trainer.preprocess_logits_for_metrics is not None:
+            raise ValueError(
+                "preprocess_logits_for_metrics has no logits to work on, because the fused loss never makes them: "
+                "compute_metrics gets (task_loss, task_tokens, task_correct) instead; for logits call the model "
+                "without labels"
             )
         if state.options["aggregation"] == "sum":
             raise ValueError("aggregation='sum' has no normalizer: patch the model with 'token' or 'task'")
@@ -66,6 +84,7 @@ class TaskWeightedTrainerMixin:
             )
         if not trainer.model_accepts_loss_kwargs:
             raise ValueError("the trainer hands no normalizer to the model: patch the model before the trainer is made")
+        self._first_weights = state.task_weights.tolist()
         self._task_sums = {
             training: torch.zeros(2, count, dtype=torch.float64, device=trainer.args.device)
             for training in (True, False)
@@ -77,18 +96,26 @@ class TaskWeightedTrainerMixin:
         weights_K = state.weights_on(self.args.device)  # type: ignore[attr-defined]
         shifted = "shift_labels" in batches[0]
         labels = [batch["shift_labels" if shifted else "labels"].to(weights_K.device) for batch in batches]
-        task_ids = [
-            some.new_zeros(some.shape[:1]) if batch.get("loss_task_ids") is None else batch["loss_task_ids"]
-            for some, batch in zip(labels, batches, strict=True)
-        ]
+        task_ids = [self._task_ids(batch, some) for some, batch in zip(labels, batches, strict=True)]
+        if not shifted and _has_virtual_tokens(self.model):  # type: ignore[attr-defined]
+            labels = [F.pad(some, (1, 0), value=state.options["ignore_index"]) for some in labels]
+            task_ids = [ids if ids.dim() == 1 else F.pad(ids, (1, 0)) for ids in task_ids]
         tokens_K = global_task_tokens(
             labels,
-            [ids.to(weights_K.device) for ids in task_ids],
+            task_ids,
             len(weights_K),
             ignore_index=state.options["ignore_index"],
             shift=not shifted,
         )
         return task_normalizer(weights_K, tokens_K, state.options["aggregation"])
+
+    def _task_ids(self, batch: dict[str, Any], labels: Tensor) -> Tensor:
+        ids, count = batch.get("loss_task_ids"), len(self.task_names)
+        if ids is None and count > 1:
+            raise ValueError(no_task_ids(count, batch))
+        if ids is not None and not isinstance(ids, Tensor):
+            raise ValueError(f"loss_task_ids must be a tensor of integers, got {type(ids).__name__}")
+        return labels.new_zeros(labels.shape[:1]) if ids is None else ids.to(labels.device)
 
     def logged_task_weights(self) -> Tensor:
         """Lambda ``[K]`` of the step that is logged."""
@@ -119,7 +146,10 @@ class TaskWeightedTrainerMixin:
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss is the mean over ranks: where ``Trainer`` gathers it, it cuts the last ranks off."""
         inputs = self._without_repeats(inputs)
+        state = fused_loss(model)
+        state.task_sums = None
         loss, sums, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        self._count(state, training=False)
         if loss is not None and dist.is_initialized() and dist.get_world_size() > 1:
             loss = loss / dist.get_world_size()
             dist.all_reduce(loss)
@@ -139,9 +169,32 @@ class TaskWeightedTrainerMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)  # type: ignore[misc]
-        self._task_sums[model.training] += torch.stack([outputs["task_loss"], outputs["task_tokens"]]).detach()
-        return (loss, outputs) if return_outputs else loss
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = Uncast(num_items_in_batch)  # type: ignore[assignment]  # FSDP2 would round it
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if model.training:  # evaluation may call the model without this
+            self._count(fused_loss(model), training=True)
+        return loss
+
+    def _count(self, state: FusedLoss, training: bool) -> None:
+        """Add what the last labelled pass summed up: not its outputs, which mixed precision may have rounded."""
+        if state.task_sums is not None:
+            self._task_sums[training] += torch.stack(state.task_sums)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        trainer.state.stateful_callbacks[_CHECKPOINT] = {
+            "patched with": self._first_weights,
+            "now": fused_loss(trainer.model).task_weights.tolist(),
+        }
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_callback_state(self) -> None:
+        trainer: Any = self
+        saved = trainer.state.stateful_callbacks.pop(_CHECKPOINT, None)
+        if saved and saved["patched with"] == self._first_weights:
+            set_task_weights(trainer.model, saved["now"])
+        super()._load_callback_state()  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the tasks that had tokens."""
@@ -178,3 +231,10 @@ class TaskWeightedTrainerMixin:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
         return sums.tolist()
+
+
+def _has_virtual_tokens(model: Any) -> bool:
+    """Whether PEFT puts positions before a sequence, so that its first label is predicted too (prompt tuning)."""
+    config = getattr(model, "active_peft_config", None)
+    kind = getattr(getattr(config, "peft_type", None), "value", None)
+    return bool(getattr(config, "is_prompt_learning", False)) and kind != "PREFIX_TUNING"

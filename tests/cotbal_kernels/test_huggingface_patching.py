@@ -79,7 +79,7 @@ def test_nothing_else_changes(kind: str) -> None:
 
 def test_loss_runs_inside_the_call_of_the_head() -> None:
     """ZeRO-3 and FSDP gather the weight in hooks of the head: they must fire around the loss, and see a tuple."""
-    model = apply_fused_loss(build("llama"), [1.0, 2.0])
+    model = apply_fused_loss(build("llama"))
     batch = batch_for("llama")
     seen = []
     model.lm_head.register_forward_pre_hook(lambda module, args: seen.append("before"))
@@ -333,7 +333,7 @@ def test_refuses_losses_that_bypass_it() -> None:
     """Trainer's compute_loss_func takes the labels away; the weights would be ignored silently."""
     model = apply_fused_loss(build("llama")).train()
     for extra in ({"loss_task_ids": torch.tensor([0, 0, 0])}, {"num_items_in_batch": torch.tensor(3)}):
-        with pytest.raises(ValueError, match="came without labels: compute_loss_func"):
+        with pytest.raises(ValueError, match="came without labels: either the batch has none, or compute_loss_func"):
             model(**batch_for("llama"), **extra)
         model.eval()(**batch_for("llama"), **extra)
         model.train()

@@ -1,0 +1,89 @@
+"""Eq. 2 in TRL's ``SFTTrainer`` (1.8 to 1.16), which takes the loss from the model and computes one of its own.
+
+    from cotbal_kernels.huggingface.trl import TaskWeightedSFTTrainer
+
+    trainer = TaskWeightedSFTTrainer(task_weights=[1.3, 0.6], model=path, args=config, train_dataset=data)
+
+Imports TRL, and is imported by nothing else here.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from trl import SFTTrainer
+
+from .patching import apply_fused_loss, unwrapped
+from .trainer import TaskWeightedTrainerMixin
+
+_TASKS = "loss_task_ids"
+
+
+class TaskIdCollator:
+    """A collator that knows no tasks, and its batches with ``loss_task_ids [B]`` of the rows."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if _TASKS not in rows[0]:  # of one task; the loss says what is missing where there are more
+            return self.collator(rows)
+        batch = self.collator([{key: value for key, value in row.items() if key != _TASKS} for row in rows])
+        batch[_TASKS] = torch.tensor([row[_TASKS] for row in rows])
+        return batch
+
+
+class _SFTWithModelLoss(SFTTrainer):
+    """TRL's preparation of data and models, with the model's own loss."""
+
+    def __init__(self, *args: Any, task_weights: Tensor | Sequence[float] | None = None, **kwargs: Any) -> None:
+        config = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
+        if config is not None:
+            _check(config)
+        super().__init__(*args, **kwargs)
+        vars(unwrapped(self.model)).pop("forward", None)  # TRL's, which would leave the patched one out
+        apply_fused_loss(self.model, task_weights)
+        self.model_accepts_loss_kwargs = True
+        self.data_collator: Any = TaskIdCollator(self.data_collator)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.prediction_step(self, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        trainer: Any = self
+        if _TASKS not in trainer._signature_columns:
+            trainer._signature_columns = [*trainer._signature_columns, _TASKS]
+
+
+class TaskWeightedSFTTrainer(TaskWeightedTrainerMixin, _SFTWithModelLoss):
+    """``SFTTrainer`` with task weights: rows of the data set have an integer ``loss_task_ids`` beside their text.
+
+    It patches the model by itself, after TRL has loaded it and put adapters on it. TRL's ``mean_token_accuracy`` and
+    ``entropy``, which need logits, are not logged; ``task_loss/NAME`` and the others of the mixin are.
+
+    Args:
+        task_weights: ``[K]``, lambda of Eq. 2; None: ones for the tasks that ``task_names`` names, or one task.
+
+    The other arguments are those of ``SFTTrainer`` and :class:`TaskWeightedTrainerMixin`.
+
+    Raises:
+        ValueError: an option joins samples of several tasks in a row, or asks for another loss.
+    """
+
+
+def _check(config: Any) -> None:
+    if config.packing or config.padding_free:
+        raise ValueError(
+            "packing and padding_free of SFTConfig join samples in one row and lose loss_task_ids: leave them off"
+        )
+    if getattr(config, "loss_type", None) == "dft":
+        raise ValueError("loss_type='dft' of SFTConfig is another loss than Eq. 2: leave it out")
+    if config.use_liger_kernel:
+        raise ValueError("use_liger_kernel of SFTConfig brings a loss without task weights: leave it out")

@@ -40,6 +40,12 @@ EVERYWHERE: list[Case] = [
     (FP16, True, True, {"chunk_size": CHUNK}),
     (FP32, False, True, {"chunk_size": CHUNK}),
 ]
+# Each generation has products of its own, by type; sm_89 has sm_80's on other tiles.
+OTHER_GENERATIONS = {
+    "sm_80": [EVERYWHERE[1], EVERYWHERE[2], EVERYWHERE[4]],
+    "sm_89": [EVERYWHERE[0], EVERYWHERE[4]],
+    "sm_100": [EVERYWHERE[1], EVERYWHERE[3], EVERYWHERE[4]],
+}
 CASES: list[Case] = [
     (BF16, True, True, {"chunk_size": CHUNK}),  # kept in dW's memory, the rows beyond D computed again
     (BF16, True, False, {"chunk_size": CHUNK, "label_smoothing": 0.1}),
@@ -71,7 +77,7 @@ def own(options: dict[str, Any]) -> dict[str, Any]:
         (backend, *case)
         for case in EVERYWHERE
         for backend in ALL_BACKENDS
-        if backend != "sm_89" or case in (EVERYWHERE[0], EVERYWHERE[-1])  # sm_80's instructions on other tiles
+        if backend in BACKENDS or case in OTHER_GENERATIONS[backend]
     ]
     + [(backend, *case) for case in CASES for backend in BACKENDS],
     ids=name,

@@ -184,7 +184,7 @@ def test_existing_logits(options: dict, vocab_size: int) -> None:
     assert error(actual, wanted) <= FP32 or float((actual - wanted).abs().max()) <= 1e-6
 
 
-@pytest.mark.parametrize("sharpness", [0.5, 4.0, 16.0])  # from nearly uniform to nearly certain
+@pytest.mark.parametrize("sharpness", [0.5, 16.0])  # from nearly uniform to nearly certain
 @pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_16_bits_are_no_worse_than_materialising(dtype: torch.dtype, sharpness: float, options: dict) -> None:

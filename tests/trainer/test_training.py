@@ -123,10 +123,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     ("processes", "accumulation", "batch_size", "zero", "aggregation"),
     [
         (1, 1, 8, (2, "none"), "token"),
-        (1, 2, 4, (1, "none"), "token"),
         (2, 2, 2, (3, "none"), "token"),
-        (2, 1, 4, (2, "none"), "task"),
-        (2, 2, 2, (2, "optimizer"), "token"),
+        (2, 1, 4, (1, "none"), "task"),
+        (1, 2, 4, (2, "optimizer"), "token"),
         (2, 2, 2, (3, "parameters"), "token"),
     ],
 )

@@ -35,6 +35,15 @@ def test_h200_covers_heads_sizes_shares_weights_modes_and_dtypes() -> None:
     assert {type(case) for case in H200.cases} == {LinearCase, LogitsCase, BalancerCase, ModelCase}
 
 
+def test_h200_begins_with_the_sizes_that_have_targets() -> None:
+    """All of them beside every peer: 12 % of 16384 positions is the size of the largest gain."""
+    assert [(case.head, case.M, case.supervised, case.tasks, case.mode) for case in linear("h200")[:3]] == [
+        ("Llama-3", 8192, 1.0, 0, "train"),
+        ("Llama-3", 8192, LLAVA_SHARE, 0, "train"),
+        ("Llama-3", 16384, LLAVA_SHARE, 0, "train"),
+    ]
+
+
 def test_cpu_has_the_cases_of_the_published_table() -> None:
     found = {(case.M, case.V, case.D, case.supervised, case.dtype, case.mode, case.tasks) for case in linear("cpu")}
     assert (2048, 32000, 512, 1.0, "float32", "train", 0) in found

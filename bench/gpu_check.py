@@ -54,6 +54,13 @@ for options in ({"chunk_size": 20}, {"recompute": True}, {"aggregation": "none"}
     out.loss.sum().backward()
 torch.cuda.synchronize()
 """
+# Tools of compute-sanitizer: their options, and what the environment has to say.
+_CHECKS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    # torch's cache hands out pieces of large allocations, and the tool sees the bounds of allocations only. Calls that
+    # torch makes to find out whether they fail are no errors of a kernel; those that matter raise in Python.
+    "memcheck": (("--report-api-errors", "no"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+    "racecheck": ((), {}),
+}
 
 
 class Budget:
@@ -124,7 +131,9 @@ def outcomes(log: str) -> dict[str, Any]:
     }
 
 
-def _command(arguments: list[str], seconds: float, log: Path | None = None) -> tuple[int | str, str]:
+def _command(
+    arguments: list[str], seconds: float, log: Path | None = None, variables: dict[str, str] | None = None
+) -> tuple[int | str, str]:
     """Exit status, or "timeout", and what was printed until then, which a ``log`` holds at any time.
 
     A command that takes too long ends with everything that it started: a compiler would go on and hold its output.
@@ -132,7 +141,12 @@ def _command(arguments: list[str], seconds: float, log: Path | None = None) -> t
     with log.open("w+b") if log else tempfile.TemporaryFile() as output:
         try:
             process = subprocess.Popen(
-                arguments, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                arguments,
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **(variables or {})},
             )
         except OSError as error:
             return str(error), ""
@@ -208,13 +222,14 @@ def sanitizer(report: Report, budget: Budget) -> None:
     for backend in available():
         # Compiled and cached beforehand: under the tool it would take minutes.
         _command([sys.executable, "-c", _SMALL_STEP, backend], budget.left())
-        for check in ("memcheck", "racecheck"):
+        for check, (options, variables) in _CHECKS.items():
             if budget.left() < 10:
                 report.put("sanitizer", f"{backend} {check}", "no time left")
                 continue
             status, output = _command(
-                [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", _SMALL_STEP, backend],
+                [tool, "--tool", check, *options, "--error-exitcode", "9", sys.executable, "-c", _SMALL_STEP, backend],
                 min(budget.left(), 90),
+                variables=variables,
             )
             summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
             report.put(

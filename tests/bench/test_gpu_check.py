@@ -176,6 +176,25 @@ def test_sanitizer_is_found_where_a_toolkit_has_it(tmp_path: Path, monkeypatch: 
     assert gpu_check.find_sanitizer() == str(tool)
 
 
+def test_memcheck_sees_the_bounds_of_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the tool says how it was called: without torch's cache, whose segments hide most bounds."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "cache off: ${PYTORCH_NO_CUDA_MEMORY_CACHING:-no}" "$@" | head -1\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: str(tool))
+    monkeypatch.setattr(gpu_check, "available", lambda: ["triton"])
+    monkeypatch.setattr(gpu_check, "_SMALL_STEP", "pass")
+    monkeypatch.delenv("PYTORCH_NO_CUDA_MEMORY_CACHING", raising=False)
+    report = gpu_check.Report(tmp_path / "out")
+    gpu_check.sanitizer(report, gpu_check.Budget(60))
+    told = {check: result["tail"] for check, result in report.values["sanitizer"].items()}
+    exit_code = f"--error-exitcode 9 {sys.executable} -c pass triton\n"
+    assert told == {
+        "triton memcheck": f"cache off: 1 --tool memcheck --report-api-errors no {exit_code}",
+        "triton racecheck": f"cache off: no --tool racecheck {exit_code}",
+    }
+
+
 def test_a_section_that_fails_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

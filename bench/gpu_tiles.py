@@ -43,10 +43,14 @@ FULL, WARM = Shape(8192, 4096, 20_480), Shape(256, 4096, 1024)
 
 
 def candidates() -> Iterator[Tile]:
-    """16-bit tiles that fit shared memory and registers; what the backend has now comes first, its neighbours next."""
+    """16-bit tiles that fit shared memory and registers; what the backend has now comes first, its neighbours next.
+
+    The same with one stage more is the second of all: the shared memory of Hopper and later holds it, and a search
+    that is cut short should know at least that.
+    """
     now = Tile(128, 256, 64, 8, 3, 8, 2)
     grid = itertools.product((128, 256, 64), (256, 128), (64, 128, 32), (8, 4), (3, 4, 5), (8, 4, 16), (2, 1))
-    tiles = [now, *(Tile(*values) for values in grid)]
+    tiles = [now, now._replace(stages=4), *(Tile(*values) for values in grid)]
     fitting = [tile for tile in dict.fromkeys(tiles) if fits(tile)]
     return iter(sorted(fitting, key=lambda tile: sum(a != b for a, b in zip(tile, now, strict=True))))
 

@@ -4,6 +4,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -241,10 +243,66 @@ def test_targets_are_measured_and_derived(tmp_path: Path) -> None:
         base, ours = (found[name] for name in (next(iter(found)), "portable"))
         assert base["of_products"] == 1
         assert ours["of_products"] == pytest.approx(ours["milliseconds"] / base["milliseconds"])
-    products = cases[f"loss and gradients {full}"]["three products"]
+    dense = cases[f"loss and gradients {full}"]
+    assert [*dense] == ["three products", "portable", "portable, recompute", "portable, all logits"]
+    products = dense["three products"]
     assert products["tflops"] == pytest.approx(6 * 32 * 16 * 100 / products["milliseconds"] / 1e9)
     assert "dense PyTorch" in cases[f"loss and gradients {sparse}"]
     assert "| loss alone" in gpu_check.summary(report.values)
+
+
+def test_all_logits_and_the_replay_are_measured_beside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps that are asked for; the replay is of the plain one, and a device that can replay has one."""
+    asked: list[dict[str, Any]] = []
+    candidates: dict[str, Any] = {}
+
+    def fused(p: gpu_measure.Problem, backend: str, **options: Any) -> torch.Tensor:
+        asked.append({"backend": backend, **options})
+        return p.dense()
+
+    def interleaved(given: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+        if "one product" not in given:
+            candidates.update(given)
+        return {}
+
+    monkeypatch.setattr(gpu_measure.Problem, "fused", fused)
+    monkeypatch.setattr(gpu_measure, "interleaved", interleaved)
+    monkeypatch.setattr(gpu_measure, "replay_of", lambda run: run)
+    monkeypatch.setattr(gpu_measure, "extra_mib", lambda *_: None)
+    monkeypatch.setattr(gpu_measure, "host_waits", lambda *_: None)
+    # Tensors stay on the CPU: only what is asked of the device's type is that of a GPU.
+    random = gpu_measure.Problem.random
+    monkeypatch.setattr(gpu_measure.Problem, "random", lambda sizes, _, dtype: random(sizes, CPU, dtype))
+    sizes = gpu_measure.Sizes(32, 16, 100)
+    cuda = torch.device("cuda")
+    gpu_measure.measure_targets(lambda *_: None, lambda: 9.0, ["triton", "cuda"], cuda, sizes, sizes, torch.float32)
+    for name in ("triton, all logits", "triton, graph replay"):
+        candidates[name]()
+    assert asked == [{"backend": "triton", "chunk_size": 32}, {"backend": "triton"}]
+
+
+def test_replay_captures_once_after_a_run_that_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    @contextmanager
+    def entered(kind: str) -> Iterator[None]:
+        log.append(f"{kind} begins")
+        yield
+        log.append(f"{kind} ends")
+
+    stream = SimpleNamespace(wait_stream=lambda _: log.append("waits"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: entered("stream"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: entered("capture"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: log.append("replay")))
+    replay = gpu_measure.replay_of(lambda: log.append("run"))
+    assert log == []
+    replay()
+    warm = ["waits", "stream begins", "run", "stream ends", "waits"]
+    assert log == [*warm, "capture begins", "run", "capture ends", "replay"]
+    replay()
+    assert log[-2:] == ["replay", "replay"]
 
 
 def test_dense_is_the_same_loss() -> None:

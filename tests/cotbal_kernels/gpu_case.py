@@ -76,12 +76,6 @@ def require_unread_values(backend: str) -> None:
         pytest.skip("values on a CPU are checked, and raise")
 
 
-def require_memory(gibibytes: float) -> None:
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gibibytes:
-        pytest.skip(f"needs {gibibytes} GiB of free GPU memory, {free:.1f} GiB are free")
-
-
 def gpu_problem(*args: Any, **kwargs: Any) -> Problem:
     """``make_problem`` on the device; every floating-point tensor is a leaf."""
     p = make_problem(*args, **kwargs)

@@ -3,6 +3,7 @@
 On a CPU those that need no device are rehearsed, see gpu_case.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from gpu_case import (
     needs_gpu,
     rehearsal,  # noqa: F401 (a fixture)
     require,
-    require_memory,
 )
 from loss_problems import Problem, error
 
@@ -218,13 +218,13 @@ def test_float16_survives_a_late_loss_scale(backend: str) -> None:
 
 
 @needs_gpu
-def test_memory_beside_inputs_and_outputs_is_bounded() -> None:
+def test_memory_beside_inputs_and_outputs_is_bounded(big_memory: Callable[[float], None]) -> None:
     """A head of 1.05 GB and logits of 0.8 GB: beside dX and dW there is a workspace, neither N x V nor V x D.
 
     In the backward pass too: dW is handed over, and only the narrow dX comes beside the one that waited.
     """
     require("triton")
-    require_memory(6)
+    big_memory(6)
     M, width, vocab_size = 3072, 4096, 128_256
     hidden = torch.randn(M, width, device="cuda").bfloat16().requires_grad_()
     weight = (torch.randn(vocab_size, width, device="cuda") / 64).bfloat16().requires_grad_()

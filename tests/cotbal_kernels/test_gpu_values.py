@@ -1,5 +1,6 @@
 """Losses and gradients on a GPU, with tiles of real size: ``pytest -m gpu``. On a CPU a rehearsal, see gpu_case."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from gpu_case import (
     needs_gpu,
     rehearsal,  # noqa: F401 (a fixture)
     require,
-    require_memory,
     require_unread_values,
     sizes_for,
 )
@@ -251,9 +251,9 @@ def test_existing_logits(backend: str, dtype: torch.dtype) -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_loss_of_more_logits_than_int32(backend: str) -> None:
+def test_loss_of_more_logits_than_int32(backend: str, big_memory: Callable[[float], None]) -> None:
     require(backend)
-    require_memory(8)
+    big_memory(8)
     M, vocab_size = 70_001, 32_003
     assert M * vocab_size > 2**31
     p = gpu_problem((M,), D=64, V=vocab_size, dtype=BF16, ignored=0.0)
@@ -268,9 +268,11 @@ def test_loss_of_more_logits_than_int32(backend: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=name)
-def test_gradients_of_more_weights_than_int32(backend: str, options: dict[str, Any]) -> None:
+def test_gradients_of_more_weights_than_int32(
+    backend: str, options: dict[str, Any], big_memory: Callable[[float], None]
+) -> None:
     require(backend)
-    require_memory(40)
+    big_memory(40)
     M, width, vocab_size = 96, 8192, 262_147
     assert width * vocab_size > 2**31
     generator = torch.Generator("cuda").manual_seed(0)
@@ -306,9 +308,9 @@ def test_gradients_of_more_weights_than_int32(backend: str, options: dict[str, A
 
 @needs_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_more_existing_logits_than_int32(backend: str) -> None:
+def test_more_existing_logits_than_int32(backend: str, big_memory: Callable[[float], None]) -> None:
     require(backend)
-    require_memory(16)
+    big_memory(16)
     M, vocab_size = 16_385, 131_080
     assert M * vocab_size > 2**31
     logits = torch.empty(M, vocab_size, device="cuda", dtype=BF16).normal_().requires_grad_()

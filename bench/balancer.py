@@ -6,7 +6,7 @@ Legend: K tasks, N steps of the window, T steps so far.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from bench.cases import BalancerCase, Preset
 from bench.peers import OURS
 from bench.record import record
 from bench.results import FAILED, OK, UNAVAILABLE, Entry, Row
-from bench.timing import Timings, Variant, clock_for, describe, interleaved
+from bench.timing import Variant, clock_for, describe, interleaved
 from cotbal_kernels import ConvergenceBalancer
 
 STEPS = 20  # one sample is this many steps: a single one is too short for a clock
@@ -110,7 +110,7 @@ def measure(case: BalancerCase, preset: Preset, device: torch.device) -> Row:
     timings = interleaved(timed, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_variant)
     per_step = {name: [value / STEPS for value in values] for name, values in timings.samples.items()}
     for name in timed:
-        record(entries[name], Timings(per_step, timings.errors))
+        record(entries[name], replace(timings, samples=per_step))
     return Row(suite=case.suite, label=case.label, case=asdict(case), entries=list(entries.values()))
 
 

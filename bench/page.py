@@ -87,5 +87,6 @@ def _row(row: Row) -> dict[str, Any]:
         "columns": columns,
         "cells": [(entry.name == OURS, report.row_cells(entry, row, columns)) for entry in timed],
         "others": [(entry.name, report.reason(entry).replace("**", "")) for entry in row.entries if entry.status != OK],
+        "disturbed": [(entry.name, report.retries(entry)) for entry in timed if entry.retried],
         "floor": f"bare products {report.milliseconds(row.products)} ms" if row.products else None,
     }

@@ -16,6 +16,7 @@ def record(entry: Entry, timings: Timings, tokens: int | None = None) -> None:
     samples = timings.samples[entry.name]
     spread = Spread.of(samples)
     entry.seconds, entry.samples = as_list(spread), [float(f"{sample:.5g}") for sample in samples]
+    entry.retried = timings.retried.get(entry.name, 0)
     if OURS in timings.samples:
         entry.ratio = as_list(paired_ratio(samples, timings.samples[OURS]))
     if tokens:

@@ -139,10 +139,9 @@ def row_section(row: Row) -> list[str]:
     timed = sorted((entry for entry in row.entries if entry.seconds), key=lambda entry: entry.seconds[1])  # type: ignore[index]
     columns = row_columns(row)
     lines += table(columns, (row_cells(entry, row, columns) for entry in timed))
-    others = [entry for entry in row.entries if entry.status != OK]
-    if others:
-        lines += ["", *(f"- {entry.name}: {reason(entry)}" for entry in others)]
-    return lines
+    notes = [f"- {entry.name}: {reason(entry)}" for entry in row.entries if entry.status != OK]
+    notes += [f"- {entry.name}: {retries(entry)}" for entry in timed if entry.retried]
+    return [*lines, "", *notes] if notes else lines
 
 
 COLUMNS = ("ms (quartiles)", "x ours (quartiles)", "x floor", "memory MiB", "tokens/s", "deviation", "rounds")
@@ -180,6 +179,13 @@ def reason(entry: Entry) -> str:
     """Why an entry has no time."""
     kinds = {UNAVAILABLE: "cannot run here", UNSUPPORTED: "cannot do this", FAILED: "**failed**"}
     return f"{kinds[entry.status]}: {entry.error}"
+
+
+def retries(entry: Entry) -> str:
+    """What disturbed its times."""
+    return (
+        f"in {entry.retried} of {len(entry.samples)} rounds memory was freed and asked for again, which took time too"
+    )
 
 
 def milliseconds(seconds: Sequence[float]) -> str:

@@ -27,6 +27,7 @@ class Entry:
     version: str | None = None
     seconds: list[float] | None = None  # low quartile, median, high quartile
     samples: list[float] = field(default_factory=list)  # seconds of every round
+    retried: int = 0  # samples that hold time in which the allocator freed memory and asked for it again
     ratio: list[float] | None = None  # of times to ours within each round: low quartile, median, high quartile
     memory: int | None = None  # bytes beyond inputs and outputs
     memory_error: str | None = None

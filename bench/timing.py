@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,10 @@ class Clock(Protocol):
 
     def time(self, run: Callable[[], Any]) -> float: ...
 
+    def retries(self) -> int:
+        """How often memory had to be freed and asked for again, so far."""
+        ...
+
 
 class HostClock:
     """Wall time of the process."""
@@ -32,6 +36,9 @@ class HostClock:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
+
+    def retries(self) -> int:
+        return 0
 
 
 class CudaClock:
@@ -48,6 +55,9 @@ class CudaClock:
         self.stop.synchronize()
         return self.start.elapsed_time(self.stop) / 1e3
 
+    def retries(self) -> int:
+        return int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+
 
 def clock_for(device: torch.device) -> Clock:
     return CudaClock() if device.type == "cuda" else HostClock()
@@ -59,6 +69,8 @@ class Timings:
 
     samples: dict[str, list[float]]
     errors: dict[str, str]
+    # Of each variant, how many samples hold time in which the allocator freed memory and asked for it again.
+    retried: dict[str, int] = field(default_factory=dict)
 
 
 def interleaved(
@@ -73,10 +85,15 @@ def interleaved(
 
     A variant that raises is taken out and its error kept. One that has used its ``seconds``, preparation included,
     takes no further rounds, but everybody takes the first ``least``: slow ones are measured less often, never alone.
+
+    Where a run finds the memory full of what others left behind, the allocator frees it and asks again, in the middle
+    of what is timed. Such a sample is taken once more, right after, when the memory is of the right sizes; if the
+    second is like the first it is the variant's own, and counted.
     """
     samples: dict[str, list[float]] = {name: [] for name in variants}
     errors: dict[str, str] = {}
     spent = dict.fromkeys(variants, 0.0)
+    retried: dict[str, int] = {}
     active = list(variants)
     for number in range(-warmup, rounds):
         if number >= least:
@@ -85,17 +102,27 @@ def interleaved(
             variant = variants[name]
             started = time.perf_counter()
             try:
-                prepared = variant.prepare()
-                duration = clock.time(lambda variant=variant, prepared=prepared: variant.run(prepared))  # type: ignore[misc]
+                duration, disturbed = _sample(variant, clock)
+                if disturbed:
+                    duration, disturbed = _sample(variant, clock)
             except Exception as error:
                 errors[name] = describe(error)
                 continue
             if number >= 0:
                 samples[name].append(duration)
                 spent[name] += time.perf_counter() - started
-            del prepared
+                if disturbed:
+                    retried[name] = retried.get(name, 0) + 1
         active = [name for name in active if name not in errors]
-    return Timings({name: values for name, values in samples.items() if values and name not in errors}, errors)
+    return Timings({name: values for name, values in samples.items() if values and name not in errors}, errors, retried)
+
+
+def _sample(variant: Variant, clock: Clock) -> tuple[float, bool]:
+    """Seconds of one run, and whether the allocator had to free memory and ask for it again in them."""
+    prepared = variant.prepare()
+    before = clock.retries()
+    duration = clock.time(lambda: variant.run(prepared))
+    return duration, clock.retries() > before
 
 
 def rotated(names: Sequence[str], by: int) -> list[str]:

@@ -35,6 +35,15 @@ def test_nobody_is_dropped() -> None:
     assert "**a late case**\n\nNot run: out of time" in text
 
 
+def test_rounds_that_the_allocator_disturbed_are_named() -> None:
+    run = example_run()
+    assert "freed" not in run_section(run)
+    run.rows[0].entries[0].retried = 2
+    note = "eager: in 2 of 3 rounds memory was freed and asked for again, which took time too"
+    assert f"- {note}\n" in run_section(run)
+    assert f"<p>{note}.</p>" in page([run])
+
+
 def test_summary_has_the_ratios_of_the_training_cases() -> None:
     text = run_section(example_run())
     row, other = lines_of(text, "| LLaVA-1.5 32000x512 |")

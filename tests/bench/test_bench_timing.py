@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from bench.timing import Spread, Variant, describe, interleaved, paired_ratio, rotated
+from bench.timing import CudaClock, Spread, Variant, describe, interleaved, paired_ratio, rotated
 
 
 class ScriptedClock:
@@ -15,6 +16,9 @@ class ScriptedClock:
 
     def time(self, run: Callable[[], Any]) -> float:
         return float(run())
+
+    def retries(self) -> int:
+        return 0
 
 
 def scripted(values: list[float], log: list[str], name: str) -> Variant:
@@ -80,6 +84,51 @@ def test_a_variant_that_raises_is_named_and_the_others_go_on() -> None:
     assert found.errors == {"bad": "RuntimeError: out of luck"}
     assert found.samples == {"good": [2.0] * 4}  # half a comparison is none: its sample is gone
     assert calls == 2
+
+
+class FullMemoryClock(ScriptedClock):
+    """A reading of 100 and more is one in which the allocator had to free memory first."""
+
+    found = 0
+
+    def time(self, run: Callable[[], Any]) -> float:
+        value = super().time(run)
+        self.found += value >= 100
+        return value
+
+    def retries(self) -> int:
+        return self.found
+
+
+def test_a_sample_with_an_allocator_that_had_to_free_is_taken_again_in_the_same_round() -> None:
+    """Once: if it happens again it is the variant's own, kept and counted. What preparation frees disturbs nobody."""
+    log: list[str] = []
+    clock = FullMemoryClock()
+
+    def preparing() -> None:
+        clock.found += 1
+
+    variants = {
+        "a": scripted([1.0, 100.0, 2.0, 3.0], log, "a"),
+        "b": scripted([100.0, 101.0, 5.0, 102.0, 103.0], log, "b"),
+        "c": Variant(lambda _: 7.0, preparing),
+    }
+    found = interleaved(variants, clock, rounds=3, warmup=0, seconds=60.0)
+    assert found.samples == {"a": [1.0, 2.0, 3.0], "b": [101.0, 5.0, 103.0], "c": [7.0] * 3}
+    assert found.retried == {"b": 2}
+    assert found.errors == {}
+    assert "".join(log) == "abb" + "baa" + "abb"
+    # In a warm-up round too, and such a sample is not counted.
+    warm = interleaved({"b": scripted([100.0, 101.0, 5.0], log, "b")}, clock, rounds=1, warmup=1, seconds=60.0)
+    assert (warm.samples, warm.retried) == ({"b": [5.0]}, {})
+
+
+def test_retries_of_a_device_are_those_of_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": 4, "num_ooms": 0})
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: None)
+    assert CudaClock().retries() == 4
+    monkeypatch.setattr(torch.cuda, "memory_stats", dict)  # as it is before the first allocation
+    assert CudaClock().retries() == 0
 
 
 def test_a_variant_leaves_when_its_time_is_over_but_not_before_three_rounds() -> None:

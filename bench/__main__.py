@@ -1,6 +1,6 @@
 """Speed and memory beside every peer.
 
-python -m bench run --preset cpu --out DIR      measure; DIR/cpu.json holds everything
+python -m bench run --preset cpu --out DIR      measure; DIR/cpu.json holds everything, peers that hang or crash too
 python -m bench report                          docs/benchmarks.md from the committed results
 python -m bench report DIR --html page.html     a page with plots of any results
 python -m bench guard                           counted work against bench/baselines/work.json; no GPU needed
@@ -9,7 +9,6 @@ python -m bench guard                           counted work against bench/basel
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--only", default="", metavar="TEXT", help="cases whose label contains this")
     run.add_argument("--without", action="append", default=[], metavar="PEER", help="leave this peer out")
     run.add_argument("--resume", action="store_true", help="go on with the cases that the JSON file does not hold")
+    run.add_argument("--here", action="store_true", help="without the process that ends a run in which a peer hangs")
     report = commands.add_parser("report", help="tables and plots of results")
     report.add_argument("results", type=Path, nargs="*", help="folders; none: the committed ones")
     report.add_argument("--markdown", type=Path, help="default without folders: docs/benchmarks.md")
@@ -43,11 +43,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from bench.cases import PRESETS
+    from bench.supervisor import supervise
+
+    if options.here:
+        return _run_here(options)
+    path = options.out / f"{options.preset}.json"
+    # Unbuffered: what was said is not to be lost with a process that is ended.
+    command = [sys.executable, "-u", "-m", "bench", "run", "--here", "--preset", options.preset]
+    command += ["--out", str(options.out), "--only", options.only, *(["--resume"] if options.resume else [])]
+    for name in options.without:
+        command += ["--without", name]
+    status = supervise(command, path, PRESETS[options.preset])
+    if status == 0:
+        print(f"\n{path}\npython -m bench report {options.out} --html {options.out / 'report.html'}   # tables, plots")
+    return status
+
+
+def _run_here(options: argparse.Namespace) -> int:
+    """The run itself, which ends with the device or with a peer that does."""
     import torch
 
+    from bench import turns
     from bench.cases import PRESETS
     from bench.peers import by_name
-    from bench.run import LostDeviceError, run_preset
+    from bench.run import LostDeviceError, note_stop, run_preset
+    from bench.supervisor import LOST_DEVICE
 
     preset = PRESETS[options.preset]
     if preset.device == "cuda" and not torch.cuda.is_available():
@@ -59,15 +80,11 @@ def _run(options: argparse.Namespace) -> int:
     try:
         run_preset(preset, device, command, path, print, options.only, options.without, options.resume)
     except LostDeviceError as error:
-        print(f"\nThe device became unusable: {error}", flush=True)
-        if error.culprit is None or error.culprit in options.without:
+        print(f"\nThe device became unusable: {error}")
+        if (turn := turns.read(path)) is None:
             return 1
-        # The same process image cannot use the device again; a new one goes on where this one stopped.
-        again = ["--preset", preset.name, "--out", str(options.out), "--only", options.only, "--resume"]
-        for name in (*options.without, error.culprit):
-            again += ["--without", name]
-        os.execv(sys.executable, [sys.executable, "-m", "bench", "run", *again])
-    print(f"\n{path}\npython -m bench report {options.out} --html {options.out / 'report.html'}   # tables and plots")
+        print(note_stop(path, preset, turn, error.culprit, error.why))
+        return LOST_DEVICE
     return 0
 
 

@@ -212,6 +212,9 @@ class Preset:
     warmup: int = 1  # rounds; each variant has run once before, when it was compared with float64
     seconds_per_variant: float = 1.0  # of timed rounds of a case; at least three rounds are taken
     minutes: float = math.inf  # cases that would start later are listed as not run
+    # What a peer may take at a time, compiling and tuning included, before it counts as hanging. A process that
+    # measures its memory on a CPU may take twice five minutes.
+    turn_seconds: float = 900.0
 
 
 def _linear(head: str, M: int, **changes: object) -> LinearCase:
@@ -240,7 +243,7 @@ def _h200() -> Preset:
     cases += [_linear(llama, 32768), _linear(llama, 65536)]
     cases += [_linear("LLaVA-1.5", 4096, dtype=dtype) for dtype in ("float32", "float16")]
     # What is under way when the time is over still has to finish.
-    return Preset("h200", "cuda", tuple(cases), rounds=15, warmup=1, seconds_per_variant=0.25, minutes=8.0)
+    return Preset("h200", "cuda", tuple(cases), 15, 1, seconds_per_variant=0.25, minutes=8.0, turn_seconds=120.0)
 
 
 def _cpu() -> Preset:

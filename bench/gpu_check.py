@@ -12,7 +12,8 @@ Half an hour with a GPU, in this order, since each leaves compiled kernels to th
    which may be a minute: with time to spare ``--only tiles`` into the same folder searches further.
 2. The peers, as bench/peers.txt says, then ``python -m bench run --preset h200 --out DIR``: 8 minutes and the case that
    is under way then. A case is 2 to 6 s of kernels at 600 Tflop/s (14 variants of 26 to 35 Tflop, checked, measured,
-   and 3 to 15 rounds), 1 s of float64, and what has to be compiled for it: 2 to 4 minutes over the whole preset.
+   and 3 to 15 rounds), 1 s of float64, and what has to be compiled for it: 2 to 4 minutes over the whole preset. A peer
+   that hangs or crashes is left out of what follows; whatever happens, nothing is measured after 9 minutes.
 """
 
 from __future__ import annotations

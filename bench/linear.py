@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from bench import equality, floors, memory
+from bench import equality, floors, memory, turns
 from bench.cases import DTYPES, LinearCase, LogitsCase, Preset
 from bench.peers import MATERIALISED
 from bench.peers.base import Peer, UnsupportedError
@@ -64,6 +64,7 @@ def measure(case: LinearCase | LogitsCase, preset: Preset, device: torch.device,
     ready = [peer for peer in peers if entries[peer.name].status == OK]
     if isinstance(case, LinearCase) and case.memory and case.mode not in ("forward", "backward"):
         for peer in ready:
+            turns.take(peer.name)
             _measure_memory(peer, problem, case, entries[peer.name])
     variants = {peer.name: variant_of(peer, problem, case) for peer in ready}
     if isinstance(case, LinearCase) and (products := floors.product_floor(case, device)) is not None:
@@ -92,6 +93,7 @@ def check(case: LinearCase | LogitsCase, problem: Problem, peers: Sequence[Peer]
     names = ["loss", *expected.gradients]
     found: dict[str, Entry | dict[str, float]] = {}
     for peer in peers:
+        turns.take(peer.name)
         found[peer.name] = _deviations(peer, case, problem, expected)
         release(problem)
     # Without the materialised path what rounding explains remains as the limit.

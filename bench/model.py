@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import equality, memory
+from bench import equality, memory, turns
 from bench.cases import DTYPES, ModelCase, Preset
 from bench.equality import Values
 from bench.peers import MATERIALISED
@@ -146,6 +146,7 @@ def measure(case: ModelCase, preset: Preset, device: torch.device, peers: Sequen
     entries: dict[str, Entry] = {}
     found: dict[str, dict[str, float]] = {}
     for peer in peers:
+        turns.take(peer.name)
         if reason := peer.unavailable(device):
             entries[peer.name] = Entry(peer.name, UNAVAILABLE, reason)
             continue
@@ -164,6 +165,7 @@ def measure(case: ModelCase, preset: Preset, device: torch.device, peers: Sequen
     del expected
     ready = [peer for peer in peers if entries[peer.name].status == OK]
     for peer in ready if case.memory else ():
+        turns.take(peer.name)
         _measure_memory(peer, training, case, entries[peer.name])
     variants = {peer.name: variant_of(peer, training, case) for peer in ready}
     timings = interleaved(variants, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_variant)

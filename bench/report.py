@@ -9,7 +9,7 @@ from typing import Any
 from bench.cases import PRESETS
 from bench.peers import OURS, all_peers
 from bench.peers.base import Peer
-from bench.results import FAILED, OK, UNAVAILABLE, UNSUPPORTED, Entry, Row, Run
+from bench.results import FAILED, OK, STOPS, UNAVAILABLE, UNSUPPORTED, Entry, Row, Run
 
 HEADER = """# Speed and memory beside other implementations
 
@@ -91,6 +91,8 @@ def facts(run: Run) -> list[str]:
         lines.append(f"clocks and power before the run: {where['clocks']}; after it: {where.get('clocks after')}")
     if where.get("minutes") is not None:
         lines.append(f"took {where['minutes']} minutes")
+    for name, stop in where.get(STOPS, {}).items():
+        lines.append(f"{name} stopped the run in {stop['case']} and was left out from there on: {stop['error']}")
     planned = len(PRESETS[run.preset].cases) if run.preset in PRESETS else 0
     if len(run.rows) < planned:
         lines.append(f"{len(run.rows)} of the preset's {planned} cases: the run was stopped, or chose some of them")

@@ -14,6 +14,7 @@ from typing import Any
 
 SCHEMA = 1
 OK, UNAVAILABLE, UNSUPPORTED, FAILED = "ok", "unavailable", "unsupported", "failed"
+STOPS = "left out"  # in a run's environment: {peer: {"case": ..., "error": ...}}, peers that stopped the run
 STATUSES = (OK, UNAVAILABLE, UNSUPPORTED, FAILED)
 
 

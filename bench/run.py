@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from bench import balancer, environment, linear, model
+from bench import balancer, environment, linear, model, turns
 from bench.cases import BalancerCase, Case, LinearCase, LogitsCase, ModelCase, Preset
-from bench.peers import all_peers
+from bench.peers import OURS, all_peers
 from bench.peers.base import Peer
-from bench.results import FAILED, Row, Run
+from bench.results import FAILED, STOPS, Row, Run
 from bench.timing import describe
+from bench.turns import Turn
 
 
 def measure(case: Case, preset: Preset, device: torch.device, peers: list[Peer]) -> Row:
@@ -33,24 +34,22 @@ def measure(case: Case, preset: Preset, device: torch.device, peers: list[Peer])
 
 
 class LostDeviceError(RuntimeError):
-    """An illegal access: this process cannot use the device any more. ``culprit`` is the peer, where it is known."""
+    """An illegal access: this process cannot use the device any more. ``culprit`` is the peer, where it is known, and
+    ``why`` its error."""
 
     def __init__(self, row: Row) -> None:
         # Every peer is waited for before the next one begins, so the first that fails so is the one that did it.
         lost = (entry for entry in row.entries if entry.status == FAILED and "CUDA error" in str(entry.error))
         first = next(lost, None)
         self.culprit = first.name if first else None
-        super().__init__(f"{row.label}: {first.name + ': ' + str(first.error) if first else row.skipped}")
+        self.why = str(first.error if first else row.skipped)
+        super().__init__(f"{row.label}: {first.name + ': ' if first else ''}{self.why}")
 
 
-class LeftOut(Peer):
-    """Stands for a peer that made the device unusable."""
-
-    def __init__(self, peer: Peer) -> None:
-        self.name, self.about, self.package = peer.name, peer.about, peer.package
-
-    def unavailable(self, device: torch.device) -> str | None:
-        return "left out: it made the device unusable for its process, or was asked to be left out"
+def left_out(peer: Peer, reason: str) -> Peer:
+    """The peer, not to be asked; it is listed with the reason."""
+    peer.unavailable = lambda device: f"left out: {reason}"  # type: ignore[method-assign]
+    return peer
 
 
 def run_preset(
@@ -65,7 +64,8 @@ def run_preset(
 ) -> Run:
     """Every case of the preset whose label contains ``only``; written to ``path`` after each, so nothing gets lost.
 
-    ``resume`` goes on with what ``path`` holds, and its time counts. ``without`` names peers to leave out.
+    ``resume`` goes on with what ``path`` holds, and its time counts; peers that stopped it stay out. ``without`` names
+    other peers to leave out.
 
     Raises:
         LostDeviceError: a process of its own has to go on, without the culprit; the case's row is not written.
@@ -76,7 +76,12 @@ def run_preset(
         run = Run.read(path)
     done = {row.label for row in run.rows}
     started = time.monotonic() - 60 * run.environment.get("minutes", 0.0)
-    peers = [LeftOut(peer) if peer.name in without else peer for peer in all_peers()]
+    stops: dict[str, dict[str, str]] = run.environment.get(STOPS, {})
+    reasons = {name: f"{stop['error']} ({stop['case']})" for name, stop in stops.items()}
+    reasons |= dict.fromkeys(without, "as asked")
+    peers = [left_out(peer, reasons[peer.name]) if peer.name in reasons else peer for peer in all_peers()]
+    if path is not None:
+        run.write(path)  # what stops the first case is noted there too
     for case in preset.cases:
         if only not in case.label or case.label in done:
             continue
@@ -84,12 +89,16 @@ def run_preset(
         if minutes > preset.minutes:
             row = _skipped(case, f"out of time: the preset starts no case after {preset.minutes:g} minutes")
         else:
+            turns.begin(path, case.label, started)
             try:
                 row = measure(case, preset, device, peers)
             except Exception as error:  # out of memory, a missing package: the other cases still count
                 row = _skipped(case, describe(error))
         if device.type == "cuda" and not _usable(device):
             raise LostDeviceError(row)
+        for entry in row.entries:
+            if entry.name in stops and stops[entry.name]["case"] == case.label:
+                entry.status, entry.error = FAILED, stops[entry.name]["error"]
         run.rows.append(row)
         report_progress(row, say)
         if path is not None:
@@ -99,7 +108,27 @@ def run_preset(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    turns.end()
     return run
+
+
+def note_stop(path: Path, preset: Preset, turn: Turn, peer: str | None, error: str) -> str:
+    """Write down what stopped a run, so that one that resumes it gets further; returns it as a sentence.
+
+    The peer is left out from then on. Where it is none, or ours, without which there is no ratio, the case is.
+    """
+    run = Run.read(path)
+    run.environment["minutes"] = round((time.monotonic() - turn.started) / 60, 2)
+    stops = run.environment.setdefault(STOPS, {})
+    if peer in {known.name for known in all_peers()} - {OURS, *stops}:
+        stops[peer] = {"case": turn.case, "error": error}
+        said = f"{peer}: {error}; left out from here on"
+    else:
+        case = next(case for case in preset.cases if case.label == turn.case)
+        run.rows.append(_skipped(case, f"{peer}: {error}" if peer else error))
+        said = f"not run, {run.rows[-1].skipped}"
+    run.write(path)
+    return said
 
 
 def _usable(device: torch.device) -> bool:

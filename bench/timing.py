@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from bench import turns
+
 
 @dataclass
 class Variant:
@@ -100,6 +102,7 @@ def interleaved(
             active = [name for name in active if spent[name] <= seconds]
         for name in rotated(active, number):
             variant = variants[name]
+            turns.take(name)
             started = time.perf_counter()
             try:
                 duration, disturbed = _sample(variant, clock)

@@ -51,6 +51,14 @@ def test_summary_has_the_ratios_of_the_training_cases() -> None:
     assert other.split(" | ")[1] == "1024"
 
 
+def test_who_stopped_a_run_is_among_its_facts() -> None:
+    run = example_run()
+    run.environment["left out"] = {"slow": {"case": "a late case", "error": "did not end within 120 s"}}
+    line = "slow stopped the run in a late case and was left out from there on: did not end within 120 s"
+    assert f"- {line}\n" in run_section(run)
+    assert f"<li>{line}</li>" in page([run])
+
+
 def test_where_the_numbers_come_from() -> None:
     text = run_section(example_run())
     assert "`python -m bench run --preset cpu`, 2026-01-02T03:04:05+00:00, commit 0123456789ab" in text

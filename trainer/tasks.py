@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from trainer.config import TaskConfig
+from trainer.data.pictures import open_image
 from trainer.data.records import Record, RecordError, read_records
 from trainer.errors import UserError
 
@@ -67,8 +66,7 @@ def image_problem(root: Path, image: str) -> str | None:
     try:
         if not path.is_file():
             return f"image {path} does not exist"
-        with Image.open(path) as picture:
-            picture.load()
+        open_image(path)
     except Exception as error:  # Pillow's plugins raise whatever broken content makes them stumble over
         return f"image {path} cannot be decoded: {error}"
     return None

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.data.chat import ChatTemplate, Part
+from trainer.data.pictures import open_image
 from trainer.data.records import IMAGE_PLACEHOLDER, Record
 from trainer.errors import UserError
 
@@ -268,7 +269,7 @@ class ConversationEncoder:
             return _Piece(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         if self.features is not None:
             return self._with_features(text, self.features.of(paths), special)
-        return self._with_pictures(text, [Image.open(path).convert("RGB") for path in paths], special)
+        return self._with_pictures(text, [open_image(path) for path in paths], special)
 
     def _with_pictures(self, text: str, pictures: list[Image.Image], special: bool = False) -> _Piece:
         # Nested: the images of one text, of which some processors make less than of as many texts.

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from trainer.data.encoding import ConversationEncoder, TooLongError
+from trainer.data.pictures import image_size
 from trainer.data.records import Record
 from trainer.errors import UserError
 
@@ -70,9 +70,8 @@ class ImageLengths:
 def _size(path: Path) -> tuple[int, int]:
     """Width and height in pixels."""
     try:
-        with Image.open(path) as picture:
-            return picture.size
-    except OSError:
+        return image_size(path)
+    except Exception:  # whatever Pillow's plugins stumble over
         return _SIZES[0]
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from trainer.data.pictures import open_image
 from trainer.errors import UserError
 
 
@@ -71,7 +71,7 @@ def write_features(
     model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch documents it
 
     def compute(start: int) -> tuple[int, np.ndarray]:
-        pictures = [Image.open(path).convert("RGB") for path in images[start : start + batch_size]]
+        pictures = [open_image(path) for path in images[start : start + batch_size]]
         pixels = image_processor(images=pictures, return_tensors="pt")["pixel_values"].to(device)
         with torch.inference_mode():
             features_BPC = model(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state

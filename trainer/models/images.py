@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from trainer.data.pictures import image_size
 from trainer.errors import UserError, unknown_name
 
 _KEPT = (
@@ -105,9 +104,8 @@ def refuse_cropped_boxes(processor: Any, images: Iterable[Path], title: str) -> 
         return
     for path in images:
         try:
-            with Image.open(path) as picture:  # the header alone
-                width, height = picture.size
-        except OSError:  # another check's to report
+            width, height = image_size(path)
+        except Exception:  # whatever Pillow's plugins stumble over, another check's to report
             continue
         if width != height:
             raise UserError(

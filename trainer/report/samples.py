@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from trainer.data.pictures import open_image
 from trainer.metrics import METRICS, normalize_answer, parse_box
 from trainer.report.run_directory import RunDirectory, number
 from trainer.report.tables import format_value, metric_label
@@ -118,8 +119,7 @@ def _picture(image: Any, roots: list[Path]) -> dict[str, Any]:
     if file is None:
         return {"image": None, "note": f"image {image} not found"}
     try:
-        with Image.open(file) as opened:
-            picture = opened.convert("RGBA")
+        picture = open_image(file).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return {"image": None, "note": f"image {image} cannot be read"}
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))

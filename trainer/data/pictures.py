@@ -1,0 +1,48 @@
+"""Image files as every model sees them: upright, in red, green and blue.
+
+That is what ``load_image`` of transformers makes of a file, except of grey values of 16 bits, which it turns white.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_PNG_ORIENTATIONS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may name one
+
+# Pillow would write lines of Python to stderr that name no image.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
+
+
+def open_image(path: Path) -> Image.Image:
+    """The decoded image, turned as its EXIF orientation says."""
+    with Image.open(path) as picture:
+        return _as_seen(picture)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of :func:`open_image` in pixels, from the file's header."""
+    with Image.open(path) as picture:
+        width, height = picture.size
+        if picture.format == "TIFF" or (picture.format == "PNG" and not _may_be_turned(path)):
+            return width, height  # Pillow turns a TIFF by itself; of a PNG it decodes all to find no orientation
+        sideways = picture.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
+        return (height, width) if sideways else (width, height)
+
+
+def _as_seen(picture: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I;16"):
+        upright = Image.fromarray(np.rint(np.asarray(upright) / 257).astype(np.uint8))  # 65535 is white
+    return upright.convert("RGB")
+
+
+def _may_be_turned(png: Path) -> bool:
+    with png.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return any(content.find(name) >= 0 for name in _PNG_ORIENTATIONS)

@@ -84,14 +84,19 @@ def test_other_spellings(tmp_path: Path) -> None:
         {"id": "b", "image": ["1.png", "2.png"], "conversations": [twice, GPT]},
         {"id": "c", "image": "1.png", "conversations": [plain, GPT]},
         {"id": "d", "conversations": [plain, GPT], "references": ["x", "y"]},
+        {"id": "e", "images": ["1.png"], "image": "", "img": None, "conversations": [plain, GPT]},
+        {"id": "f", "images": "1.png", "conversations": [HUMAN, GPT]},
+        {"id": "g", "images": [], "image": "2.png", "video": "", "conversations": [HUMAN, GPT]},
     ]
     path = written(tmp_path, rows, ".jsonl")
     path.write_text("\n" + path.read_text().replace("\n", "\n\n"))  # blank lines are nothing
-    a, b, c, d = read_records(path)
+    a, b, c, d, e, f, g = read_records(path)
     assert a == Record("a", (), (Turn("q", "x"),), ())
     assert b.images == ("1.png", "2.png")
     assert c.turns == (Turn("<image>\nq", "This."),)  # an export without the placeholder: the image comes first
     assert (a.answers, d.answers) == (["x"], ["x", "y"])
+    assert (e.images, e.turns) == (c.images, c.turns)
+    assert (f.images, g.images) == (("1.png",), ("2.png",))
 
 
 DAMAGED = [
@@ -104,6 +109,11 @@ DAMAGED = [
     (record(image=0), "'image' must be a path or a list of paths, got 0"),
     (record(image=["a.png", 3]), "'image' must be a path or a list of paths"),
     (record(image="a\0.png"), "'image' must be a path or a list of paths"),
+    (record(image="absent", images=[3]), "'images' must be a path or a list of paths, got [3]"),
+    (record(images=["b.png"]), "it has 'image' and 'images'; keep one of them"),
+    (record(image="absent", image_path="a.png"), "'image_path' is not read; did you mean 'image'?"),
+    (record(image="absent", img=["a.png"]), "'img' is not read; did you mean 'image'?"),
+    (record(video="a.mp4"), "'video' is not read; videos are not supported"),
     (record(image=["a.png", "b.png"]), "1 '<image>' in the text but 2 image(s)"),
     (record(image="absent"), "1 '<image>' in the text but 0 image(s)"),
     (record(image=[]), "1 '<image>' in the text but 0 image(s)"),

@@ -1,8 +1,8 @@
 """Records: the LLaVA conversation format, read strictly.
 
 One record is ``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...], "references"?}`` in a
-JSON list or a JSONL file (Liu et al., "Visual Instruction Tuning", 2023). ``image`` is a path relative to the
-task's image root, or a list of them; ``<image>`` in the human turns says where they go. Only "gpt" turns are
+JSON list or a JSONL file (Liu et al., "Visual Instruction Tuning", 2023). ``image`` (or ``images``) is a path relative
+to the task's image root, or a list of them; ``<image>`` in the human turns says where they go. Only "gpt" turns are
 supervised. ``references`` lists further correct answers for scoring.
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 from trainer.errors import UserError
 
 IMAGE_PLACEHOLDER = "<image>"
+# Where other exports have their images: passed over, they would train a model blind.
+_NOT_READ = ("image_path", "image_paths", "image_file", "img", "imgs", "picture", "pictures", "video", "videos")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -103,10 +105,7 @@ def _parse(raw: Any, where: str) -> Record:
     if isinstance(raw["id"], bool) or not isinstance(raw["id"], (str, int, float)):
         raise RecordError(f"{where}: 'id' must be a string or a number, got {raw['id']!r}")
     where = f"{where} (id '{raw['id']}')"
-    images = [] if raw.get("image") in (None, "") else raw["image"]
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) and "\0" not in image for image in images):
-        raise RecordError(f"{where}: 'image' must be a path or a list of paths, got {raw['image']!r}")
+    images = _parse_images(raw, where)
     turns = _parse_turns(raw.get("conversations"), where)
     placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
     if images and not placeholders:  # LLaVA's own files always carry it; plain exports often do not
@@ -123,6 +122,23 @@ def _parse(raw: Any, where: str) -> Record:
     except UnicodeEncodeError as error:  # JSON can spell half a character ("\ud800"), which a tokenizer refuses
         raise RecordError(f"{where}: its text is not valid Unicode ({error})") from error
     return Record(str(raw["id"]), tuple(images), turns, tuple(references))
+
+
+def _parse_images(raw: dict[str, Any], where: str) -> list[str]:
+    for key in _NOT_READ:
+        if raw.get(key):
+            remedy = "videos are not supported" if "video" in key else "did you mean 'image'?"
+            raise RecordError(f"{where}: '{key}' is not read; {remedy}")
+    given = [key for key in ("image", "images") if raw.get(key) not in (None, "", [])]
+    if not given:
+        return []
+    if len(given) == 2:
+        raise RecordError(f"{where}: it has 'image' and 'images'; keep one of them")
+    images = raw[given[0]]
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) and "\0" not in image for image in images):
+        raise RecordError(f"{where}: '{given[0]}' must be a path or a list of paths, got {raw[given[0]]!r}")
+    return images
 
 
 def _parse_turns(conversation: Any, where: str) -> tuple[Turn, ...]:

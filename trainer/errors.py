@@ -12,6 +12,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+SHOWN = 10  # problems of a kind that errors name; the rest is counted
 
 
 class UserError(ValueError):
@@ -47,10 +48,14 @@ def each(check: Callable[[Item], Result], items: Iterable[Item], shown: int | No
         except UserError as error:
             found[str(error)] = None
     if found:
-        problems = list(found)
-        more = [] if shown is None or len(problems) <= shown else [f"... and {len(problems) - shown:,} more like these"]
-        raise UserError("\n".join(problems[:shown] + more))
+        raise UserError("\n".join(first(list(found), len(found) if shown is None else shown)))
     return results
+
+
+def first(problems: list[str], shown: int = SHOWN) -> list[str]:
+    """The first problems, and a line that counts the rest."""
+    more = [f"... and {len(problems) - shown:,} more like these"] if len(problems) > shown else []
+    return problems[:shown] + more
 
 
 @contextmanager

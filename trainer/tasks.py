@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from trainer.config import TaskConfig
 from trainer.data.pictures import open_image
-from trainer.data.records import Record, RecordError, read_records
-from trainer.errors import UserError
+from trainer.data.records import Record, RecordError, scan_records
+from trainer.errors import SHOWN, UserError, each, first
 
 SPLITS = ("train", "validation", "test")
 
@@ -39,23 +40,53 @@ def load_task(config: TaskConfig) -> Task:
     """Reads a task's record files.
 
     Raises:
-        RecordError: a malformed record, named by file and position.
-        UserError: a split that is configured but empty, or a question to score without an answer.
+        UserError: every problem of :func:`scan_task`.
+    """
+    task, problems = scan_task(config)
+    refuse(problems)
+    return task
+
+
+def scan_task(config: TaskConfig) -> tuple[Task, list[str]]:
+    """A task with the records that can be used, and what is wrong with its files.
+
+    That is a file that is missing or has no records, a malformed record, named by file and position, and a record to
+    score that has not one question; the first of each split by name.
     """
     splits: dict[str, list[Record]] = {}
-    for name, path in zip(SPLITS, (config.train, config.validation, config.test), strict=True):
-        records = read_records(path) if path is not None else []
-        if path is not None and not records and not (config.auxiliary and name != "train"):
-            raise UserError(f"task '{config.name}': the {name} set {path} has no records")
+    problems: list[str] = []
+    for name in SPLITS:
+        path = config.records_file(name)
+        records: list[Record] = []
+        wrong: list[str] = []
+        if path is not None:
+            try:
+                records, wrong = scan_records(path)
+            except RecordError as error:
+                wrong = [str(error)]
+            if not records and not wrong and not (config.auxiliary and name != "train"):
+                wrong = [f"task '{config.name}': the {name} set {path} has no records"]
+        if name != "train" and not config.auxiliary:
+            wrong += [
+                f"task '{config.name}', {name} record '{record.id}': scoring takes one question per record, got "
+                f"{len(record.turns)} turns; split the conversation into one record per question"
+                for record in records
+                if len(record.turns) != 1
+            ]
+            records = [record for record in records if len(record.turns) == 1]
         splits[name] = records
-    for name in ("validation", "test"):
-        for record in splits[name]:
-            if not config.auxiliary and len(record.turns) != 1:
-                raise RecordError(
-                    f"task '{config.name}', {name} record '{record.id}': scoring takes one question per record, "
-                    f"got {len(record.turns)} turns; split the conversation into one record per question"
-                )
-    return Task(config, **splits)
+        problems += first(wrong)
+    return Task(config, **splits), problems
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise if there are any.
+
+    Raises:
+        UserError: the problems, a line for each.
+    """
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def image_problem(root: Path, image: str) -> str | None:
@@ -76,7 +107,8 @@ def check_images(task: Task) -> int:
     """Decodes every image the task's records name, once each; returns how many there are.
 
     Raises:
-        UserError: an image that is missing, outside the image root, or does not decode, named with its record.
+        UserError: images that are missing, outside the image root, or do not decode, the first of them by name, each
+            with its record.
     """
     root = task.config.image_root
     first_use: dict[str, str] = {}
@@ -85,12 +117,12 @@ def check_images(task: Task) -> int:
             for image in record.images:
                 first_use.setdefault(image, f"task '{task.name}', {split} record '{record.id}'")
 
-    def check(item: tuple[str, str]) -> None:
-        problem = image_problem(root, item[0])
+    def check(found: tuple[str, str | None]) -> None:
+        use, problem = found
         if problem is not None:
-            raise UserError(f"{item[1]}: {problem}")
+            raise UserError(f"{use}: {problem}")
 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        for _ in pool.map(check, first_use.items()):
-            pass
+        problems = pool.map(partial(image_problem, root), first_use)
+        each(check, zip(first_use.values(), problems, strict=True), shown=SHOWN)
     return len(first_use)

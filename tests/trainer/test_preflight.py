@@ -263,6 +263,13 @@ def test_every_problem_is_named_at_once(data: dict[str, Any], folder: Path) -> N
         damage(data, folder)
     for number in range(4):
         change_record(folder, "colour_validation", number, longer)
+    for number, key in enumerate(("id", "conversations")):
+        change_record(folder, "chat_test", number, lambda row, key=key: row.pop(key))  # type: ignore[misc]
+    with (folder / "chat_test.jsonl").open("a") as file:
+        file.write('{"id": ')
+    two_questions_to_score(data, folder)
+    for name in ("box_validation_0", "box_test_3"):
+        (folder / "images" / f"{name}.png").write_text("no image")
     with pytest.raises(UserError) as caught:
         check_config(parse_config(data, "x"))
     title, *told = str(caught.value).splitlines()
@@ -270,7 +277,12 @@ def test_every_problem_is_named_at_once(data: dict[str, Any], folder: Path) -> N
     wanted = [
         "model.freeze: no parameter", "unknown tracker in training.report_to", "train record 'colour-train-5': image ",
         *(f"colour_validation.jsonl: record 'colour-validation-{number}': its images" for number in range(4)),
-        "record 'colour-test-1': its images", "box_train.jsonl does not exist", "record 'chat-train-6': no supervised",
+        "record 'colour-test-1': its images",
+        "box_train.jsonl does not exist", "test record 'box-test-0': scoring takes one question per record",
+        "validation record 'box-validation-0': image ", "test record 'box-test-3': image ",
+        "chat_test.jsonl, line 1: the record has no 'id'",
+        "chat_test.jsonl, line 2 (id 'chat-test-1'): 'conversations'",
+        "chat_test.jsonl, line 5: not valid JSON", "record 'chat-train-6': no supervised",
     ]  # fmt: skip
     for part, line in zip(wanted, told, strict=True):
         assert line.startswith("  ")

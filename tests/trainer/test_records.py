@@ -146,6 +146,28 @@ def test_damage_names_file_position_and_id(tmp_path: Path, row: Any, message: st
     assert str(caught.value).startswith(f"{path}, {position}{named}: {message}")
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_every_damaged_record_is_named(tmp_path: Path, suffix: str) -> None:
+    """Up to ten of a file; good ones among them hide nothing, nor does a line that is not JSON."""
+    damaged = [(row, text) for row, text in DAMAGED if not isinstance(row, dict) or row.get("id") == "r7"]
+    for count in (4, 10, len(damaged)):
+        rows = [item for row, _ in damaged[:count] for item in (row, record(id=f"good {count}"))][:-1]
+        rows = [row | {"id": f"{row['id']} {n}"} if isinstance(row, dict) else row for n, row in enumerate(rows)]
+        path = written(tmp_path, rows, suffix)
+        if suffix == ".jsonl":
+            path.write_text(path.read_text() + '{"id": \n')
+        with pytest.raises(RecordError) as caught:
+            read_records(path)
+        told = str(caught.value).splitlines()
+        wanted = [text for _, text in damaged[:count]] + ["not valid JSON"] * (suffix == ".jsonl")
+        assert len(told) == min(len(wanted), 11)
+        for number, (line, text) in enumerate(zip(told[:10], wanted, strict=False)):
+            place = f"line {2 * number + 1}" if suffix == ".jsonl" else f"record {2 * number}"
+            assert line.startswith(f"{path}, {place}" if text != "not valid JSON" else f"{path}, line ")
+            assert text in line
+        assert told[10:] == ([f"... and {len(wanted) - 10} more like these"] if len(wanted) > 10 else [])
+
+
 def test_one_empty_gpt_turn_among_others_is_fine(tmp_path: Path) -> None:
     rows = [record(conversations=[HUMAN, {"from": "gpt", "value": ""}, {"from": "human", "value": "And?"}, GPT])]
     assert [turn.answer for turn in read_records(written(tmp_path, rows, ".json"))[0].turns] == ["", "This."]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first
 
 IMAGE_PLACEHOLDER = "<image>"
 # Where other exports have their images: passed over, they would train a model blind.
@@ -53,17 +53,35 @@ def read_records(path: Path) -> list[Record]:
     """Reads every record of a ``.json`` list or a ``.jsonl`` file, in file order.
 
     Raises:
-        RecordError: the file is missing, is not JSON, or a record is malformed or repeats an id.
+        RecordError: the file is missing, is not JSON, or records are malformed or repeat an id, a line for each.
+    """
+    records, problems = scan_records(path)
+    if problems:
+        raise RecordError("\n".join(first(problems)))
+    return records
+
+
+def scan_records(path: Path) -> tuple[list[Record], list[str]]:
+    """The records of a file that can be used, in file order, and what is wrong with the others.
+
+    Raises:
+        RecordError: the file is missing, or is not a JSON list.
     """
     records: list[Record] = []
+    problems: list[str] = []
     seen: dict[str, str] = {}
     for where, raw in _raw_records(path):
-        record = _parse(raw, where)
+        try:
+            record = _parse(_loads(raw, where) if isinstance(raw, bytes) else raw, where)
+        except RecordError as error:
+            problems.append(str(error))
+            continue
         if record.id in seen:
-            raise RecordError(f"{where}: id '{record.id}' is already used by {seen[record.id]}; ids must be unique")
+            problems.append(f"{where}: id '{record.id}' is already used by {seen[record.id]}; ids must be unique")
+            continue
         seen[record.id] = where
         records.append(record)
-    return records
+    return records, problems
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -75,13 +93,14 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _raw_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Values of a list, or lines that are yet to be read as JSON: a broken one does not hide those behind it."""
     if not path.is_file():
         raise RecordError(f"record file {path} does not exist")
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"{path}, line {number}", _loads(line, f"{path}, line {number}")
+                    yield f"{path}, line {number}", line
         return
     data = _loads(path.read_bytes(), str(path))
     if not isinstance(data, list):

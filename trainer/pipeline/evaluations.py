@@ -8,12 +8,10 @@ from pathlib import Path
 from trainer.config import RunConfig, TaskConfig
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.records import Record
-from trainer.errors import each
+from trainer.errors import SHOWN, each
 from trainer.evaluation.generation import encode
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.launching import rank_devices, threads_per_process
-
-SHOWN = 10  # records of a split that errors name; the rest is counted
 
 
 def evaluation_set(task: TaskConfig, split: str) -> EvaluationSet:

@@ -13,7 +13,7 @@ from trainer.config import BUILT_IN, RunConfig, TaskConfig
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import SampleLength, sample_length, token_counter
 from trainer.data.records import Record
-from trainer.errors import UserError, each
+from trainer.errors import SHOWN, UserError, each
 from trainer.files import write_json
 from trainer.launching import resolve_device
 from trainer.loop.learning_rates import own_rates
@@ -23,9 +23,9 @@ from trainer.models.images import refuse_cropped_boxes
 from trainer.models.loading import empty_model, load_config, load_processor
 from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
-from trainer.pipeline.evaluations import SHOWN, check_scoring
+from trainer.pipeline.evaluations import check_scoring
 from trainer.pipeline.trainings import list_trainings
-from trainer.tasks import SPLITS, Task, check_images, load_task
+from trainer.tasks import SPLITS, Task, check_images, load_task, refuse, scan_task
 
 if TYPE_CHECKING:
     from trainer.pipeline.stages import StageContext
@@ -119,8 +119,8 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
     Raises:
         UserError: every problem, a line each.
     """
-    task = load_task(task_config)
-    checks: list[Callable[[], Any]] = [partial(check_images, task)]
+    task, problems = scan_task(task_config)  # what can be used is checked further, whatever is wrong with the rest
+    checks: list[Callable[[], Any]] = [partial(refuse, problems), partial(check_images, task)]
     if encoder is not None:
         checks.append(partial(check_tokens, task, encoder, "train", config.training.overlong))
     if encoder is not None and not task_config.auxiliary:
@@ -132,7 +132,7 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
         checks += [partial(check_scoring, task_config, split, task.split(split), encoder) for split in scored]
         if _validates(config):
             checks.append(partial(check_tokens, task, encoder, "validation", config.training.overlong))
-    images, *found = each(lambda check: check(), checks)
+    _, images, *found = each(lambda check: check(), checks)
     return CheckedTask(task, images, found[0] if found else None)
 
 

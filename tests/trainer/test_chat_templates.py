@@ -5,7 +5,7 @@ The templates are short ones of the same kind; the reference is each template's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,14 @@ from families import make_tokenizer
 
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
 from trainer.data.records import Record, Turn
+from trainer.errors import UserError
 
 ONE = Record("one", (), (Turn("How much is 2 plus one?", "It is 3."),), ())
 TWO = Record("two", (), (Turn("How much is 2 plus one?", "It is 3."), Turn("What colour is it?", "red")), ())
+BRIEF = "Be brief: one word."
+# The same with a system message.
+BRIEF_ONE, BRIEF_TWO = (replace(record, id=f"brief {record.id}", system=BRIEF) for record in (ONE, TWO))
+RECORDS = (ONE, TWO, BRIEF_ONE, BRIEF_TWO)
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|return|>"]
 ASK = "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
 SAY = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -142,14 +147,15 @@ def stretches(encoder: ConversationEncoder, record: Record) -> list[str]:
 
 
 def messages(kind: Kind, record: Record) -> list[dict[str, Any]]:
-    turns = [item for turn in record.turns for item in (("user", turn.question), ("assistant", turn.answer))]
+    turns = [("system", record.system)] if record.system else []
+    turns += [item for turn in record.turns for item in (("user", turn.question), ("assistant", turn.answer))]
     parts = kind is KINDS["lists of parts"]
     return [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in turns]
 
 
-@pytest.mark.parametrize("record", [ONE, TWO], ids=lambda record: record.id)
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.id)
 def test_answers_are_trained_on_with_their_end_marks(kind: Kind, encoder: ConversationEncoder, record: Record) -> None:
-    wanted = kind.one if record is ONE else kind.two
+    wanted = kind.one if len(record.turns) == 1 else kind.two
     filled = [text.replace("A", turn.answer) for text, turn in zip(wanted, record.turns, strict=True)]
     assert stretches(encoder, record) == filled
     whole = encoder.tokenizer.apply_chat_template(messages(kind, record), tokenize=False)
@@ -160,7 +166,7 @@ def test_answers_are_trained_on_with_their_end_marks(kind: Kind, encoder: Conver
     assert found == whole[:ends] + added
 
 
-@pytest.mark.parametrize("record", [ONE, TWO], ids=lambda record: record.id)
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.id)
 def test_a_prompt_is_what_stood_before_the_answer(kind: Kind, encoder: ConversationEncoder, record: Record) -> None:
     prompt = encoder.prompt(record, Path)
     encoded = encoder.training_sample(record, Path)
@@ -172,3 +178,45 @@ def test_a_prompt_is_what_stood_before_the_answer(kind: Kind, encoder: Conversat
 
 def test_generation_ends_where_answers_do(kind: Kind, encoder: ConversationEncoder) -> None:
     assert encoder.chat.end_marks == encoder.tokenizer.convert_tokens_to_ids([kind.mark])
+
+
+@pytest.mark.parametrize(
+    ("loop", "message"),
+    [
+        # Gemma 2
+        (
+            LOOP + "{{ raise_exception('System role not supported') if m.role == 'system' }}",
+            r"record 'brief two': the chat template cannot write .*System role not supported\); it may take no system",
+        ),
+        (
+            "{% for m in messages if m.role != 'system' %}",
+            r"record 'brief two': the chat template does not write the system message 'Be brief: one word\.'; put it ",
+        ),
+    ],
+)
+def test_a_system_message_is_never_lost(loop: str, message: str) -> None:
+    tokenizer = make_tokenizer(SPECIAL, {})
+    tokenizer.chat_template = f"{loop}{SAY}{{% endfor %}}{ASK}"
+    encoder = ConversationEncoder(tokenizer, 500)
+    assert encoder.training_sample(TWO, Path)
+    for encode in (encoder.training_sample, encoder.prompt):
+        with pytest.raises(UserError, match=message):
+            encode(BRIEF_TWO, Path)
+
+
+def test_a_system_message_may_stand_in_the_last_question() -> None:
+    """Mistral 0.3."""
+    tokenizer = make_tokenizer(SPECIAL, {})
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}"
+        "{% set messages = messages[1:] %}{% endif %}"
+        "{% set asked = messages | selectattr('role', 'eq', 'user') | list %}"
+        f"{LOOP}{{{{ '<|im_start|>' + m.role + '\n' }}}}{{{{ system if m == asked[-1] }}}}"
+        f"{{{{ m.content + '<|im_end|>\n' }}}}{{% endfor %}}{ASK}"
+    )
+    encoder = ConversationEncoder(tokenizer, 500)
+    first, last = (turn.answer for turn in TWO.turns)
+    assert stretches(encoder, BRIEF_TWO) == [f"{first}<|im_end|>\n", f"{last}<|im_end|>\n"]
+    whole = tokenizer.apply_chat_template(messages(KINDS["ChatML"], BRIEF_TWO), tokenize=False)
+    assert tokenizer.decode(encoder.training_sample(BRIEF_TWO, Path).input_ids) == whole
+    assert f"user\n{BRIEF}\n\n{TWO.turns[1].question}" in whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,14 @@ class TestSupervision:
             first = encoder.tokenizer.convert_tokens_to_ids("<s>")
             assert encoded.input_ids[0] == first
             assert encoded.input_ids.count(first) == 1
+
+    def test_a_system_message_stands_before_the_first_question(self, encoder: ConversationEncoder) -> None:
+        record = replace(TURNS, system=" Be brief. ")
+        plain, encoded = encoder.training_sample(TURNS, Path), encoder.training_sample(record, Path)
+        before = encoder.tokenizer("<|user|> Be brief.", add_special_tokens=False)["input_ids"]
+        assert encoded.input_ids == before + plain.input_ids
+        assert encoded.labels == [IGNORE_INDEX] * len(before) + plain.labels
+        assert encoder.prompt(record, Path).input_ids == before + encoder.prompt(TURNS, Path).input_ids
 
     def test_an_empty_answer_among_others(self, encoder: ConversationEncoder) -> None:
         record = Record("a", (), (Turn("One?", ""), Turn("Two?", "sure")), ())

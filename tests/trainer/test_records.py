@@ -84,17 +84,19 @@ def test_other_spellings(tmp_path: Path) -> None:
         {"id": "b", "image": ["1.png", "2.png"], "conversations": [twice, GPT]},
         {"id": "c", "image": "1.png", "conversations": [plain, GPT]},
         {"id": "d", "conversations": [plain, GPT], "references": ["x", "y"]},
+        {"id": "s", "conversations": [{"from": "system", "value": "Be brief."}, plain, GPT, plain, GPT]},
         {"id": "e", "images": ["1.png"], "image": "", "img": None, "conversations": [plain, GPT]},
         {"id": "f", "images": "1.png", "conversations": [HUMAN, GPT]},
         {"id": "g", "images": [], "image": "2.png", "video": "", "conversations": [HUMAN, GPT]},
     ]
     path = written(tmp_path, rows, ".jsonl")
     path.write_text("\n" + path.read_text().replace("\n", "\n\n"))  # blank lines are nothing
-    a, b, c, d, e, f, g = read_records(path)
+    a, b, c, d, s, e, f, g = read_records(path)
     assert a == Record("a", (), (Turn("q", "x"),), ())
     assert b.images == ("1.png", "2.png")
     assert c.turns == (Turn("<image>\nq", "This."),)  # an export without the placeholder: the image comes first
     assert (a.answers, d.answers) == (["x"], ["x", "y"])
+    assert s == Record("s", (), (Turn("q", "This."),) * 2, (), "Be brief.")
     assert (e.images, e.turns) == (c.images, c.turns)
     assert (f.images, g.images) == (("1.png",), ("2.png",))
 
@@ -124,6 +126,16 @@ DAMAGED = [
     (record(conversations=[HUMAN, HUMAN]), "turns must alternate human, gpt; turn 1 is 'human'"),
     (record(conversations=[GPT, HUMAN]), "turns must alternate human, gpt; turn 0 is 'gpt'"),
     (record(conversations=[HUMAN, {"from": "system", "value": "x"}]), "turn 1 must be {'from': 'human'|'gpt'"),
+    (
+        record(conversations=[{"from": "system", "value": 3}, HUMAN, GPT]),
+        "turn 0 is a system message: its 'value' ",
+    ),
+    (record(conversations=[{"from": "system", "value": "<image>"}, HUMAN, GPT]), "turn 0 is a system message: its "),
+    (
+        record(conversations=[{"from": "system", "value": "x"}, GPT, HUMAN]),
+        "turns must alternate human, gpt; turn 1 ",
+    ),
+    (record(conversations=[{"from": "system", "value": "x"}, HUMAN]), "'conversations' must be a list with at least"),
     (record(conversations=[HUMAN, {"from": "gpt", "value": 7}]), "turn 1 must be {'from': 'human'|'gpt'"),
     (record(conversations=[HUMAN, "This."]), "turn 1 must be {'from': 'human'|'gpt'"),
     (record(conversations=[HUMAN, {"from": "gpt", "value": ""}]), "no supervised token: every gpt turn is empty"),
@@ -218,7 +230,7 @@ def test_written_records_are_read_back(tmp_path: Path) -> None:
 
 # Half a character, a NUL and characters of one to four bytes.
 strings = st.text("ab \0\n\ud800é„\U0001f44b", max_size=4) | st.sampled_from(
-    ["<image>", "human", "gpt", "value", "from"]
+    ["<image>", "human", "gpt", "system", "value", "from"]
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | strings,
@@ -245,7 +257,7 @@ def check(path: Path) -> None:
         assert found.turns
         assert any(turn.answer.strip() for turn in found.turns)
         assert sum(turn.question.count("<image>") for turn in found.turns) == len(found.images)
-        held = [found.id, *found.images, *found.answers, *(turn.question for turn in found.turns)]
+        held = [found.id, found.system, *found.images, *found.answers, *(turn.question for turn in found.turns)]
         assert all(isinstance(text, str) and text.encode().decode() == text for text in held)
 
 

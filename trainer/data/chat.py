@@ -43,23 +43,34 @@ class ChatTemplate:
         self._template = _template_of(processor, self.tokenizer)
         self._plain_text = text_only and not self._takes_parts()
 
-    def parts(self, turns: Sequence[Turn]) -> list[Part]:
+    def parts(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
         """The rendered conversation in parts; one of them is the last answer.
 
+        Args:
+            turns: questions and answers.
+            system: message before them; an empty one is none.
+
         Raises:
-            UserError: the template leaves out a part of an answer, or answers cannot be told from the rest.
+            UserError: the template leaves out a part of an answer or the system message, or answers cannot be told
+                from the rest.
         """
         try:
-            parts = self._appended(turns) or self._marked(turns)
+            parts = self._appended(turns, system) or self._marked(turns, system)
         except (TypeError, TemplateError) as error:
+            reason = "it may take no system message" if system.strip() else "it may be one for tools only"
             raise UserError(
-                f"the chat template cannot write this conversation ({type(error).__name__}: {error}); it may be one "
-                "for tools only"
+                f"the chat template cannot write this conversation ({type(error).__name__}: {error}); {reason}"
             ) from error
         if not parts:
             raise UserError(
                 "the chat template writes an answer otherwise than it is given, and a conversation's beginning "
                 "differently once it goes on, so answers cannot be told from prompts; use a template that only appends"
+            )
+        asked = "".join(part.text for part in parts if part.kind != "answer")
+        if "".join(system.split()) not in "".join(asked.split()):
+            raise UserError(
+                f"the chat template does not write the system message {system!r}; put it before the first question, or "
+                "change the template"
             )
         answers = (part.text for part in parts if part.kind == "answer")
         for turn, text in zip(turns, answers, strict=True):
@@ -77,11 +88,12 @@ class ChatTemplate:
         ids = self.tokenizer(mark[0], add_special_tokens=False)["input_ids"] if mark else []
         return [token for token in ids if token in self.special_ids] or [self.tokenizer.eos_token_id]
 
-    def _appended(self, turns: Sequence[Turn]) -> list[Part] | None:
+    def _appended(self, turns: Sequence[Turn], system: str) -> list[Part] | None:
         """By rendering up to each question and each answer; None if the template does not only append."""
-        messages = self._messages(turns)
-        asked = self._render([messages[: 2 * n + 1] for n in range(len(turns))], add_generation_prompt=True)
-        answered = self._render([messages[: 2 * n + 2] for n in range(len(turns))], add_generation_prompt=False)
+        messages = self._messages(turns, system)
+        answers = range(len(messages) - 2 * len(turns) + 1, len(messages), 2)
+        asked = self._render([messages[:place] for place in answers], add_generation_prompt=True)
+        answered = self._render([messages[: place + 1] for place in answers], add_generation_prompt=False)
         parts: list[Part] = []
         done, after = "", self._probe[1]
         end = self._mark.match(after)
@@ -108,14 +120,15 @@ class ChatTemplate:
         rest = answered[-1].removeprefix(done)
         return [*parts, Part(rest, "prompt")] if rest else parts
 
-    def _marked(self, turns: Sequence[Turn]) -> list[Part] | None:
+    def _marked(self, turns: Sequence[Turn], system: str) -> list[Part] | None:
         """By rendering the whole with marks for answers; None if it is not the same with the answers in their place.
 
         Templates of reasoning models take thoughts out of earlier turns, or begin an answer otherwise than they ask.
         """
         marks = [f"\ue000{number}\ue001" for number in range(len(turns))]
         marked = [replace(turn, answer=mark) for turn, mark in zip(turns, marks, strict=True)]
-        whole, rest = self._render([self._messages(turns), self._messages(marked)], add_generation_prompt=False)
+        both = [self._messages(some, system) for some in (turns, marked)]
+        whole, rest = self._render(both, add_generation_prompt=False)
         parts: list[Part] = []
         for turn, mark in zip(turns, marks, strict=True):
             before, found, rest = rest.partition(mark)
@@ -163,9 +176,10 @@ class ChatTemplate:
             return next(mark for mark in self._marks if text.endswith(mark))
         return text[-1:]
 
-    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-        """User and assistant messages in turn, as the chat template takes them."""
-        texts = [item for turn in turns for item in (("user", turn.question), ("assistant", turn.answer))]
+    def _messages(self, turns: Sequence[Turn], system: str = "") -> list[dict[str, Any]]:
+        """User and assistant messages in turn, behind a system message if there is one, as the template takes them."""
+        texts = [("system", system)] if system.strip() else []
+        texts += [item for turn in turns for item in (("user", turn.question), ("assistant", turn.answer))]
         if self._plain_text:
             return [{"role": role, "content": text.strip()} for role, text in texts]
         return [_message(role, text) for role, text in texts]

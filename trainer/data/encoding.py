@@ -237,7 +237,7 @@ class ConversationEncoder:
         """Up to the last answer."""
         self._check_images(record)
         try:
-            parts = self.chat.parts(record.turns)
+            parts = self.chat.parts(record.turns, record.system)
         except UserError as error:
             raise UserError(f"record '{record.id}': {error}") from error
         self._check_placeholders("".join(part.text for part in parts), record)

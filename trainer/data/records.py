@@ -3,7 +3,7 @@
 One record is ``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...], "references"?}`` in a
 JSON list or a JSONL file (Liu et al., "Visual Instruction Tuning", 2023). ``image`` (or ``images``) is a path relative
 to the task's image root, or a list of them; ``<image>`` in the human turns says where they go. Only "gpt" turns are
-supervised. ``references`` lists further correct answers for scoring.
+supervised. A first turn from "system" is the system message. ``references`` lists further correct answers for scoring.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Record:
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     references: tuple[str, ...]
+    system: str = ""
 
     @property
     def answers(self) -> list[str]:
@@ -125,7 +126,7 @@ def _parse(raw: Any, where: str) -> Record:
         raise RecordError(f"{where}: 'id' must be a string or a number, got {raw['id']!r}")
     where = f"{where} (id '{raw['id']}')"
     images = _parse_images(raw, where)
-    turns = _parse_turns(raw.get("conversations"), where)
+    system, turns = _parse_conversation(raw.get("conversations"), where)
     placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
     if images and not placeholders:  # LLaVA's own files always carry it; plain exports often do not
         first = turns[0]
@@ -135,12 +136,18 @@ def _parse(raw: Any, where: str) -> Record:
     references = [] if raw.get("references") is None else raw["references"]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise RecordError(f"{where}: 'references' must be a list of strings")
-    texts = [str(raw["id"]), *images, *(text for turn in turns for text in (turn.question, turn.answer)), *references]
+    texts = [
+        str(raw["id"]),
+        system,
+        *images,
+        *(text for turn in turns for text in (turn.question, turn.answer)),
+        *references,
+    ]
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character ("\ud800"), which a tokenizer refuses
         raise RecordError(f"{where}: its text is not valid Unicode ({error})") from error
-    return Record(str(raw["id"]), tuple(images), turns, tuple(references))
+    return Record(str(raw["id"]), tuple(images), turns, tuple(references), system)
 
 
 def _parse_images(raw: dict[str, Any], where: str) -> list[str]:
@@ -160,18 +167,30 @@ def _parse_images(raw: dict[str, Any], where: str) -> list[str]:
     return images
 
 
-def _parse_turns(conversation: Any, where: str) -> tuple[Turn, ...]:
-    if not isinstance(conversation, list) or len(conversation) < 2:
+def _parse_conversation(conversation: Any, where: str) -> tuple[str, tuple[Turn, ...]]:
+    """The system message, empty if there is none, and the turns."""
+    messages = conversation if isinstance(conversation, list) else []
+    system, start = "", 0
+    if messages and _side(messages[0]) == "system":
+        system, start = messages[0].get("value"), 1
+        if not isinstance(system, str) or IMAGE_PLACEHOLDER in system:
+            raise RecordError(
+                f"{where}: turn 0 is a system message: its 'value' must be a text without '{IMAGE_PLACEHOLDER}', got "
+                f"{system!r}"
+            )
+    if len(messages) < start + 2:
         raise RecordError(f"{where}: 'conversations' must be a list with at least one human and one gpt turn")
     values: list[str] = []
-    for index, message in enumerate(conversation):
-        role = _ROLES.get(str(message.get("from"))) if isinstance(message, dict) else None
+    for index, message in enumerate(messages[start:], start):
+        side = _side(message)
+        role = _ROLES.get(str(side))
         if role is None or not isinstance(message.get("value"), str):
             raise RecordError(
                 f"{where}: turn {index} must be {{'from': 'human'|'gpt', 'value': text}}, got {message!r}"
+                f"{'; a system message comes first' if side == 'system' else ''}"
             )
-        if role != ("user", "assistant")[index % 2]:
-            raise RecordError(f"{where}: turns must alternate human, gpt; turn {index} is '{message['from']}'")
+        if role != ("user", "assistant")[(index - start) % 2]:
+            raise RecordError(f"{where}: turns must alternate human, gpt; turn {index} is '{side}'")
         if role == "assistant" and IMAGE_PLACEHOLDER in message["value"]:
             raise RecordError(
                 f"{where}: turn {index} is an answer with '{IMAGE_PLACEHOLDER}' in it; images belong to questions"
@@ -181,4 +200,8 @@ def _parse_turns(conversation: Any, where: str) -> tuple[Turn, ...]:
         raise RecordError(f"{where}: the last turn must be a gpt answer")
     if not any(answer.strip() for answer in values[1::2]):
         raise RecordError(f"{where}: no supervised token: every gpt turn is empty")
-    return tuple(Turn(question, answer) for question, answer in zip(values[::2], values[1::2], strict=True))
+    return system, tuple(Turn(question, answer) for question, answer in zip(values[::2], values[1::2], strict=True))
+
+
+def _side(message: Any) -> Any:
+    return message.get("from") if isinstance(message, dict) else None

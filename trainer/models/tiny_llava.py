@@ -29,7 +29,7 @@ PAD, END, USER, ASSISTANT = "<pad>", "</s>", "<|user|>", "<|assistant|>"
 # The blank before each text makes its first word the same token as within a sentence.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ '<|user|>' if message['role'] == 'user' else '<|assistant|>' }}"
+    "{{ '<|assistant|>' if message['role'] == 'assistant' else '<|user|>' }}"
     "{% for part in message['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}"
     "{% endfor %}"

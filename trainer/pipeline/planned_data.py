@@ -91,7 +91,7 @@ def _spread(records: Sequence[Record]) -> list[Record]:
 
 def _by_characters(record: Record, image_tokens: int, max_length: int, overlong: str) -> Planned:
     answers = sum(len(turn.answer) for turn in record.turns) / _CHARACTERS_PER_TOKEN + len(record.turns)
-    questions = sum(len(turn.question) for turn in record.turns) / _CHARACTERS_PER_TOKEN
+    questions = (len(record.system) + sum(len(turn.question) for turn in record.turns)) / _CHARACTERS_PER_TOKEN
     tokens = round(answers + questions) + 2 * _TOKENS_PER_TURN * len(record.turns) + image_tokens * len(record.images)
     if tokens > max_length and overlong == "drop":
         return Planned(0, 0, len(record.images))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from trainer.bars import watched
 from trainer.config import TaskConfig
-from trainer.data.pictures import open_image
+from trainer.data.pictures import oddity
 from trainer.data.records import Record, RecordError, scan_records
 from trainer.errors import SHOWN, UserError, each, first
 
@@ -89,22 +90,39 @@ def refuse(problems: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-def image_problem(root: Path, image: str) -> str | None:
-    """Why training cannot use an image below `root`, found by decoding it; None if it can."""
+@dataclass(frozen=True)
+class ImageLook:
+    """Why training cannot use an image, or else what it sees in it otherwise than a person would."""
+
+    problem: str | None = None
+    warning: str | None = None
+
+
+def look_at_image(root: Path, image: str) -> ImageLook:
+    """Decodes an image below `root`."""
     path = root / image
     if not path.is_relative_to(root) or ".." in Path(image).parts:  # links inside the root may lead anywhere
-        return f"image {path} is outside the task's image_root {root}"
+        return ImageLook(f"image {path} is outside the task's image_root {root}")
     try:
         if not path.is_file():
-            return f"image {path} does not exist"
-        open_image(path)
+            return ImageLook(f"image {path} does not exist")
+        odd = oddity(path)
     except Exception as error:  # Pillow's plugins raise whatever broken content makes them stumble over
-        return f"image {path} cannot be decoded: {error}"
-    return None
+        return ImageLook(f"image {path} cannot be decoded: {error}")
+    return ImageLook(warning=f"image {path} {odd}" if odd else None)
 
 
-def check_images(task: Task) -> int:
-    """Decodes every image the task's records name, once each; returns how many there are.
+@dataclass(frozen=True)
+class TaskImages:
+    """Images of a task: how many there are, how many of them each split has, and what is odd about them."""
+
+    count: int
+    by_split: dict[str, int]
+    warnings: list[str]
+
+
+def check_images(task: Task) -> TaskImages:
+    """Decodes every image the task's records name, once each.
 
     Raises:
         UserError: images that are missing, outside the image root, or do not decode, the first of them by name, each
@@ -112,17 +130,25 @@ def check_images(task: Task) -> int:
     """
     root = task.config.image_root
     first_use: dict[str, str] = {}
+    by_split: dict[str, int] = {}
     for split in SPLITS:
         for record in task.split(split):
             for image in record.images:
                 first_use.setdefault(image, f"task '{task.name}', {split} record '{record.id}'")
+        by_split[split] = len({image for record in task.split(split) for image in record.images})
+    warnings = []
+    if first_use and not by_split["train"]:
+        warnings.append(f"task '{task.name}': validation or test records have images, training records have none")
 
-    def check(found: tuple[str, str | None]) -> None:
-        use, problem = found
-        if problem is not None:
-            raise UserError(f"{use}: {problem}")
+    def check(found: tuple[str, ImageLook]) -> None:
+        use, look = found
+        if look.problem is not None:
+            raise UserError(f"{use}: {look.problem}")
+        if look.warning is not None:
+            warnings.append(f"{use}: {look.warning}")
 
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
-        problems = pool.map(partial(image_problem, root), first_use)
-        each(check, zip(first_use.values(), problems, strict=True), shown=SHOWN)
-    return len(first_use)
+        looks = pool.map(partial(look_at_image, root), first_use)
+        found = zip(first_use.values(), looks, strict=True)
+        each(check, watched(found, task.name, "image", len(first_use)), shown=SHOWN)
+    return TaskImages(len(first_use), by_split, warnings)

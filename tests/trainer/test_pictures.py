@@ -19,7 +19,7 @@ from transformers.image_utils import load_image
 
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import token_counter
-from trainer.data.pictures import image_size, open_image
+from trainer.data.pictures import image_size, oddity, open_image
 from trainer.data.records import Record, Turn
 from trainer.errors import UserError
 from trainer.models.features import write_features
@@ -90,6 +90,49 @@ def test_16_bits_are_the_same_picture_as_8(tmp_path: Path, name: str, order: str
     Image.fromarray(sixteen).save(tmp_path / name)
     assert (np.asarray(open_image(tmp_path / name)) == eight[..., None]).all()
     assert image_size(tmp_path / name) == (32, 8)
+
+
+def as_is(picture: Image.Image) -> Image.Image:
+    return picture
+
+
+def clear(picture: Image.Image) -> Image.Image:
+    picture.putpixel((3, 2), (1, 2, 3, 200))
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("mode", "change", "wanted"),
+    [
+        ("RGB", as_is, None),
+        ("L", as_is, None),
+        ("RGBA", as_is, None),  # opaque
+        ("RGBA", clear, "has transparent pixels, seen in the colour that they hide; flatten it onto a background"),
+        ("F", as_is, None),  # 0 to 255
+        (
+            "F",
+            lambda picture: picture.point(lambda value: value / 255),
+            "has values from 0 to 1, taken with 0 as ",
+        ),
+        (
+            "I",
+            lambda picture: picture.point(lambda value: value * 256),
+            "has values from 0 to 65280, taken with 0 as",
+        ),
+        ("I;16", as_is, None),
+        ("RGB", lambda picture: picture.resize((60, 34)), "has 60 x 34 pixels, decoded anew each time; scale it down"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_is_odd_in_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, change: Callable[[Any], Any], wanted: str | None
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    grey = Image.frombytes("L", (16, 16), bytes(range(256)))
+    path = tmp_path / ("a.tiff" if mode in ("F", "I") else "a.png")
+    change(grey.convert(mode)).save(path)
+    found = oddity(path)
+    assert found is None if wanted is None else (found or "").startswith(wanted)
 
 
 def test_training_sees_the_upright_photo(pixel_model: Path, tmp_path: Path) -> None:

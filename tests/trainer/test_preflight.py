@@ -155,6 +155,11 @@ def empty_validation(data: dict[str, Any], folder: Path) -> None:
     (folder / "box_validation.jsonl").write_text("\n")
 
 
+def blind(row: dict[str, Any]) -> None:
+    del row["image"]
+    row["conversations"][0]["value"] = "What colour is it?"
+
+
 def two_questions_to_score(data: dict[str, Any], folder: Path) -> None:
     more = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "No."}]
     change_record(folder, "box_test", 0, lambda row: row["conversations"].extend(more))
@@ -320,10 +325,37 @@ def test_check_prints_what_is_there(data: dict[str, Any]) -> None:
     assert header.split() == ["task", "metric", "train", "valid.", "test", "images", "supervised", "cut"]
     supervised = [str(count) for count, _ in counted(data)]
     assert [row.split() for row in rows] == [
-        ["colour", "exact_match", "8", "4", "4", "16", supervised[0], "0"],
-        ["box", "accuracy_iou", "8", "4", "4", "16", supervised[1], "0"],
-        ["chat", "auxiliary", "8", "4", "4", "0", supervised[2], "0"],
+        ["colour", "exact_match", "8", "4", "4", "8/4/4", supervised[0], "0"],
+        ["box", "accuracy_iou", "8", "4", "4", "8/4/4", supervised[1], "0"],
+        ["chat", "auxiliary", "8", "4", "4", "0/0/0", supervised[2], "0"],
     ]
+
+
+def test_what_is_odd_is_a_warning(
+    data: dict[str, Any], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of it stops a run: it is printed by the check, and by the run itself."""
+    for number in range(8):
+        change_record(folder, "colour_train", number, blind)
+    transparent = Image.new("RGBA", (64, 64), (9, 9, 9, 100))
+    for name in ("box_train_2", "box_test_1"):
+        transparent.save(folder / "images" / f"{name}.png")
+    change_record(folder, "chat_train", 3, lambda row: row["conversations"][1].update(value="It is </s> 3 <|user|>."))
+    change_record(folder, "chat_train", 5, lambda row: row["conversations"][3].update(value=" "))
+    config = parse_config(data, "x")
+    told = [line for line in check_config(config).splitlines() if line.startswith("warning: ")]
+    hidden = "has transparent pixels, seen in the colour that they hide; flatten it onto a background"
+    image = folder / "images"
+    assert told == [
+        "warning: task 'colour': validation or test records have images, training records have none",
+        f"warning: task 'box', train record 'box-train-2': image {image / 'box_train_2.png'} {hidden}",
+        f"warning: task 'box', test record 'box-test-1': image {image / 'box_test_1.png'} {hidden}",
+        "warning: task 'chat', train record 'chat-train-3': its text has '</s>', '<|user|>', which the tokenizer takes "
+        "for special tokens; spell it otherwise",
+        "warning: task 'chat', train record 'chat-train-5': of 2 answers, 2 is empty: the model learns to end at once",
+    ]
+    check_run(config, config.model.path, tmp_path / "tasks.json", StageContext("check", 0, Progress(), Event()))
+    assert [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines() if "warning: " in line] == told
 
 
 def test_what_the_run_keeps_of_it(data: dict[str, Any], tmp_path: Path) -> None:
@@ -350,4 +382,5 @@ def test_each_image_is_opened_once_and_links_may_lead_elsewhere(data: dict[str, 
     shutil.move(folder / "images", folder.parent / "elsewhere")
     (folder / "images").symlink_to(folder.parent / "elsewhere")
     change_record(folder, "box_train", 0, lambda row: row.update(image="images/box_train_1.png"))
-    assert check_images(load_task(TaskConfig(**data["tasks"][1]))) == 15
+    images = check_images(load_task(TaskConfig(**data["tasks"][1])))
+    assert (images.count, images.by_split) == (15, {"train": 7, "validation": 4, "test": 4})

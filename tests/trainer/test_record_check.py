@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
 import pytest
 import typer
+from PIL import Image
 from raw_data import RAW, llava, write_raw
 from typer.testing import CliRunner
 
@@ -124,6 +126,49 @@ class TestCheck:
         assert (result.problems, result.files[0].records) == (1, 7)
         assert shown.startswith(f"{task.train}, line 6 (id 'colour-train-5'): image ")
         assert shown.partition(": image ")[2] == str(refused.value).partition(": image ")[2]
+
+    def test_what_is_odd_is_a_warning(self, app, tiny_tasks, pixel_model, tmp_path):
+        """Named with its record, an image once; the exit code stays 0."""
+        shutil.copytree(tiny_tasks[0].image_root / "images", tmp_path / "images")
+        Image.new("RGBA", (64, 64), (9, 9, 9, 100)).save(tmp_path / "images" / "colour_train_0.png")
+        rows = [json.loads(line) for line in tiny_tasks[0].train.read_text().splitlines()]
+        rows[1]["image"] = rows[0]["image"]
+        rows[2]["conversations"][1]["value"] += "</s>"
+        rows[3]["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": ""}]
+        rows[4]["conversations"].insert(0, {"from": "system", "value": "<pad>"})
+        path = tmp_path / "odd.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        result = run(app, "check", path, "--image-root", tmp_path, "--tokenizer", pixel_model)
+        assert result.exit_code == 0
+        head, numbers, _, *told = result.output.splitlines()
+        assert dict(zip(head.split(), numbers.split(), strict=True))["warnings"] == "4"
+        for line, (number, name, text) in zip(told, [
+            (1, "colour-train-0", f"image {tmp_path}/images/colour_train_0.png has transparent pixels"),
+            (3, "colour-train-2", "its text has '</s>', which the tokenizer takes for special tokens"),
+            (4, "colour-train-3", "of 2 answers, 2 is empty: "),
+            (5, "colour-train-4", "its text has '<pad>', which"),
+        ], strict=True):  # fmt: skip
+            assert line.startswith(f"warning: {path}, line {number} (id '{name}'): {text}")
+        assert [text in run(app, "check", path).output for text in ("is empty", "</s>")] == [True, False]
+
+    @pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.jsonl", "\n")])
+    def test_a_file_without_records_is_a_problem(self, app, tmp_path, name, content):
+        (tmp_path / name).write_text(content)
+        result = run(app, "check", tmp_path / name)
+        assert result.exit_code == 1
+        assert result.output.splitlines()[-1] == f"{tmp_path / name} has no records"
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_a_bar_on_a_terminal(self, tiny_tasks, monkeypatch, terminal):
+        stream = io.StringIO()
+        stream.isatty = lambda: terminal
+        monkeypatch.setattr("trainer.bars.DELAY", 0)
+        monkeypatch.setattr("sys.stderr", stream)
+        check_files([tiny_tasks[0].train])
+        check_images(load_task(tiny_tasks[0]))
+        assert ("colour_train.jsonl: 0 records" in stream.getvalue()) == terminal
+        assert ("colour:   0%|" in stream.getvalue()) == terminal
+        assert ("/16 " in stream.getvalue()) == terminal
 
     def test_a_record_without_room_for_an_answer(self, tiny_tasks, pixel_model):
         result = check_files([tiny_tasks[0].train], None, pixel_model, max_length=6)

@@ -170,6 +170,14 @@ class ChatTemplate:
         """Whether a text ends in a special token (``<|im_end|>`` and its like), blanks after it aside."""
         return text.rstrip().endswith(self._marks)
 
+    def special_tokens_in(self, text: str) -> list[str]:
+        """Special tokens that a record's text spells; placeholders of images are none."""
+        return self._special.findall(text.replace(IMAGE_PLACEHOLDER, " ")) if self._marks else []
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._marks)))
+
     def last_written(self, text: str) -> str:
         """What a tokenizer has to see before a continuation of `text`: the special token at its end, or a character."""
         if text.endswith(self._marks):

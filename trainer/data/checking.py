@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trainer.bars import watched
 from trainer.data.mixtures import optimizer_steps
+from trainer.data.oddities import oddities
 from trainer.data.raw_json import Damage, elements
 from trainer.data.records import Record, RecordError, _parse
 from trainer.errors import UserError
-from trainer.tasks import image_problem
+from trainer.tasks import ImageLook, look_at_image
+
+if TYPE_CHECKING:
+    from trainer.data.encoding import ConversationEncoder
 
 _SHOWN = 20  # problems in the table; the rest is counted
 _AHEAD = 512  # records whose images are looked at together
@@ -34,6 +40,7 @@ class FileCheck:
     questions: int = 0
     images: int = 0
     problems: int = 0
+    warnings: int = 0
     supervised: int = 0
     cut: int = 0
     lengths: array[int] = field(default_factory=lambda: array("q"))
@@ -41,10 +48,11 @@ class FileCheck:
 
 @dataclass
 class CheckResult:
-    """All files, and the first problems by name."""
+    """All files, and the first problems and warnings by name."""
 
     files: list[FileCheck]
     shown: list[str]
+    warned: list[str]
     batch_size: int
     epochs: float
     counted: bool
@@ -62,12 +70,13 @@ class CheckResult:
         """Lines to print."""
         names = [str(file.path) for file in self.files]
         width = max(len(name) for name in [*names, "file"]) + 1
-        head = f"{'file':<{width}}{'records':>10}{'questions':>11}{'images':>9}{'problems':>10}"
+        head = f"{'file':<{width}}{'records':>10}{'questions':>11}{'images':>9}{'problems':>10}{'warnings':>10}"
         if self.counted:
             head += f"{'tokens':>14}{'median':>8}{'longest':>9}{'cut':>7}{'supervised':>12}"
         lines = [head]
         for name, file in zip(names, self.files, strict=True):
             line = f"{name:<{width}}{file.records:>10,}{file.questions:>11,}{file.images:>9,}{file.problems:>10,}"
+            line += f"{file.warnings:>10,}"
             if self.counted:
                 ordered = sorted(file.lengths)
                 middle, longest = (ordered[len(ordered) // 2], ordered[-1]) if ordered else (0, 0)
@@ -77,6 +86,10 @@ class CheckResult:
         lines += self.shown
         if self.problems > len(self.shown):
             lines.append(f"... and {self.problems - len(self.shown):,} more")
+        lines += [f"warning: {warning}" for warning in self.warned]
+        warnings = sum(file.warnings for file in self.files)
+        if warnings > len(self.warned):
+            lines.append(f"... and {warnings - len(self.warned):,} more warnings")
         return "\n".join(lines)
 
 
@@ -102,9 +115,10 @@ def check_files(
     Raises:
         UserError: a file or folder is missing, or the tokenizer cannot be used.
     """
-    encode = _encoder(tokenizer, max_length, image_root or Path()) if tokenizer else None
-    verdicts: dict[str, str | None] = {}
-    result = CheckResult([], [], batch_size, epochs, encode is not None)
+    counter = _counter(tokenizer) if tokenizer else None
+    chat = counter.chat if counter else None
+    looks: dict[str, ImageLook] = {}
+    result = CheckResult([], [], [], batch_size, epochs, counter is not None)
     for path in paths:
         if not path.is_file():
             raise UserError(f"record file {path} does not exist")
@@ -112,7 +126,9 @@ def check_files(
         result.files.append(file)
         seen: set[bytes] = set()
         found = _records(path)
-        for where, record in _with_verdicts(found, image_root, verdicts) if image_root else found:
+        found = _with_looks(found, image_root, looks) if image_root else found
+        odd_images: set[str] = set()
+        for where, record in watched(found, path.name, "record"):
             try:
                 if isinstance(record, RecordError):
                     raise record
@@ -120,11 +136,12 @@ def check_files(
                 if digest in seen:
                     raise RecordError(f"{where}: id '{record.id}' is already used in this file")
                 seen.add(digest)
-                problem = next(filter(None, map(verdicts.get, record.images)), None)
+                seen_images = {image: looks[image] for image in record.images if image in looks}
+                problem = next((look.problem for look in seen_images.values() if look.problem), None)
                 if problem is not None:
                     raise RecordError(f"{where} (id '{record.id}'): {problem}")
-                if encode is not None:
-                    tokens, supervised, cut = encode(record)
+                if counter is not None:
+                    tokens, supervised, cut = _count(counter, record, max_length, image_root or Path())
                     file.lengths.append(tokens)
                     file.supervised += supervised
                     file.cut += cut
@@ -137,6 +154,15 @@ def check_files(
             file.records += 1
             file.questions += len(record.turns)
             file.images += len(record.images)
+            new = {image: look.warning for image, look in seen_images.items() if image not in odd_images}
+            odd_images |= {image for image, warning in new.items() if warning}
+            for warning in [*filter(None, new.values()), *oddities(record, chat)]:
+                file.warnings += 1
+                if len(result.warned) < _SHOWN:
+                    result.warned.append(f"{where} (id '{record.id}'): {warning}")
+        if not file.records and not file.problems:
+            file.problems = 1
+            result.shown.append(f"{path} has no records")
     return result
 
 
@@ -154,32 +180,31 @@ def _records(path: Path) -> Iterator[Found]:
             yield where, record
 
 
-def _with_verdicts(found: Iterator[Found], root: Path, verdicts: dict[str, str | None]) -> Iterator[Found]:
-    """Hands `found` on, each record once `verdicts` has its images."""
+def _with_looks(found: Iterator[Found], root: Path, looks: dict[str, ImageLook]) -> Iterator[Found]:
+    """Hands `found` on, each record once `looks` has its images."""
     with ThreadPoolExecutor() as pool:  # decoding releases the interpreter lock
         while ahead := list(islice(found, _AHEAD)):
             images = {image for _, record in ahead if isinstance(record, Record) for image in record.images}
-            new = sorted(images - verdicts.keys())
-            verdicts.update(zip(new, pool.map(lambda image: image_problem(root, image), new), strict=True))
+            new = sorted(images - looks.keys())
+            looks.update(zip(new, pool.map(partial(look_at_image, root), new), strict=True))
             yield from ahead
 
 
-def _encoder(folder: Path, max_length: int, image_root: Path) -> Callable[[Record], tuple[int, int, bool]]:
-    """Counts (tokens, supervised tokens, whether it is cut) of a record, without decoding its images."""
+def _counter(folder: Path) -> ConversationEncoder:
+    """Lays out whole records as training does, without decoding their images."""
     from trainer.data.lengths import token_counter
     from trainer.models.loading import load_processor
 
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist")
     processor: Any = load_processor(str(folder))
-    # The whole length is wanted, so nothing is cut here; what training keeps is counted from the labels.
-    whole = token_counter(processor, 2**40)
+    return token_counter(processor, 2**40)  # the whole length is wanted; what training keeps is counted from the labels
 
-    def count(record: Record) -> tuple[int, int, bool]:
-        encoded = whole.training_sample(record, lambda image: image_root / image)
-        supervised = sum(label >= 0 for label in encoded.labels[1:max_length])
-        if not supervised:
-            raise UserError(f"record '{record.id}': no supervised token within {max_length} tokens")
-        return len(encoded.input_ids), supervised, len(encoded.input_ids) > max_length
 
-    return count
+def _count(counter: ConversationEncoder, record: Record, max_length: int, image_root: Path) -> tuple[int, int, bool]:
+    """Tokens and supervised tokens of a record, and whether it is cut."""
+    encoded = counter.training_sample(record, lambda image: image_root / image)
+    supervised = sum(label >= 0 for label in encoded.labels[1:max_length])
+    if not supervised:
+        raise UserError(f"record '{record.id}': no supervised token within {max_length} tokens")
+    return len(encoded.input_ids), supervised, len(encoded.input_ids) > max_length

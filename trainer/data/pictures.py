@@ -36,6 +36,26 @@ def image_size(path: Path) -> tuple[int, int]:
         return (height, width) if sideways else (width, height)
 
 
+def oddity(path: Path) -> str | None:
+    """What a model sees otherwise than a viewer shows it, or what makes the image a burden; None if it is ordinary.
+
+    Raises:
+        Exception: whatever Pillow's plugins stumble over in a file that does not decode.
+    """
+    with Image.open(path) as picture:
+        _as_seen(picture)
+        if picture.mode in ("I", "F"):
+            low, high = picture.getextrema()
+            if low < 0 or not 1 < high <= 255:
+                return f"has values from {low:g} to {high:g}, taken with 0 as black and 255 as white; save it in 8 bits"
+        if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            return "has transparent pixels, seen in the colour that they hide; flatten it onto a background"
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and picture.width * picture.height > most:
+            return f"has {picture.width:,} x {picture.height:,} pixels, decoded anew each time; scale it down"
+    return None
+
+
 def _as_seen(picture: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(picture)
     if upright.mode.startswith("I;16"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.bars import watched
 from trainer.config import RunConfig, TaskConfig
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.records import Record
@@ -38,7 +39,7 @@ def check_scoring(task: TaskConfig, split: str, records: Sequence[Record], encod
     def check(record: Record) -> None:  # keeps nothing: encoded, a large split would fill the memory
         encode(encoder, chosen, [record])
 
-    each(check, records, shown=SHOWN)
+    each(check, watched(records, f"{task.name} {split}", "record"), shown=SHOWN)
 
 
 def evaluation_spec(

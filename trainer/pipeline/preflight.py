@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.balancing.registry import method_class
+from trainer.bars import watched
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import SampleLength, sample_length, token_counter
+from trainer.data.oddities import oddities
 from trainer.data.records import Record
-from trainer.errors import SHOWN, UserError, each
+from trainer.errors import SHOWN, UserError, each, first
 from trainer.files import write_json
 from trainer.launching import resolve_device
 from trainer.loop.learning_rates import own_rates
@@ -25,7 +27,7 @@ from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
 from trainer.pipeline.evaluations import check_scoring
 from trainer.pipeline.trainings import list_trainings
-from trainer.tasks import SPLITS, Task, check_images, load_task, refuse, scan_task
+from trainer.tasks import SPLITS, Task, TaskImages, check_images, load_task, refuse, scan_task
 
 if TYPE_CHECKING:
     from trainer.pipeline.stages import StageContext
@@ -70,7 +72,7 @@ def check_tokens(
         except UserError as error:
             raise UserError(f"{title}: {error}") from error
 
-    lengths = each(measure, task.split(split), shown=SHOWN)
+    lengths = each(measure, watched(task.split(split), f"{task.name} {split}", "record"), shown=SHOWN)
     if lengths and all(length.dropped for length in lengths):
         raise UserError(
             f"task '{task.name}': every {split} record is longer than model.max_length = {encoder.max_length} "
@@ -103,11 +105,12 @@ def check_model(config: RunConfig, model_path: str) -> None:
 
 @dataclass(frozen=True)
 class CheckedTask:
-    """A task without problems: the number of its images, and its training tokens where a tokenizer is at hand."""
+    """A task without problems: its images, its training tokens where a tokenizer is at hand, and what is odd."""
 
     task: Task
-    images: int
+    images: TaskImages
     count: TokenCount | None
+    warnings: list[str]
 
 
 def check_task(config: RunConfig, task_config: TaskConfig, encoder: ConversationEncoder | None) -> CheckedTask:
@@ -133,7 +136,14 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
         if _validates(config):
             checks.append(partial(check_tokens, task, encoder, "validation", config.training.overlong))
     _, images, *found = each(lambda check: check(), checks)
-    return CheckedTask(task, images, found[0] if found else None)
+    chat = encoder.chat if encoder is not None else None
+    odd = [
+        f"task '{task.name}', {split} record '{record.id}': {oddity}"
+        for split in SPLITS
+        for record in task.split(split)
+        for oddity in oddities(record, chat)
+    ]
+    return CheckedTask(task, images, found[0] if found else None, first(odd) + first(images.warnings))
 
 
 def _answers_boxes(task: TaskConfig) -> bool:
@@ -185,14 +195,16 @@ def check_all(
 
 
 def check_run(config: RunConfig, model_path: str, tasks_json: Path, context: StageContext) -> None:
-    """Checks every task of a run and writes ``tasks.json``.
+    """Checks every task of a run, says what is odd about it, and writes ``tasks.json``.
 
     Raises:
         UserError: everything that is wrong, a line each.
     """
     described = []
     for checked in check_all(config, model_path, lambda done, total: context.report(done, total, "check")):
-        row = describe(checked.task) | {"images": checked.images}
+        for warning in checked.warnings:
+            context.progress.say(f"warning: {warning}")
+        row = describe(checked.task) | {"images": checked.images.count}
         count = checked.count
         assert count is not None
         row |= {"supervised_tokens": count.supervised, "tokens": count.tokens, "truncated_records": count.cut}
@@ -218,7 +230,7 @@ def check_validation(config: RunConfig, model_path: str, context: StageContext) 
 
 
 def check_config(config: RunConfig) -> str:
-    """The checks of a run without running it (``cotbal check``); returns a table for a person.
+    """The checks of a run without running it (``cotbal check``); returns a table for a person, and warnings.
 
     The built-in tasks and model are made by the run itself, so there is nothing of them to check yet.
 
@@ -230,14 +242,17 @@ def check_config(config: RunConfig) -> str:
         return "tasks: built_in (written and checked by the run itself)"
     drops = config.training.overlong == "drop"
     lines = [
-        f"{'task':<24}{'metric':<14}{'train':>8}{'valid.':>8}{'test':>8}{'images':>8}{'supervised':>12}"
+        f"{'task':<24}{'metric':<14}{'train':>8}{'valid.':>8}{'test':>8}{'images':>16}{'supervised':>12}"
         f"{'dropped' if drops else 'cut':>{8 if drops else 6}}"
     ]
+    warnings: list[str] = []
     for checked in check_all(config, None if config.model.path == BUILT_IN else config.model.path):
         task, count = checked.task, checked.count
         supervised, overlong = (count.supervised, count.dropped if drops else count.cut) if count else ("-", "-")
+        images = "/".join(str(checked.images.by_split[split]) for split in SPLITS)
         lines.append(
             f"{task.name:<24}{task.config.metric or 'auxiliary':<14}{len(task.train):>8}{len(task.validation):>8}"
-            f"{len(task.test):>8}{checked.images:>8}{supervised:>12}{overlong:>{8 if drops else 6}}"
+            f"{len(task.test):>8}{images:>16}{supervised:>12}{overlong:>{8 if drops else 6}}"
         )
-    return "\n".join(lines)
+        warnings += [f"warning: {warning}" for warning in checked.warnings]
+    return "\n".join(lines + warnings)

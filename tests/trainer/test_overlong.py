@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -19,6 +20,7 @@ from trainer.data.packing import PackedDataset
 from trainer.data.records import Record, Turn
 from trainer.errors import UserError
 from trainer.models.loading import load_processor
+from trainer.pipeline.planned_data import _by_characters
 from trainer.pipeline.preflight import check_config, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import StageContext
@@ -202,3 +204,11 @@ def test_problems_of_all_samples_are_counted() -> None:
     assert [length.tokens for length in measure_all(1, measure)] == [1]
     with pytest.raises(UserError, match=r"^sample 1 is wrong \(and 2 more like it\)$"):
         measure_all(9, measure)
+
+
+def test_an_estimate_by_characters_counts_the_system_message() -> None:
+    """Four characters a token, and it carries no loss."""
+    plain = Record("a", (), (Turn("What is it? " * 4, "A hat ..."),), ())
+    found, more = (_by_characters(record, 576, 500, "truncate") for record in (plain, replace(plain, system="x" * 40)))
+    assert (found.tokens, found.supervised) == (12 + 2 + 1 + 2 * 4, 2 + 1)
+    assert (more.tokens, more.supervised) == (found.tokens + 10, found.supervised)

@@ -27,7 +27,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of :func:`open_image` in pixels, from the file's header."""
+    """Width and height of :func:`open_image` in pixels, without decoding the file."""
     with Image.open(path) as picture:
         width, height = picture.size
         if picture.format == "TIFF" or (picture.format == "PNG" and not _may_be_turned(path)):

@@ -119,16 +119,14 @@ def _picture(image: Any, roots: list[Path]) -> dict[str, Any]:
     if file is None:
         return {"image": None, "note": f"image {image} not found"}
     try:
-        picture = open_image(file).convert("RGBA")
+        picture = open_image(file)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return {"image": None, "note": f"image {image} cannot be read"}
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    flat = Image.new("RGB", picture.size, "white")
-    flat.paste(picture, mask=picture.getchannel("A"))
     encoded = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
         buffer = io.BytesIO()
-        flat.save(buffer, kind, **options)
+        picture.save(buffer, kind, **options)
         encoded.append((len(buffer.getvalue()), kind, base64.b64encode(buffer.getvalue()).decode()))
     _, kind, data = min(encoded)
     square = abs(picture.width - picture.height) <= 1  # where every box convention means the same

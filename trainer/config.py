@@ -97,7 +97,9 @@ class TrainingConfig(Options):
         description="peaks of their own for parameters that are trained and have a key in their name, e.g. "
         "`{multi_modal_projector: 2.0e-5}`",
     )
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="share of the steps")
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.03, description="share of the steps, rounded up, the first of them with rate 0; less than one step is none"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="master weights stay fp32")
@@ -113,7 +115,7 @@ class TrainingConfig(Options):
         "since races were reported in it (DeepSpeed issues 5545, 8061)",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
-    logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="optimizer steps per line of log.jsonl")
+    logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="optimizer steps per line of log.jsonl, beside the first and the last")
     report_to: list[str] = Field(
         ["tensorboard"],
         description="trackers that logs go to beside log.jsonl: tensorboard, wandb, mlflow and others of transformers",

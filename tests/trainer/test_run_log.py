@@ -1,4 +1,4 @@
-"""``log.jsonl`` of a training whose loss is no number."""
+"""``log.jsonl`` of a training: its lines, its rates, and a loss that is no number."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_training import NAMES, make_trainer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trainer.loop.callbacks import RunLog
@@ -41,3 +42,32 @@ def test_a_number_that_is_not_finite_is_null(tmp_path: Path, number: float) -> N
         "step": 2, "steps": 9, "epoch": 0.25, "loss": None, "learning_rate": 0.5, "grad_norm": None,
         "tasks": {"a": {"loss": None, "tokens": 3, "weight": 1.5}},
     }  # fmt: skip
+
+
+def log_of_a_training(folder: Path, **training: Any) -> list[dict[str, Any]]:
+    path = folder / "log.jsonl"
+    make_trainer("ew", folder, callbacks=[RunLog(path, NAMES)], **training).train()
+    return strict(path.read_text())
+
+
+def test_the_last_step_is_logged(tmp_path: Path) -> None:
+    """With the mean loss of the steps since the line before."""
+    every = log_of_a_training(tmp_path / "every", max_steps=6)
+    some = log_of_a_training(tmp_path / "some", max_steps=6, logging_steps=4)
+    assert [line["step"] for line in some] == [4, 6]
+    assert some[-1]["loss"] == pytest.approx((every[4]["loss"] + every[5]["loss"]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "warmup"), [(1, 0.03, 0), (2, 0.03, 0), (4, 0.24, 0), (4, 0.25, 1), (5, 0.3, 2), (3, 0.0, 0)]
+)
+def test_a_warm_up_of_less_than_a_step_is_none(tmp_path: Path, steps: int, share: float, warmup: int) -> None:
+    """No step of a short training is lost to rate 0: above all not the only one."""
+    lines = log_of_a_training(
+        tmp_path, max_steps=steps, lr_scheduler_type="cosine", warmup_steps=share, learning_rate=0.5
+    )
+    expected = [
+        step / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+        for step in range(steps)
+    ]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.5 * rate for rate in expected], abs=1e-12)

@@ -80,7 +80,8 @@ def oracle(run_data: dict[str, Any], aggregation: str) -> tuple[dict[str, torch.
         [{"params": [p], "lr": peak} for p, peak in zip(parameters, peaks, strict=True)], weight_decay=0.0
     )
     weights_K = torch.tensor([WEIGHTS.get(task.name, 1.0) for task in tasks])
-    warmup = math.ceil(training.warmup_ratio * STEPS)
+    share = training.warmup_ratio * STEPS
+    warmup = math.ceil(share) if share >= 1 else 0
     losses, step = [], 0
     set_seed(config.seed)
     for epoch in range(2):

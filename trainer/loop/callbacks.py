@@ -35,6 +35,10 @@ class RunLog(TrainerCallback):
         self.path.write_text("".join(map(_line, kept)))
         self._started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:  # the last line, wherever logging_steps would end
+            control.should_log = True
+
     def on_log(
         self,
         args: TrainingArguments,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback
 
 from cotbal_kernels.huggingface import TaskWeightedTrainerMixin
@@ -42,6 +43,12 @@ class TaskWeightedTrainer(TaskWeightedTrainerMixin, Trainer):
             assert self.model is not None
             set_own_rates(optimizer, self.model, self.learning_rates)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """A warm-up of less than one step is none: the first step of a warm-up has rate 0, and may be the only one."""
+        if self.args.warmup_steps * num_training_steps < 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def step_normalizer(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """Fixes the weights of the step too."""

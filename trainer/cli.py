@@ -224,7 +224,7 @@ def _run(
     from trainer.nodes import find_membership, follow
     from trainer.pipeline.algorithm1 import Pipeline
     from trainer.pipeline.built_in import planned_records
-    from trainer.pipeline.trainings import plan
+    from trainer.pipeline.trainings import few_steps, plan
 
     config = load_config(path, overrides)
     node = None if dry_run else find_membership(config.launch, node_rank, master)
@@ -241,11 +241,14 @@ def _run(
         rows = plan(config, pipeline.trainings, records, data)
         typer.echo(f"{_plan_table(rows)}\n{report(config, rows, data, tflops, mfu)}")
     elif dry_run:
-        typer.echo(_plan_table(plan(config, pipeline.trainings, planned_records(config.built_in, pipeline.tasks))))
+        rows = plan(config, pipeline.trainings, planned_records(config.built_in, pipeline.tasks))
+        typer.echo(_plan_table(rows))
     else:
         with writing(config.output_dir):
             typer.echo(f"report: {pipeline.run(overwrite)}")
         return
+    if warning := few_steps(rows):
+        typer.echo(warning)
     if (pipeline.run_dir / "stages").is_dir():
         typer.echo(pipeline.runner().summary())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -69,6 +69,12 @@ def writing(output: Path) -> Iterator[None]:
         raise
     except sqlite3.OperationalError as error:
         raise UserError(f"{output}: {error}") from error
+
+
+def listed(names: Sequence[str], shown: int = 8) -> str:
+    """The first names, and how many more there are."""
+    more = [f"{len(names) - shown} more"] if len(names) > shown else []
+    return ", ".join([*names[:shown], *more])
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

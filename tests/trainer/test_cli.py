@@ -222,7 +222,8 @@ class TestDryRun:
         """8 records a task, minis of 2, batches of 4 in windows of 2, one and a half epochs; `box` has no test set."""
         run_data["tasks"][1]["test"] = None
         run_data["training"] |= {"gradient_accumulation_steps": 2, "epochs": 1.5}
-        rows, proxies, _ = self.plan(cotbal("run", write_config(run_data), "--dry-run"))
+        outcome = cotbal("run", write_config(run_data), "--dry-run")
+        rows, proxies, _ = self.plan(outcome)
         counted = {name: (int(row[0]), int(row[1])) for name, row in rows.items()}
         assert counted == {
             "mini": (6, 2),  # 6 records, 2 batches, 1 window: 1.5 steps, and transformers rounds up
@@ -233,6 +234,13 @@ class TestDryRun:
             "stl-colour": (8, 2),
         }
         assert proxies == pytest.approx(30 / 24, abs=0.005 + 1e-9)
+        assert (
+            "\nwarning: fewer than 10 optimizer steps, which teach little: mini 2, stl-colour 2, plus-colour 3, "
+            "plus-box 3, cotbal 5, ew 5; lower training.batch_size or training.gradient_accumulation_steps, or raise "
+            "training.epochs or, for mini, plus-* and alone-*, cotbal.mini_ratio\n"
+        ) in outcome.out
+        outcome = cotbal("run", write_config(run_data), "--dry-run", "--set", "training.epochs=10")
+        assert "warning" not in outcome.out  # mini has its 10 steps
 
     def test_comparisons_and_seeds(
         self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path]

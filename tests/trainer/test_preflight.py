@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 from trainer.config import TaskConfig, parse_config
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
+from trainer.data.mixtures import mini_size
 from trainer.errors import UserError
 from trainer.models.loading import load_processor
 from trainer.pipeline.algorithm1 import Pipeline
@@ -300,12 +302,36 @@ def test_a_generated_answer_needs_no_room(data: dict[str, Any], folder: Path) ->
     assert check_config(parse_config(data, "x"))
 
 
-def test_good_input_gets_as_far_as_the_first_training(data: dict[str, Any], write_config: Write) -> None:
-    """The control: it is the damage that stopped the runs above."""
-    pipeline = Pipeline(parse_config(data, "x"))
-    with pytest.raises(TrainingStarted):
-        pipeline.run()
-    assert [path.name for path in (pipeline.run_dir / "trainings").iterdir()] == ["mini"]
+@pytest.mark.parametrize("packing", [False, True])
+def test_good_input_gets_as_far_as_the_first_training(
+    data: dict[str, Any], packing: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The control: it is the damage that stopped the runs above. Trainings of few steps are named at every start."""
+    data["training"] |= {"packing": packing, "batch_size": 2}
+    config = parse_config(data, "x")
+    sizes = {"mini": 3 * 2, "stl-colour": 8, "stl-box": 8, "plus-colour": 8 + 4, "plus-box": 8 + 4}
+    if packing:  # at least: full sequences of 128 tokens, of which a mini is a quarter
+        full = {
+            task["name"]: math.ceil(tokens / 128) for task, (_, tokens) in zip(data["tasks"], counted(data), strict=True)
+        }
+        minis = {name: mini_size(size, 0.25) for name, size in full.items()}
+        sizes = {"mini": sum(minis.values()), "cotbal": sum(full.values()), "ew": sum(full.values())}
+        for name in ("colour", "box"):
+            sizes |= {f"stl-{name}": full[name], f"plus-{name}": sizes["mini"] - minis[name] + full[name]}
+    steps = {name: math.ceil(size / 2) for name, size in sizes.items()}
+    for _ in range(2):
+        capsys.readouterr()
+        pipeline = Pipeline(config)
+        with pytest.raises(TrainingStarted):
+            pipeline.run()
+        assert [path.name for path in (pipeline.run_dir / "trainings").iterdir()] == ["mini"]
+        said = capsys.readouterr().err
+        assert f"] run directory: {data['output_dir']}\n" in said
+        assert said.count("warning: fewer than 10 optimizer steps") == 1
+        named = said.partition("teach little: ")[2].partition(";")[0].split(", ")
+        assert dict(name.split() for name in named) == {
+            name: str(count) for name, count in steps.items() if count < 10
+        }
 
 
 def counted(data: dict[str, Any]) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ train-<name>, test-<name>, train-stl-<i>, test-stl-<i>, results
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from trainer.pipeline.places import PLAN, Places, environment, last_step, weight
 from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
-from trainer.pipeline.trainings import Training, list_trainings, weight_variants
+from trainer.pipeline.trainings import Training, few_steps, list_trainings, plan, weight_variants
 from trainer.report import build_report
 from trainer.training import TrainingSpec
 
@@ -130,9 +131,12 @@ class Pipeline:
             if self.identity.on_disk and runner.would_lose():  # a mistyped path must not cost what is finished
                 check_all(self.resolved, self.model_path if self.features is None else None)
             runner.refuse_to_lose(overwrite)
+            self.progress.say(f"run directory: {self.run_dir}")
             (self.run_dir / "config.yaml").write_text(self.config.to_yaml())
             write_json(self.run_dir / "environment.json", environment(config=self.config, device=self.device))
             write_json(self.run_dir / PLAN, list(runner.stages))
+            if runner.is_done(runner.stages["check"]):
+                self._warn_of_few_steps()
             runner.run(overwrite)
         return build_report(self.run_dir)
 
@@ -260,6 +264,18 @@ class Pipeline:
     def _check(self, context: StageContext) -> None:
         model_path = str(self.initial_model) if self.features else self.model_path
         check_run(self.resolved, model_path, self.run_dir / "tasks.json", context)
+        self._warn_of_few_steps()
+
+    def _warn_of_few_steps(self) -> None:
+        """From what the check has counted; full sequences stand for packed ones, which makes it a lower bound."""
+        sizes = {
+            row["name"]: math.ceil(row["tokens"] / self.config.model.max_length)
+            if self.config.training.packing
+            else row["train_records"] - row["dropped_records"]
+            for row in json.loads((self.run_dir / "tasks.json").read_text())["tasks"]
+        }
+        if warning := few_steps(plan(self.config, self.trainings, sizes)):
+            self.progress.say(warning)
 
     def _check_validation(self, context: StageContext) -> None:
         check_validation(self.resolved, self.model_path, context)

@@ -24,7 +24,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.errors import UserError, listed
 from trainer.files import write_json
 from trainer.locks import holding
 from trainer.pipeline.progress import Progress
@@ -137,7 +137,7 @@ class StageRunner:
         done = sum(map(self.is_done, self.stages.values()))
         lines = [f"{done} of {len(self.stages)} stages are finished"]
         if lost := self.would_lose():
-            lines.append(f"finished for other inputs, and deleted by a run with --overwrite: {_listed(lost)}")
+            lines.append(f"finished for other inputs, and deleted by a run with --overwrite: {listed(lost)}")
         return "\n".join(lines)
 
     def refuse_to_lose(self, overwrite: bool) -> None:
@@ -145,7 +145,7 @@ class StageRunner:
         lost = self.would_lose()
         if lost and not overwrite:
             raise UserError(
-                f"finished work does not fit the configuration, the records or the model: {_listed(lost)}; "
+                f"finished work does not fit the configuration, the records or the model: {listed(lost)}; "
                 "--overwrite deletes it and does it again, another output folder keeps it"
             )
 
@@ -230,11 +230,6 @@ class StageRunner:
                 "status": status,
             },
         )
-
-
-def _listed(names: Sequence[str], shown: int = 8) -> str:
-    more = [f"{len(names) - shown} more"] if len(names) > shown else []
-    return ", ".join([*names[:shown], *more])
 
 
 @contextmanager

@@ -10,7 +10,10 @@ from trainer.balancing.registry import SINGLE_TASK, is_cotbal, read_options
 from trainer.config import CotbalConfig, RunConfig, TaskConfig
 from trainer.data.mixtures import Mixture, optimizer_steps, select
 from trainer.data.packing import pack
+from trainer.errors import listed
 from trainer.pipeline.planned_data import PlannedData
+
+FEW_STEPS = 10  # fewer leave a model close to the initial one, and its scores say little about the task
 
 
 @dataclass(frozen=True)
@@ -126,3 +129,16 @@ def plan(
     for row in rows:
         row["cost"] = row["records"] / final
     return rows
+
+
+def few_steps(rows: Sequence[dict[str, Any]]) -> str | None:
+    """A warning about the trainings of a plan that have few optimizer steps, the shortest first; None without any."""
+    short = sorted((row for row in rows if row["steps"] < FEW_STEPS), key=lambda row: row["steps"])
+    if not short:
+        return None
+    named = listed([f"{row['training']} {row['steps']}" for row in short])
+    return (
+        f"warning: fewer than {FEW_STEPS} optimizer steps, which teach little: {named}; lower training.batch_size or "
+        "training.gradient_accumulation_steps, or raise training.epochs or, for mini, plus-* and alone-*, "
+        "cotbal.mini_ratio"
+    )

@@ -115,7 +115,9 @@ class TrainingConfig(Options):
         "since races were reported in it (DeepSpeed issues 5545, 8061)",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
-    logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="optimizer steps per line of log.jsonl, beside the first and the last")
+    logging_steps: Annotated[int, Field(ge=1)] = Field(
+        10, description="optimizer steps per line of log.jsonl, beside the first and the last"
+    )
     report_to: list[str] = Field(
         ["tensorboard"],
         description="trackers that logs go to beside log.jsonl: tensorboard, wandb, mlflow and others of transformers",

@@ -311,9 +311,8 @@ def test_good_input_gets_as_far_as_the_first_training(
     config = parse_config(data, "x")
     sizes = {"mini": 3 * 2, "stl-colour": 8, "stl-box": 8, "plus-colour": 8 + 4, "plus-box": 8 + 4}
     if packing:  # at least: full sequences of 128 tokens, of which a mini is a quarter
-        full = {
-            task["name"]: math.ceil(tokens / 128) for task, (_, tokens) in zip(data["tasks"], counted(data), strict=True)
-        }
+        tokens = {task["name"]: row[1] for task, row in zip(data["tasks"], counted(data), strict=True)}
+        full = {name: math.ceil(count / 128) for name, count in tokens.items()}
         minis = {name: mini_size(size, 0.25) for name, size in full.items()}
         sizes = {"mini": sum(minis.values()), "cotbal": sum(full.values()), "ew": sum(full.values())}
         for name in ("colour", "box"):
@@ -329,9 +328,7 @@ def test_good_input_gets_as_far_as_the_first_training(
         assert f"] run directory: {data['output_dir']}\n" in said
         assert said.count("warning: fewer than 10 optimizer steps") == 1
         named = said.partition("teach little: ")[2].partition(";")[0].split(", ")
-        assert dict(name.split() for name in named) == {
-            name: str(count) for name, count in steps.items() if count < 10
-        }
+        assert dict(name.split() for name in named) == {name: str(count) for name, count in steps.items() if count < 10}
 
 
 def counted(data: dict[str, Any]) -> list[tuple[int, int]]:

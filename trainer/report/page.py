@@ -286,9 +286,8 @@ def _radar(scores: ScoreTable) -> Markup | None:
             ratios[method].append(sum(found) / len(found))
     if len(tasks) >= 3:
         return Markup(plots.radar(tasks, ratios))
-    colors = {name: plots.method_color(name, k) for k, name in enumerate(methods)}
     label = "Bar chart of scores relative to single-task models"
-    return Markup(plots.grouped_bars(tasks, ratios, colors, 1.0, "relative to STL", label))
+    return Markup(plots.grouped_bars(tasks, ratios, plots.METHOD_COLORS, 1.0, "relative to STL", label))
 
 
 def _stages(run: RunDirectory) -> dict[str, Any]:

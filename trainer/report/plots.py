@@ -11,11 +11,15 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+Dash = str | tuple[int, tuple[float, ...]]
+Curve = tuple[Sequence[float], Sequence[float]]
 
 PLACEHOLDERS = {
     "ink": "#100000",
@@ -31,6 +35,7 @@ PLACEHOLDERS = {
 }
 METHOD_COLORS = {"CoTBal": "blue", "EW": "orange", "STL": "gray"}
 SERIES = ("green", "gold", "violet", "orange", "blue")
+DASHES: tuple[Dash, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -56,9 +61,29 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def method_color(name: str, position: int = 0) -> str:
-    """CSS variable of a method; methods without a colour of their own take the series in turn."""
-    return METHOD_COLORS.get(name, ("green", "violet", "gold")[position % 3])
+def method_strokes(names: Iterable[str]) -> dict[str, tuple[str, Dash]]:
+    """Colour and dash of every method, no two alike; those without a colour of their own take what is left in turn."""
+    taken = [(color, "-") for color in METHOD_COLORS.values()]
+    free = itertools.cycle(
+        [stroke for dash in DASHES for color in (*SERIES, "gray") if (stroke := (color, dash)) not in taken]
+    )
+    return {name: (METHOD_COLORS[name], "-") if name in METHOD_COLORS else next(free) for name in dict.fromkeys(names)}
+
+
+def legend(figure: Figure, handles: Mapping[str, Any], **options: Any) -> None:
+    """Above the axes, in as many columns as the figure is wide; the figure grows by the rows, and by a long name.
+
+    Widths are of matplotlib's own font, which is wider than the usual ones of a page.
+    """
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(max(len(handles), 1), 0, -1):
+        drawn = figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=columns, **options)
+        width = drawn.get_window_extent(renderer).width / figure.dpi + 0.2  # and what is left free at the sides
+        if width <= figure.get_figwidth() or columns == 1:
+            break
+        drawn.remove()
+    more_rows = math.ceil(len(handles) / columns) - 1
+    figure.set_size_inches(max(width, figure.get_figwidth()), figure.get_figheight() + 0.18 * more_rows)
 
 
 def svg(figure: Figure, label: str) -> str:
@@ -126,34 +151,33 @@ def grouped_bars(
         figure = Figure(figsize=(max(5.4, 1.1 * len(groups)), 3.1), layout="constrained")
         axes = figure.subplots()
         width = 0.8 / max(len(series), 1)
+        handles = {}
         for k, (name, values) in enumerate(series.items()):
             left = [g + (k - (len(series) - 1) / 2) * width for g in range(len(groups))]
-            axes.bar(left, values, width=width * 0.9, color=PLACEHOLDERS[colors[name]], label=name)
+            handles[name] = axes.bar(left, values, width=width * 0.9, color=PLACEHOLDERS[colors[name]])
         axes.axhline(reference, color=PLACEHOLDERS["ink"], linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xticks(range(len(groups)), [_wrap(group) for group in groups])
         axes.tick_params(axis="x", labelcolor=PLACEHOLDERS["ink"], length=0)
         axes.grid(visible=False, axis="x")
         axes.set_ylabel(ylabel)
-        figure.legend(loc="outside upper left", ncols=max(len(series), 1), handlelength=1, handleheight=1)
+        legend(figure, handles, handlelength=1, handleheight=1)
         return svg(figure, label)
-
-
-Curve = tuple[Sequence[float], Sequence[float]]
 
 
 def loss_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
     """One panel per task; a faint line per logged step and a smoothed one per method."""
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
+    strokes = method_strokes(method for curves in panels.values() for method in curves)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.1 * columns + 0.6, 1.75 * rows + 0.5), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         handles = {}
         for axes, (task, curves) in zip(grid, panels.items(), strict=False):
-            for k, (method, (x, y)) in enumerate(curves.items()):
-                color = PLACEHOLDERS[method_color(method, k)]
-                axes.plot(x, y, color=color, linewidth=0.6, alpha=0.3)
-                (handles[method],) = axes.plot(x, smooth(y), color=color, linewidth=1.6, label=method)
+            for method, (x, y) in curves.items():
+                color, dash = strokes[method]
+                axes.plot(x, y, color=PLACEHOLDERS[color], linewidth=0.6, alpha=0.3)
+                (handles[method],) = axes.plot(x, smooth(y), color=PLACEHOLDERS[color], linestyle=dash, linewidth=1.6)
             axes.set_title(task, fontsize=9, loc="left", color=PLACEHOLDERS["ink"])
             axes.set_xlim(0, 100)
             axes.set_ylim(bottom=0)
@@ -161,13 +185,7 @@ def loss_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
             axes.set_visible(False)
         figure.supxlabel("% of the training", fontsize=8.5, color=PLACEHOLDERS["muted"])
         figure.supylabel("cross-entropy per token", fontsize=8.5, color=PLACEHOLDERS["muted"])
-        figure.legend(
-            list(handles.values()),
-            list(handles),
-            loc="outside upper left",
-            ncols=max(len(handles), 1),
-            handlelength=1.4,
-        )
+        legend(figure, handles, handlelength=2.2)
         return svg(figure, "Training loss of each task")
 
 
@@ -176,7 +194,7 @@ def weight_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     tasks = list(dict.fromkeys(task for curves in panels.values() for task in curves))
-    strokes = [(color, dash) for dash in ("-", (0, (4, 1.5)), (0, (1, 1))) for color in (*SERIES, "gray")]
+    strokes = [(color, dash) for dash in DASHES for color in (*SERIES, "gray")]
     style = {task: strokes[k % len(strokes)] for k, task in enumerate(tasks)}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.7 * columns + 0.6, 1.9 * rows + 0.7), layout="constrained")
@@ -186,16 +204,14 @@ def weight_curves(panels: Mapping[str, Mapping[str, Curve]]) -> str:
             axes.axhline(1.0, color=PLACEHOLDERS["ink"], linewidth=0.8, linestyle=(0, (4, 3)))
             for task, (x, y) in curves.items():
                 color, dash = style[task]
-                (handles[task],) = axes.plot(
-                    *thinned(x, y), color=PLACEHOLDERS[color], linestyle=dash, linewidth=1.1, label=task
-                )
+                (handles[task],) = axes.plot(*thinned(x, y), color=PLACEHOLDERS[color], linestyle=dash, linewidth=1.1)
             axes.set_title(method, fontsize=9, loc="left", color=PLACEHOLDERS["ink"])
             axes.set_ylim(bottom=0)
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         figure.supxlabel("optimizer step", fontsize=8.5, color=PLACEHOLDERS["muted"])
         figure.supylabel("task weight λ", fontsize=8.5, color=PLACEHOLDERS["muted"])
-        figure.legend(list(handles.values()), list(handles), loc="outside upper left", ncols=4, handlelength=1.6)
+        legend(figure, handles, handlelength=2.2)
         return svg(figure, "Task weights during training")
 
 
@@ -232,10 +248,15 @@ def radar(tasks: Sequence[str], ratios: Mapping[str, Sequence[float]]) -> str:
         axes.set_theta_direction(-1)  # type: ignore[attr-defined]
         closed = [*angles, angles[0]]
         circle = [2 * math.pi * k / 120 for k in range(121)]
-        axes.plot(circle, [1.0] * 121, color=PLACEHOLDERS["gray"], linewidth=1.3, linestyle=(0, (4, 3)), label="STL")
-        for k, (method, row) in enumerate(ratios.items()):
-            color = PLACEHOLDERS[method_color(method, k)]
-            axes.plot(closed, [*row, row[0]], color=color, linewidth=1.8, marker="o", markersize=3.5, label=method)
+        handles = {}
+        (handles["STL"],) = axes.plot(
+            circle, [1.0] * 121, color=PLACEHOLDERS["gray"], linewidth=1.3, linestyle=(0, (4, 3))
+        )
+        for method, row in ratios.items():
+            color = PLACEHOLDERS[METHOD_COLORS[method]]
+            (handles[method],) = axes.plot(
+                closed, [*row, row[0]], color=color, linewidth=1.8, marker="o", markersize=3.5
+            )
             axes.fill(closed, [*row, row[0]], color=color, alpha=0.1)
         axes.set_ylim(low, high)
         ticks = mpl.ticker.MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
@@ -245,7 +266,7 @@ def radar(tasks: Sequence[str], ratios: Mapping[str, Sequence[float]]) -> str:
         axes.tick_params(axis="x", labelcolor=PLACEHOLDERS["ink"], pad=7)
         axes.set_rlabel_position(180 / len(tasks))  # type: ignore[attr-defined]  # between two spokes
         axes.spines["polar"].set_visible(False)
-        figure.legend(loc="outside upper left", ncols=len(ratios) + 1, handlelength=1.4)
+        legend(figure, handles, handlelength=1.4)
         return svg(figure, "Radar chart of scores relative to single-task models")
 
 

@@ -156,7 +156,10 @@ class TrainingConfig(Options):
 class EvaluationConfig(Options):
     """Batched greedy generation on validation and test records, shared out over ``launch.processes`` ranks."""
 
-    batch_size: Annotated[int, Field(ge=1)] = Field(32, description="records that go through the model at once")
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        32,
+        description="records that go through the model at once; another number can turn near ties, so it scores again",
+    )
 
 
 class CotbalConfig(Options):

@@ -139,12 +139,12 @@ def train_once(
         cluster.train(folder / "spec.json", context.slot, folder / "output.log", poll)
 
     other_logs = [log_of(Path("output.log"), rank).name for rank in range(1, config.launch.nodes)]
-    stages = [Stage("check", [*identity.check(), validates], (), (output / "tasks.json",), check)]
+    stages = [Stage("check", identity.check() | {"validates": validates}, (), (output / "tasks.json",), check)]
     # One stage for a folder, whatever the method: its manifest tells whose the folder is.
     stages += [
         Stage(
             "-".join(["train", *folder.relative_to(output).parts]),
-            [identity.training(training), task_weights],
+            identity.training(training) | {"weights": task_weights},
             (),
             (folder / "model",),
             partial(train, folder, training),

@@ -171,11 +171,14 @@ def make_run(path):
     for name in ("mini", *(f"plus-{task}" for task in TASKS)):
         metrics = {task: {"metric": LABELS[task], "value": 0, "standard_error": 1.25, "samples": 9} for task in TASKS}
         write(path / f"evaluations/{name}/validation/metrics.json", metrics)
-    for k, (stage, seconds) in enumerate([("data", 4.25), ("train-mini", 75.0), ("weights", 3700)]):
-        write(
-            path / f"stages/{stage}.json",
-            {"stage": stage, "started": f"2026-01-01T00:0{k}:00", "seconds": seconds, "status": "done"},
+    times = [("weights", 0.0, 4.25), ("train-mini", 0.25, 75.0), ("data", 0.5, 3700.0)]
+    for stage, began, seconds in times:
+        started, ended = (
+            f"2026-01-01T{int(at // 3600):02d}:{int(at // 60) % 60:02d}:{at % 60:06.3f}"
+            for at in (began, began + seconds)
         )
+        manifest = {"stage": stage, "started": started, "ended": ended, "seconds": seconds, "status": "done"}
+        write(path / f"stages/{stage}.json", manifest)
     return path
 
 

@@ -235,26 +235,28 @@ def edited(path: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("group", "key", "again"),
+    ("group", "key", "again", "told"),
     [
-        ("task", "description", set()),
-        ("task", "test", set()),
-        ("task", "validation", set()),
-        ("task", "max_new_tokens", set()),
-        ("task", "train", EVERY - {"stl-box"}),
-        ("training", "dataloader_workers", set()),
-        ("training", "gradient_checkpointing", set()),
-        ("training", "save_steps", set()),
-        ("training", "learning_rate", EVERY),
-        ("cotbal", "mini_ratio", PROXIES),
-        ("model", "copy", set()),
-        ("model", "weights", EVERY),
+        ("task", "description", set(), ""),
+        ("task", "test", set(), r"records\.colour\.test \w+ -> \w+"),
+        ("task", "validation", set(), r"records\.colour\.validation \w+ -> \w+"),
+        ("task", "max_new_tokens", set(), r"tasks\.colour\.max_new_tokens 12 -> 7"),
+        ("task", "train", EVERY - {"stl-box"}, r"records\.colour\.train \w+ -> \w+"),
+        ("training", "dataloader_workers", set(), ""),
+        ("training", "gradient_checkpointing", set(), ""),
+        ("training", "save_steps", set(), ""),
+        ("training", "learning_rate", EVERY, r"training\.learning_rate 2e-05 -> 0\.5"),
+        ("cotbal", "mini_ratio", PROXIES, r"cotbal\.mini_ratio 0\.25 -> 0\.3"),
+        ("evaluation", "batch_size", set(), r"evaluation\.batch_size 32 -> 7"),
+        ("model", "copy", set(), ""),
+        ("model", "weights", EVERY, r"model\.files \w+ -> \w+"),
     ],
 )
 def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
     group: str,
     key: str,
     again: set[str],
+    told: str,
     run: Callable[..., Path],
     runs: Runs,
     run_data: dict[str, Any],
@@ -264,7 +266,7 @@ def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
     runs.trained.clear()
     values = {
         "description": "x", "max_new_tokens": 7, "dataloader_workers": 2, "gradient_checkpointing": True,
-        "save_steps": 3, "learning_rate": 0.5, "mini_ratio": 0.3,
+        "save_steps": 3, "learning_rate": 0.5, "mini_ratio": 0.3, "batch_size": 7,
     }  # fmt: skip
     if group == "task":
         task = run_data["tasks"][0]
@@ -278,15 +280,15 @@ def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
             file.write_bytes(file.read_bytes()[:-1] + b"!")
     else:
         run_data[group] = run_data.get(group, {}) | {key: values[key]}
-    if again:
-        with pytest.raises(UserError, match=r"finished work does not fit .*--overwrite deletes it"):
+    if told:
+        with pytest.raises(UserError, match=rf"finished work does not fit .* \({told}\): .*; --overwrite deletes it"):
             run(comparisons=["stl", "ew"])
         assert runs.trained == []
-    scored_again = key in ("test", "validation", "max_new_tokens")
-    run(overwrite=bool(again) or scored_again, comparisons=["stl", "ew"])
+    scored_again = key in ("validation", "max_new_tokens", "batch_size")
+    run(overwrite=bool(told), comparisons=["stl", "ew"])
     # CoTBal's weights depend on the proxies, and on their scores.
     assert set(runs.trained) - {"cotbal"} == again - {"cotbal"}
-    assert ("cotbal" in runs.trained) == (bool(again) or key in ("validation", "max_new_tokens"))
+    assert ("cotbal" in runs.trained) == (bool(again) or scored_again)
 
 
 def test_results_of_other_settings_are_gone_before_anything_runs(

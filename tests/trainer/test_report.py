@@ -133,8 +133,9 @@ class TestNumbers:
 
     def test_stages(self, run):
         found = page(run)
-        assert [row[0] for row in found.tables["stages"][1:]] == ["data", "train-mini", "weights"]
-        assert [row[3] for row in found.tables["stages"][1:]] == ["4.2 s", "1 min 15 s", "1 h 01 min"]
+        assert [row[0] for row in found.tables["stages"][1:]] == ["weights", "train-mini", "data"]
+        assert found.row("stages", "data")[2:4] == ["2026-01-01 00:00", "2026-01-01 01:01"]
+        assert [row[4] for row in found.tables["stages"][1:]] == ["4.2 s", "1 min 15 s", "1 h 01 min"]
         assert "Sum over stages: 1 h 02 min" in found.words
         assert "The time of a resumed stage is the sum of its attempts." in found.words
 

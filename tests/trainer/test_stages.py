@@ -144,14 +144,41 @@ class TestCostlyStages:
         runner = work.runner(*changed)
         assert runner.summary().splitlines() == [
             "1 of 4 stages are finished",
-            "finished for other inputs, and deleted by a run with --overwrite: b, c",
+            "finished for other inputs (inputs null -> 1), and deleted by a run with --overwrite: b, c",
         ]
-        with pytest.raises(UserError, match=r"does not fit .*: b, c; --overwrite deletes it"):
+        with pytest.raises(UserError, match=r"does not fit .* \(inputs null -> 1\): b, c; --overwrite deletes it"):
             work.run(*changed)
         assert work.ran == []
         assert (work.folder / "b.txt").exists()
         assert work.run(*changed, overwrite=True) == ["b", "c", "d"]
         assert not (work.folder / "b.log").exists()
+
+    @pytest.mark.parametrize(
+        ("old", "new", "told"),
+        [
+            ({"x": {"rate": 0.5, "n": 1}}, {"x": {"rate": 1.0, "n": 1}}, "x.rate 0.5 -> 1.0"),
+            ({"x": {"a": 1}}, {"y": "b"}, "x.a 1 -> nothing, y nothing -> b"),
+            ([{"name": "t", "file": "1"}], [{"name": "t", "file": "2"}], "t.file 1 -> 2"),
+            (
+                {"r": [{"name": "t"}, {"name": "u"}]},
+                {"r": [{"name": "u"}, {"name": "t"}]},
+                'r ["t", "u"] -> ["u", "t"]',
+            ),
+            ({"format": 1, "x": 1}, {"format": 2, "x": [1]}, "made by another version of the trainer"),
+            ({str(n): 0 for n in range(10)}, {}, ", ".join(f"{n} 0 -> nothing" for n in range(8)) + ", 2 more"),
+        ],
+    )
+    def test_what_has_changed_is_said(self, work: Work, old: Any, new: Any, told: str) -> None:
+        """Of what is lost and of all before it, once each; nothing else's changes."""
+        work.run(*self.graph(work, a=1, b=old, d=1))
+        graph = self.graph(work, a=2, b=new, d=2)
+        with pytest.raises(UserError) as caught:
+            work.run(*graph)
+        assert f"or the model ({told}): b, c; --overwrite" in str(caught.value)
+        manifest = work.folder / "stages" / "b.json"
+        write_json(manifest, {key: value for key, value in work.manifest("b").items() if key != "inputs"})
+        with pytest.raises(UserError, match=r"\(made by another version of the trainer\): b, c; "):
+            work.run(*graph)
 
     def test_everything_outdated_is_gone_before_the_first_stage(self, work: Work) -> None:
         work.run(*self.graph(work))
@@ -235,6 +262,39 @@ class TestInterruption:
         (work.folder / "out" / "part").write_text("old")
         work.run(work.stage("s", 2, run=self.finish(work, seen), output="out"))
         assert seen == [False, False]
+
+    def test_times_survive_a_kill(self, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing is written when a process is killed: what its stage reported before is there."""
+        monkeypatch.setattr("trainer.pipeline.stages.SAVE_EVERY", 0.04)
+        seen: list[float] = []
+
+        def killed(context: StageContext) -> None:
+            context.report(0, 2, "step")  # too early to be worth a file
+            seen.append(work.manifest("s")["seconds"])
+            time.sleep(0.05)
+            context.report(1, 2, "step")
+            seen.append(work.manifest("s")["seconds"])
+            monkeypatch.setattr("trainer.pipeline.stages.write_json", lambda *_: None)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            work.run(work.stage("s", run=killed))
+        monkeypatch.undo()
+        assert seen[0] < 0.04 < 0.05 <= seen[1]
+        left = work.manifest("s")
+        assert (left["status"], "ended" in left) == ("running", False)
+        time.sleep(0.01)
+        work.run(work.stage("s"))
+        done = work.manifest("s")
+        assert done["seconds"] >= left["seconds"]
+        assert done["started"] == left["started"] < done["ended"]
+
+    def test_stages_started_in_the_same_second_are_in_order(self, work: Work) -> None:
+        names = ["c", "b", "a"]
+        work.run(*(work.stage(name, run=lambda _: time.sleep(0.002)) for name in names))
+        starts = [work.manifest(name)["started"] for name in names]
+        assert starts == sorted(set(starts))
+        assert all(work.manifest(name)["ended"] > work.manifest(name)["started"] for name in names)
 
     def test_seconds_add_up_over_attempts(self, work: Work) -> None:
         def slow_then_killed(context: StageContext) -> None:

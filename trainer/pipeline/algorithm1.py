@@ -97,7 +97,7 @@ class Pipeline:
             stages += [self._train_stage(training, ready), self._score_stage(training, "validation")]
         stages += [self._weights_stage(name) for name in self.variants]
         if any(self._validates(training) for training in finals):
-            inputs = [FORMAT, self.identity.records("validation"), self.identity.model]
+            inputs = self.identity.validation()
             stages.append(Stage("check-validation", inputs, (), (), self._check_validation, after=ready))
         for training in finals:  # the longest first: the short ones fill the places that are left
             if training not in alone:
@@ -148,7 +148,7 @@ class Pipeline:
             stages.append(
                 Stage(
                     "data",
-                    [FORMAT, self.config.built_in.model_dump(), self.config.seed],
+                    {"format": FORMAT, "built_in": self.config.built_in.model_dump(), "seed": self.config.seed},
                     (),
                     (self.run_dir / "data",),
                     lambda context: built_in.write_data(
@@ -179,7 +179,7 @@ class Pipeline:
             stages.append(
                 Stage(
                     "corpus",
-                    [FORMAT, count, self.config.seed],
+                    {"format": FORMAT, "model.tiny_llava.pretraining_records": count, "seed": self.config.seed},
                     (),
                     (corpus,),
                     lambda context: built_in.write_corpus(corpus, count, self.config.seed, context),
@@ -189,7 +189,13 @@ class Pipeline:
         stages += [
             Stage(
                 "initial_model",
-                [FORMAT, files, options.model_dump(), self.config.model.max_length, self.config.seed],
+                {
+                    "format": FORMAT,
+                    "records": files,
+                    "model.tiny_llava": options.model_dump(),
+                    "model.max_length": self.config.model.max_length,
+                    "seed": self.config.seed,
+                },
                 needs,
                 (self.initial_model,),
                 lambda context: built_in.write_initial_model(self.initial_model, self.resolved, own),
@@ -249,7 +255,7 @@ class Pipeline:
         ]
         return Stage(
             weights_stage(name),
-            options.model_dump(mode="json"),
+            {name: options.model_dump(mode="json")},
             tuple(f"score-{training}" for training in scored),
             (self.run_dir / "scores.json", *outputs) if name == "cotbal" else outputs,
             lambda context: self._compute_weights(name),

@@ -44,21 +44,32 @@ class Identity:
         if not self.on_disk:
             return None
         return [
-            [task.name, task.auxiliary, str(task.image_root), *(self._digest(getattr(task, split)) for split in splits)]
+            {"name": task.name, "auxiliary": task.auxiliary, "image_root": str(task.image_root)}
+            | {split: self._digest(task.records_file(split)) for split in splits}
             for task in self.tasks
             if of is None or task.name in of
         ]
 
-    def features(self) -> list[Any]:
+    def features(self) -> dict[str, Any]:
         """Of the built-in model's image features, beside the model."""
-        return [FORMAT, self.records("train", "validation", "test"), self.config.model.images.changes()]
+        images = self.config.model.images.changes()
+        return {"format": FORMAT, "records": self.records("train", "validation", "test"), "model.images": images}
 
-    def check(self) -> list[Any]:
+    def check(self) -> dict[str, Any]:
         """Of the verdict on the records, which costs little: everything about the tasks."""
-        training = self.config.training
-        tasks = [task.model_dump(mode="json") for task in self.tasks] if self.on_disk else None
-        rules = [training.packing, training.overlong, training.learning_rates, training.report_to]
-        return [FORMAT, tasks, self.records("train", "validation", "test"), self.model, rules]
+        return {
+            "format": FORMAT,
+            "tasks": [task.model_dump(mode="json") for task in self.tasks] if self.on_disk else None,
+            "records": self.records("train", "validation", "test"),
+            "model": self.model,
+            "training": self.config.training.model_dump(
+                mode="json", include={"packing", "overlong", "learning_rates", "report_to"}
+            ),
+        }
+
+    def validation(self) -> dict[str, Any]:
+        """Of the verdict on validation records that are trained on."""
+        return {"format": FORMAT, "records": self.records("validation"), "model": self.model}
 
     def training(self, training: Training, own_records: bool = True) -> dict[str, Any]:
         """Of a training, ``own_records`` off when another stage stands for what it sees."""
@@ -68,25 +79,37 @@ class Identity:
         seen = [task.name for task in self.tasks if training.mixture.share(task.name, ratio) > 0]
         inputs: dict[str, Any] = {
             "format": FORMAT,
-            "mixture": [kind, training.mixture.task, None if kind in ("all", "single") else ratio],
+            "mixture": [kind, training.mixture.task],
+            "cotbal.mini_ratio": None if kind in ("all", "single") else ratio,
             "records": self.records("train", *(["validation"] if validates else []), of=seen) if own_records else None,
             "training": self.config.training.fingerprint(),
             "model": self.model,
-            "processes": self.config.launch.ranks,
+            "processes of a training": self.config.launch.ranks,
             "seed": self.config.seed + training.repetition,
-            "balancing": [training.method, training.options],
+            "method": training.method,
+            "options": training.options,
         }
-        return inputs | ({"validation": self.config.balancing.validation.model_dump()} if validates else {})
+        return inputs | ({"balancing.validation": self.config.balancing.validation.model_dump()} if validates else {})
 
-    def scoring(self, training: Training, split: str) -> list[Any]:
-        """Of an evaluation, beside the model that it scores."""
-        limits = {task.name: [task.metric, task.max_new_tokens] for task in self.tasks if task.name in training.tasks}
-        return [FORMAT, limits, self.records(split, of=training.tasks)]
+    def scoring(self, training: Training, split: str) -> dict[str, Any]:
+        """Of an evaluation, beside the model that it scores; how many records share a batch can turn near ties."""
+        limits = [
+            {"name": task.name, "metric": task.metric, "max_new_tokens": task.max_new_tokens}
+            for task in self.tasks
+            if task.name in training.tasks
+        ]
+        records = self.records(split, of=training.tasks)
+        return {
+            "format": FORMAT,
+            "tasks": limits,
+            "records": records,
+            "evaluation": self.config.evaluation.model_dump(),
+        }
 
-    def results(self) -> list[Any]:
+    def results(self) -> dict[str, Any]:
         """Of the table of results beside the evaluations: baselines that read the records."""
         metrics = {task.name: task.metric for task in self.tasks}
-        return [FORMAT, metrics, self.records("train", "test")]
+        return {"format": FORMAT, "metrics": metrics, "records": self.records("train", "test")}
 
     def _digest(self, path: Path | None) -> str | None:
         if path is not None and path not in self._digests:

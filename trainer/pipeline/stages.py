@@ -1,7 +1,8 @@
 """A directed graph of stages that survives being killed: finished ones are skipped, a cut-off one continues.
 
 A stage's fingerprint covers its own inputs and, through what it needs, everything before it. Its manifest
-``stages/<name>.json`` is written when it starts (status "running") and when it is done. Run again:
+``stages/<name>.json`` says what they are; it is written when the stage starts (status "running"), about once a minute
+while it runs, and when it is done. Run again:
 
 - done, same fingerprint, outputs present: skipped;
 - running, same fingerprint: run again on what it left (a training goes on from its newest checkpoint);
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -28,6 +30,8 @@ from trainer.errors import UserError, listed
 from trainer.files import write_json
 from trainer.locks import holding
 from trainer.pipeline.progress import Progress
+
+SAVE_EVERY = 60.0  # seconds of a stage's time that a kill may take from its manifest
 
 
 class Cancelled(Exception):
@@ -40,7 +44,8 @@ class Stage:
 
     Attributes:
         name: unique; names the manifest.
-        inputs: JSON-able description of what the outputs depend on, besides the stages it needs.
+        inputs: JSON-able description of what the outputs depend on, besides the stages it needs; the keys of objects
+            are what a person is told has changed.
         needs: names of stages that must be done before.
         outputs: files and folders it writes, which nothing else writes.
         run: does the work; gets a :class:`StageContext`.
@@ -67,11 +72,13 @@ class StageContext:
     slot: int
     progress: Progress
     cancelled: threading.Event
+    alive: Callable[[], None] = lambda: None
 
     def report(self, done: int, total: int, unit: str, note: str = "") -> None:
         """Shows progress, with a `note` on its speed; raises :class:`Cancelled` when the run is ending."""
         if self.cancelled.is_set():
             raise Cancelled
+        self.alive()
         self.progress.update(self.name, done, total, unit, note)
 
 
@@ -82,6 +89,55 @@ def fingerprints(stages: Sequence[Stage]) -> dict[str, str]:
         content = json.dumps([stage.name, stage.inputs, [found[need] for need in stage.needs]], sort_keys=True)
         found[stage.name] = hashlib.sha256(content.encode()).hexdigest()[:16]
     return found
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """What has changed from one stage's inputs to others, as ``training.learning_rate 0.002 -> 0.001``."""
+    before, after = _flat(old), _flat(new)
+    if before.get("format") != after.get("format"):
+        return ["made by another version of the trainer"]  # whose keys may mean something else
+    return [
+        f"{key} {before.get(key, 'nothing')} -> {after.get(key, 'nothing')}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Values by dotted key, as JSON; objects in a list go by their names, where they have any."""
+    if isinstance(value, dict):
+        return {
+            key: leaf
+            for name, inner in value.items()
+            for key, leaf in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
+        }
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "name" in item for item in value):
+        items = {item["name"]: {key: inner for key, inner in item.items() if key != "name"} for item in value}
+        return {prefix: json.dumps(list(items))} | _flat(items, prefix)
+    return {prefix or "inputs": value if isinstance(value, str) else json.dumps(value)}
+
+
+class _Manifest:
+    """``stages/<name>.json`` of a stage at work; one that goes on keeps its start and the time spent before."""
+
+    def __init__(self, path: Path, stage: Stage, fingerprint: str, before: dict[str, Any]) -> None:
+        self.path = path
+        self.content = {"stage": stage.name, "fingerprint": fingerprint, "inputs": stage.inputs}
+        self.content["started"] = before.get("started") or _now()
+        self._earlier = float(before.get("seconds", 0.0))
+        self._begun = self._written = time.monotonic()
+
+    def write(self, status: str = "running", **more: Any) -> float:
+        """Returns the seconds that the stage has taken so far."""
+        self._written = time.monotonic()
+        seconds = self._earlier + self._written - self._begun
+        write_json(self.path, self.content | more | {"seconds": round(seconds, 2), "status": status})
+        return seconds
+
+    def alive(self) -> None:
+        """Called often: what is written now and then survives a kill."""
+        if time.monotonic() - self._written >= SAVE_EVERY:
+            self.write()
 
 
 class StageRunner:
@@ -137,7 +193,8 @@ class StageRunner:
         done = sum(map(self.is_done, self.stages.values()))
         lines = [f"{done} of {len(self.stages)} stages are finished"]
         if lost := self.would_lose():
-            lines.append(f"finished for other inputs, and deleted by a run with --overwrite: {listed(lost)}")
+            why = self._changes(lost)
+            lines.append(f"finished for other inputs{why}, and deleted by a run with --overwrite: {listed(lost)}")
         return "\n".join(lines)
 
     def refuse_to_lose(self, overwrite: bool) -> None:
@@ -145,9 +202,25 @@ class StageRunner:
         lost = self.would_lose()
         if lost and not overwrite:
             raise UserError(
-                f"finished work does not fit the configuration, the records or the model: {listed(lost)}; "
-                "--overwrite deletes it and does it again, another output folder keeps it"
+                f"finished work does not fit the configuration, the records or the model{self._changes(lost)}: "
+                f"{listed(lost)}; --overwrite deletes it and does it again, another output folder keeps it"
             )
+
+    def _changes(self, names: Sequence[str]) -> str:
+        """In brackets, what is different for these stages and all that they need; empty if no manifest tells."""
+        concerned = set(names)
+        for stage in reversed(self.stages.values()):  # each after those it needs
+            if stage.name in concerned:
+                concerned.update(stage.needs)
+        changes: dict[str, None] = {}
+        for stage in self.outdated():
+            if stage.name in concerned:
+                manifest = self._manifest(stage)
+                known = "inputs" in manifest  # older versions kept their hash only
+                inputs = json.loads(json.dumps(stage.inputs))
+                found = differences(manifest["inputs"], inputs) if known else ["made by another version of the trainer"]
+                changes |= dict.fromkeys(found)
+        return f" ({listed(list(changes))})" if changes else ""
 
     def run(self, overwrite: bool = False) -> None:
         """Runs what is not done. The first failure stops the others and is raised; what is done stays done.
@@ -185,24 +258,20 @@ class StageRunner:
     def _run_one(self, stage: Stage) -> None:
         slot = self._slots.get()
         try:
-            manifest = self._manifest(stage)
-            before = 0.0
-            if manifest.get("fingerprint") == self.fingerprints[stage.name] and manifest.get("status") == "running":
-                before = float(manifest.get("seconds", 0.0))
-            else:
+            before = self._manifest(stage)
+            if before.get("fingerprint") != self.fingerprints[stage.name] or before.get("status") != "running":
                 self._delete_outputs(stage)
-            self._write(stage, "running", before)
+                before = {}
+            manifest = _Manifest(self._path(stage), stage, self.fingerprints[stage.name], before)
+            manifest.write()
             self.progress.start(stage.name)
-            started = time.monotonic()
             try:
-                stage.run(StageContext(stage.name, slot, self.progress, self._cancelled))
+                stage.run(StageContext(stage.name, slot, self.progress, self._cancelled, manifest.alive))
             except BaseException:
-                self._write(stage, "running", before + time.monotonic() - started)
+                manifest.write()
                 self.progress.stop(stage.name)
                 raise
-            seconds = before + time.monotonic() - started
-            self._write(stage, "done", seconds)
-            self.progress.finish(stage.name, seconds)
+            self.progress.finish(stage.name, manifest.write("done", ended=_now()))
         finally:
             self._slots.put(slot)
 
@@ -219,17 +288,10 @@ class StageRunner:
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
 
-    def _write(self, stage: Stage, status: str, seconds: float) -> None:
-        write_json(
-            self._path(stage),
-            {
-                "stage": stage.name,
-                "fingerprint": self.fingerprints[stage.name],
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-                "seconds": round(seconds, 2),
-                "status": status,
-            },
-        )
+
+def _now() -> str:
+    """Local time; stages of a run that start in the same second are still in order."""
+    return datetime.now().isoformat(timespec="milliseconds")
 
 
 @contextmanager

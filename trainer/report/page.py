@@ -296,6 +296,7 @@ def _stages(run: RunDirectory) -> dict[str, Any]:
             "stage": stage.get("stage", "?"),
             "status": stage.get("status", "?"),
             "started": _moment(stage.get("started")),
+            "ended": _moment(stage.get("ended")),
             "seconds": number(stage.get("seconds")),
         }
         for stage in run.stages

@@ -147,12 +147,14 @@ def weights(
     ] = "reused",
 ) -> None:
     """Print task weights, contributions and difficulties for a table of validation scores (equations 3-11)."""
-    from trainer.balancing.cotbal import cotbal_weights
+    from trainer.balancing.cotbal import DegenerateScoresError, cotbal_weights
     from trainer.balancing.scores import Scores
 
-    result = cotbal_weights(
-        Scores.from_json(_read_json(scores)), temperature, alpha, on_degenerate, difficulty=difficulty
-    )
+    table = Scores.from_json(_read_json(scores))
+    try:
+        result = cotbal_weights(table, temperature, alpha, on_degenerate, difficulty=difficulty)
+    except DegenerateScoresError as error:
+        raise UserError(f"{error}: --on-degenerate clip") from error
     typer.echo(json.dumps(result.to_json(), indent=2))
 
 

@@ -175,7 +175,8 @@ class CotbalConfig(Options):
         "reused", description="Eq. 9 from the proxies, or from one full and one mini model per task alone (Table 3)"
     )
     on_degenerate: Literal["error", "clip"] = Field(
-        "error", description="when V_j(j+mini) does not exceed V_j(mini), which makes Eq. 3 explode"
+        "error",
+        description="when V_j(j+mini) exceeds V_j(mini) by 1 % at most, and Eq. 3 explodes: stop, or bound C and D",
     )
 
 

@@ -109,6 +109,7 @@ class TestWeights:
         assert outcome.err.startswith("cotbal: task 'b': V(b+mini) = 0.5 does not exceed V(mini) = 0.55")
         assert "task 'a'" not in outcome.err
         assert len(outcome.err.splitlines()) == 1
+        assert outcome.err.endswith(", or have the values bounded: --on-degenerate clip\n")
         clipped = cotbal("weights", path, "--on-degenerate", "clip")
         assert clipped.code == 0
         assert [entry["tasks"] for entry in json.loads(clipped.out)["clipped"]] == [["a", "b"], ["b"]]

@@ -91,6 +91,10 @@ def cotbal_lambda(lambda_C: Array, lambda_D: Array, alpha: float) -> Array:
     return alpha * lambda_C + (1 - alpha) * lambda_D
 
 
+class DegenerateScoresError(UserError):
+    """A task's own data hardly improves it; how to have the values bounded is the caller's to add."""
+
+
 @dataclass(frozen=True)
 class Clipped:
     """One entry that the "clip" policy changed; ``original`` is None where the equation divides by zero."""
@@ -161,8 +165,8 @@ def cotbal_weights(
     Args:
         temperature: T of Eq. 5, 7 and 10, positive.
         alpha: alpha of Eq. 11, within [0, 1].
-        on_degenerate: "error" raises, naming the tasks and the way out. "clip" uses the smallest admissible
-            gain in place of gain_j (contributions of 0 where that is 0), clips every contribution to
+        on_degenerate: "error" raises :class:`DegenerateScoresError`, naming the tasks. "clip" uses the smallest
+            admissible gain in place of gain_j (contributions of 0 where that is 0), clips every contribution to
             ``contribution_range`` and every difficulty to [0, 1] (0 where Eq. 9 is undefined), and lists each
             changed entry in ``clipped``.
         minimum_gain: relative to the score, so that it means the same for percentages and fractions.
@@ -184,10 +188,9 @@ def cotbal_weights(
     if flat.any() or undefined.any():
         problems = _describe(scores, flat, undefined, divisor, difficulty, minimum_gain)
         if on_degenerate == "error":
-            raise UserError(
-                "; ".join(problems)
-                + ". Train these proxies longer or on more data, validate on more samples, make the task "
-                "auxiliary, lower minimum_gain, or set on_degenerate to 'clip'"
+            raise DegenerateScoresError(
+                "; ".join(problems) + ". Train the proxies longer, validate on more samples, make the task auxiliary, "
+                "or have the values bounded"
             )
         warnings += problems
 

@@ -24,11 +24,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.balancing.cotbal import cotbal_weights
+from trainer.balancing.cotbal import DegenerateScoresError, cotbal_weights
 from trainer.balancing.registry import method_class
 from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
 from trainer.data.mixtures import Mixture
+from trainer.errors import UserError
 from trainer.files import write_json
 from trainer.launching import resolve_device
 from trainer.nodes import Cluster, Membership
@@ -343,13 +344,17 @@ class Pipeline:
         table = outcome.score_table(self.run_dir, self.resolved, options.difficulty == "precise")
         if name == "cotbal":
             write_json(self.run_dir / "scores.json", table)
-        result = cotbal_weights(
-            Scores.from_json(table),
-            options.temperature,
-            options.alpha,
-            options.on_degenerate,
-            difficulty=options.difficulty,
-        )
+        try:
+            result = cotbal_weights(
+                Scores.from_json(table),
+                options.temperature,
+                options.alpha,
+                options.on_degenerate,
+                difficulty=options.difficulty,
+            )
+        except DegenerateScoresError as error:
+            remedy = "the same command with --set cotbal.on_degenerate=clip, which trains no proxy again"
+            raise UserError(f"{error}: {remedy}") from error
         applied = list(result.by_strategy(options.strategy).values())
         write_json(self.places.weights(name), result.to_json() | {"strategy": options.strategy, "applied": applied})
 

@@ -25,6 +25,8 @@ from synthetic_run import (
     write,
 )
 
+from trainer.balancing.cotbal import cotbal_weights
+from trainer.balancing.scores import Scores
 from trainer.report import build_report
 from trainer.report import plots as report_plots
 from trainer.report.page import duration
@@ -113,6 +115,33 @@ class TestNumbers:
             assert found.row("lambdas", name)[1:] == [f"{value:.3f}" for value in LAMBDAS[key]]
         assert found.row("lambdas", "difficulty")[1:] == ["0.500", "0.500", "0.667"]
         assert "most weight to boxes (1.12) and the least to captions (0.85)" in found.words
+
+    def test_difficulty_of_a_metric_where_lower_is_better(self, run, monkeypatch):
+        """Perplexities of 5 and 1.25: what Eq. 9 gives for them is not what its axis says."""
+        drawn = []
+        monkeypatch.setattr(report_plots, "svg", lambda figure, label: drawn.append(figure) or "<svg></svg>")
+
+        def difficulties():
+            axes = next(figure.axes[0] for figure in drawn if "D = " in figure.axes[0].get_xlabel())
+            bars = {
+                text.get_text(): bar.get_width() for text, bar in zip(axes.get_yticklabels(), axes.patches, strict=True)
+            }
+            return bars, axes.get_xlabel()
+
+        assert "Where lower is better" not in page(run).words
+        assert difficulties()[1] == "D = 1 − V(mini) / V(own + mini)"
+        drawn.clear()
+        table = json.loads((run / "scores.json").read_text()) | {"higher_is_better": {"boxes": False, "captions": True}}
+        table["mini"]["boxes"], table["full"]["boxes"]["boxes"] = 5.0, 1.25
+        write(run / "scores.json", table)
+        weights = json.loads((run / "weights.json").read_text())
+        weights["difficulty"] = cotbal_weights(Scores.from_json(table), on_degenerate="clip").difficulty.tolist()
+        write(run / "weights.json", weights)
+        words = page(run).words
+        bars, axis = difficulties()
+        assert bars == pytest.approx({"captions": 0.5, "questions": 0.5, "boxes ↓": 1 - 1.25 / 5})
+        assert axis == "D = 1 − V(mini) / V(own + mini); ↓: D = 1 − V(own + mini) / V(mini)"
+        assert "Where lower is better (↓) Eq. 9 is taken of 1 / V, so D = 1 − V(own + mini) / V(mini)" in words
 
     def test_other_strategy_is_what_the_summary_names(self, run):
         table = json.loads((run / "weights.json").read_text())

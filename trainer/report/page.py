@@ -204,10 +204,13 @@ def _weights(run: RunDirectory) -> dict[str, Any] | None:
     strategy = table.get("strategy", "cotbal")
     named = "CoTBal" if strategy == "cotbal" else f"CoTBal ({strategy} strategy)"
     strategies = {key: label for key, (label, _) in STRATEGIES.items()}
+    directions = (run.scores or {}).get("higher_is_better") or {}
+    lower = [task for task in tasks if directions.get(task) is False]
     return {
         "tasks": tasks,
         "heatmap": heatmap,
-        "difficulty": Markup(plots.difficulty_bars(tasks, table["difficulty"])),
+        "difficulty": Markup(plots.difficulty_bars(tasks, table["difficulty"], lower)),
+        "lower": lower,
         "bars": Markup(
             plots.grouped_bars(
                 tasks,

@@ -11,7 +11,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -108,8 +108,8 @@ def svg(figure: Figure, label: str) -> str:
     return re.sub(r"font:( [0-9.]+px) inherit", r"font-size:\1", text)
 
 
-def difficulty_bars(tasks: Sequence[str], difficulty: Sequence[float]) -> str:
-    """Fig. 3b: intra-task difficulty D_i of Eq. 9, one bar per task."""
+def difficulty_bars(tasks: Sequence[str], difficulty: Sequence[float], lower: Collection[str] = ()) -> str:
+    """Fig. 3b: intra-task difficulty D_i of Eq. 9, one bar per task; `lower`: tasks where lower scores are better."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 0.5 + 0.3 * len(tasks)), layout="constrained")
         axes = figure.subplots()
@@ -127,14 +127,14 @@ def difficulty_bars(tasks: Sequence[str], difficulty: Sequence[float]) -> str:
         axes.axvline(0, color=PLACEHOLDERS["muted"], linewidth=0.8)
         axes.set(
             yticks=list(rows),
-            yticklabels=list(tasks),
+            yticklabels=[f"{task} ↓" if task in lower else task for task in tasks],
             xlim=(min(0.0, *difficulty), max(1.0, *difficulty) * 1.1),
         )
         axes.tick_params(axis="y", labelcolor=PLACEHOLDERS["ink"], length=0)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.invert_yaxis()
-        axes.set_xlabel("D = 1 − V(mini) / V(own + mini)")
+        axes.set_xlabel("D = 1 − V(mini) / V(own + mini)" + ("; ↓: D = 1 − V(own + mini) / V(mini)" if lower else ""))
         return svg(figure, "Bar chart of intra-task difficulty")
 
 

@@ -136,10 +136,27 @@ def test_rows_of_every_method_with_means_over_seeds(run: Callable[..., Path], ru
         per_seed = [compare({**results, "methods": {"x": table}})["x"].delta_i for table in results["seeds"][label]]
         (row,) = [row for row in page.tables["deltas"] if row[0] == label]
         assert row[1] == f"{deltas[label].delta_i:+.2f} ± {statistics.stdev(per_seed):.2f}"
+    for task in BALANCED:
+        header, row = page.tables["test-scores"][0], page.row("test-scores", task)
+        for label, name in (labels | {"STL": f"stl-{task}"}).items():
+            each_seed = [score(f"{name}{mark}", task) for mark in ("", "@1", "@2")]
+            mean, deviation = statistics.fmean(each_seed), statistics.stdev(each_seed)
+            cell = row[header.index(label)].removesuffix("at chance")
+            assert cell == f"{mean:.1f} ± 1.0seeds ± {deviation:.1f}", label
+    assert "test samples, and the standard deviation over 3 seeds; the best" in page.words
     assert "3 seeds." in page.words
     assert "from seed to seed it is" in page.words
     assert page.row("moving-weights", "CoBa")[1:] == ["1.25 (1.10–1.40)", "0.75 (0.60–0.90)"]
     assert [row[0] for row in page.tables["moving-weights"][1:]] == ["CoBa"]
+
+
+def test_seeds_without_single_task_models(run: Callable[..., Path]) -> None:
+    """Scores have their spread although there is no Delta I."""
+    page = Page((run(comparisons=["ew"], seeds=2) / "report.html").read_text())
+    first, second = score("ew", "colour"), score("ew@1", "colour")
+    cell = page.row("test-scores", "colour")[page.tables["test-scores"][0].index("EW")].removesuffix("at chance")
+    assert cell == f"{(first + second) / 2:.1f} ± 1.0seeds ± {abs(first - second) / 2**0.5:.1f}"
+    assert "2 seeds." in page.words
 
 
 def test_an_unknown_standard_error_is_null(run: Callable[..., Path], runs: Runs) -> None:

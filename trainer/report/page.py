@@ -39,6 +39,7 @@ from trainer.report.tables import (
     metric_label,
     read_scores,
     score_rows,
+    scores_by_seed,
     seed_comparisons,
     spread,
 )
@@ -116,7 +117,7 @@ def report_context(run: RunDirectory) -> dict[str, Any]:
         "test_rows": score_rows(scores, samples),
         "test_complete": scores.complete,
         "deltas": deltas,
-        "seeds": max(map(len, over_seeds.values()), default=1),
+        "seeds": max(map(len, scores_by_seed(run).values()), default=1),
         "spreads": {
             name: {key: spread([getattr(delta, key) for delta in each]) for key in ("delta_i", "delta_e")}
             for name, each in over_seeds.items()

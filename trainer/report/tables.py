@@ -35,11 +35,15 @@ def format_value(value: float | None, label: str) -> str:
 
 @dataclass
 class ScoreTable:
-    """Scores of every column by (task, metric); columns are the baselines, STL and the methods, in that order."""
+    """Scores of every column by (task, metric); columns are the baselines, STL and the methods, in that order.
+
+    ``errors`` are of the test sampling, ``spreads`` standard deviations over seeds, where there are several.
+    """
 
     directions: dict[tuple[str, str], str] = field(default_factory=dict)
     values: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
     errors: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
+    spreads: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
     complete: bool = False
 
     @property
@@ -101,8 +105,29 @@ def read_scores(run: RunDirectory) -> ScoreTable:
         },
         values={name: flat for name, table in ordered.items() if (flat := _flat(table))},
         errors={name: _flat(table) for name, table in errors.items()},
+        spreads=_over_seeds(run),
         complete=True,
     )
+
+
+def scores_by_seed(run: RunDirectory) -> dict[str, list[Any]]:
+    """``seeds`` of ``results.json``: a method's table for every seed; empty when there is one seed."""
+    by_method = (run.results or {}).get("seeds")
+    if not isinstance(by_method, Mapping):
+        return {}
+    return {method: tables for method, tables in by_method.items() if isinstance(tables, list)}
+
+
+def _over_seeds(run: RunDirectory) -> dict[str, dict[tuple[str, str], float]]:
+    """The standard deviation over seeds of every score that more than one seed has."""
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for method, tables in scores_by_seed(run).items():
+        rows = [_flat(table) for table in tables]
+        for key in rows[0] if rows else ():
+            deviation = spread([row[key] for row in rows if key in row])
+            if deviation is not None:
+                found.setdefault(method, {})[key] = deviation
+    return found
 
 
 def _scores_so_far(run: RunDirectory) -> ScoreTable:
@@ -134,12 +159,14 @@ def score_rows(scores: ScoreTable, samples: Mapping[str, Any]) -> list[dict[str,
         best = _best(scores, key)
         for name in scores.values:
             value, error = scores.values[name].get(key), scores.errors.get(name, {}).get(key)
+            deviation = scores.spreads.get(name, {}).get(key)
             advantage = scores.advantage(name, "majority", key) if name in scores.methods else None
             cells.append(
                 {
                     "column": name,
                     "value": format_value(value, label),
                     "error": format_value(error, label) if error is not None else None,
+                    "spread": format_value(deviation, label) if deviation is not None else None,
                     "best": value is not None and name in scores.methods and value == best,
                     "at_chance": advantage is not None and advantage <= 2,
                 }
@@ -171,11 +198,10 @@ def comparisons(run: RunDirectory) -> tuple[dict[str, Comparison], str | None]:
 def seed_comparisons(run: RunDirectory) -> dict[str, list[Comparison]]:
     """Eq. 12-14 of every seed against the mean of the single-task models; empty when there is one seed."""
     results = run.results or {}
-    by_method = results.get("seeds")
-    if not isinstance(by_method, Mapping) or not results.get("baseline"):
+    if not results.get("baseline"):
         return {}
     found = {}
-    for method, tables in by_method.items():
+    for method, tables in scores_by_seed(run).items():
         if method == SINGLE:
             continue
         methods = {str(number): table for number, table in enumerate(tables)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from trainer.balancing.registry import SINGLE_TASK, check_name, is_cotbal, method_class
+from trainer.balancing.registry import METHODS, SINGLE_TASK, check_name, is_cotbal, method_class
 from trainer.config import BUILT_IN, RunConfig
 from trainer.data.mixtures import Mixture
 from trainer.errors import UserError, unknown_name
@@ -16,7 +18,7 @@ from trainer.launching import ERROR_FILE, LaunchConfig, resolve_device
 from trainer.nodes import Cluster, Membership
 from trainer.nodes.machine import log_of
 from trainer.pipeline.identity import Identity
-from trainer.pipeline.places import last_step
+from trainer.pipeline.places import PLAN, last_step
 from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
@@ -88,8 +90,8 @@ def train_once(
 
     Raises:
         UserError: an unknown method, missing weights, tasks and a model that only a pipeline run can make, records,
-            images or options that cannot be used, a finished training that would be lost, another process that works
-            in `output`, or a machine of several that cannot take part.
+            images or options that cannot be used, a finished training that would be lost, `output` is a run's, another
+            process works in it, or a machine of several cannot take part.
     """
     method = method or ("cotbal" if weights else config.balancing.method)
     check_name(method)
@@ -102,6 +104,8 @@ def train_once(
             "`cotbal train` takes tasks and a model from disk; for the built-in ones run `cotbal demo` once and "
             "point at its folders data/ and trainings/pretraining/model/"
         )
+    if (output / PLAN).exists():
+        raise UserError(f"{output} is the run directory of a `cotbal run`, whose files it needs; give another --output")
     balanced = [task.name for task in config.tasks if not task.auxiliary]
     options = config.balancing.options.get(method, {})
     task_weights = read_weights(weights, balanced) if weights else {}
@@ -160,5 +164,19 @@ def train_once(
         if runner.would_lose():  # a mistyped path must not cost what is finished
             check_all(config, config.model.path)
         runner.run(overwrite)
-    for folder in trainings:
+    for folder, training in trainings.items():
+        entry = METHODS[training.method]
+        if entry.moves and _stood_still(folder / "weights.csv", balanced):
+            print(
+                f"note: {entry.label} kept the same weights for the whole training, which ended before the method's "
+                "windows or warm-up did: shorten those in balancing.options, or train longer",
+                file=sys.stderr,
+            )
         print(f"model: {folder / 'model'}")
+
+
+def _stood_still(table: Path, tasks: Sequence[str]) -> bool:
+    """Whether every step of a training used the same weights."""
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return all(len({row[task] for row in rows}) == 1 for task in tasks)

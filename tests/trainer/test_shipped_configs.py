@@ -171,6 +171,8 @@ def test_the_papers_setting(cotbal: Any, write_records: Any, llava_folder: Path)
     memory = {"parameters": 2 * total / 8, "gradients": 2 * trained / 8, "optimizer states": 12 * trained / 8}
     for name, size in memory.items():
         assert printed(rf"[=+] {name} ([\d.]+)", out) == pytest.approx(size / GIB, abs=0.005), name
+    inputs = 16 * 2048 * 4096 * 2 + 32_064 * 4096 * 2  # of the loss, and the gradient of its weight
+    assert printed(r"loss at most ([\d.]+)", out) == pytest.approx((512 * 2**20 + inputs) / GIB, abs=0.005)
     assert 15 * total / 8 < sum(memory.values()) < 16 * total / 8  # 16 but for the frozen encoder
     # Of checkpointed layers their inputs remain, and one layer is computed again.
     kept = 16 * 2048 * 2 * (32 * 4096 + 8 * 4096 + 2 * 4096 + 4 * 11008)

@@ -87,12 +87,16 @@ def test_a_method_of_the_file_or_of_the_command_line(
 
     def run_training(spec: Path, *_: Any) -> None:
         ran.append(TrainingSpec.model_validate_json(spec.read_text()))
+        last = "1.5,0.5" if ran[-1].method == "dwa" else "1.0,1.0"
+        (ran[-1].output_dir / "weights.csv").write_text(f"step,colour,box,chat\n1,1.0,1.0,1.0\n2,{last},1.0\n")
 
     monkeypatch.setattr("trainer.nodes.machine.run_training", run_training)
     run_data["balancing"] = {"method": "coba", "options": {"coba": {"warmup": 3}, "dwa": {"window": 4}}}
     config = write_config(run_data)
-    assert cotbal("train", config, "--output", tmp_path / "a").code == 0
-    assert cotbal("train", config, "--output", tmp_path / "b", "--method", "dwa").code == 0
+    outcome = cotbal("train", config, "--output", tmp_path / "a")
+    assert (outcome.code, "note: CoBa kept the same weights for the whole training" in outcome.err) == (0, True)
+    outcome = cotbal("train", config, "--output", tmp_path / "b", "--method", "dwa")
+    assert (outcome.code, "note" in outcome.err) == (0, False)
     assert [(spec.method, spec.options, spec.mixture) for spec in ran] == [
         ("coba", {"warmup": 3}, "all"), ("dwa", {"window": 4}, "all"),
     ]  # fmt: skip
@@ -100,6 +104,7 @@ def test_a_method_of_the_file_or_of_the_command_line(
     assert cotbal("train", config, "--output", tmp_path / "c", "--weights", tmp_path / "w.json").code == 0
     assert (ran[2].method, ran[2].task_weights) == ("cotbal", {"colour": 1.5, "box": 0.5})
     outcome = cotbal("train", config, "--output", tmp_path / "s", "--method", "stl")
+    assert "note" not in outcome.err
     assert outcome.out == f"model: {tmp_path / 's/colour/model'}\nmodel: {tmp_path / 's/box/model'}\n"
     single = [("ew", "single", "colour"), ("ew", "single", "box")]
     assert [(spec.method, spec.mixture, spec.mixture_task) for spec in ran[3:]] == single
@@ -139,6 +144,11 @@ def test_a_used_folder(
         assert "another process is working on" in cotbal(*options, "--overwrite").err
     assert cotbal(*options, "--overwrite").code == 0
     assert ran == [("colour", []), ("box", [])]
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text("[]")
+    assert "run is the run directory of a `cotbal run`" in cotbal("train", options[1], "--output", tmp_path / "run").err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["plan.json"]
 
     (tmp_path / "mine" / "model").mkdir(parents=True)
     assert cotbal("train", options[1], "--output", tmp_path / "mine").code == 2

@@ -120,7 +120,7 @@ def memory_per_gpu(size: ModelSize, config: RunConfig) -> dict[str, float]:
         "gradients": size.trained * number / (gpus if stage >= 2 else 1),
         "optimizer states": size.trained * states / (gpus if stage >= 1 else 1),
         "activations": float(tokens * kept * number),
-        "loss": LOSS_WORKSPACE
+        "loss at most": LOSS_WORKSPACE
         + float(tokens * size.hidden * number)
         + (size.vocabulary * size.hidden * number if size.head_trained else 0),
     }

@@ -193,6 +193,12 @@ def test_ablations_have_weights_of_their_own(run: Callable[..., Path]) -> None:
         assert read(file)["applied"] == weights.weights.tolist()
         spec = TrainingSpec.model_validate_json((run_dir / "trainings" / name / "spec.json").read_text())
         assert spec.task_weights == dict(zip(BALANCED, weights.weights.tolist(), strict=True))
+    page = Page((run_dir / "report.html").read_text())
+    assert len(page.tables["variants"]) == 3
+    for label, name, temperature in (("hot", "hot", "5.0"), ("CoTBal precise D", "cotbal_precise", "0.5")):
+        each = zip(expected[name].weights, expected[name].difficulty, strict=True)
+        cells = [f"{weight:.3f}D {difficulty:.3f}" for weight, difficulty in each]
+        assert page.row("variants", label) == [label, temperature, "0.5", "cotbal", *cells]
     # Eq. 9 by hand.
     d = [1 - precise["mini"][task] / precise["full"][task] for task in BALANCED]
     assert read(run_dir / "weights" / "cotbal_precise.json")["difficulty"] == pytest.approx(d)

@@ -55,6 +55,13 @@ class TestPartialRuns:
         assert "weights.json: Expecting" in found.words
         assert "contributions" not in found.tables
 
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tasks": 3}'])
+    def test_damaged_weights_of_a_variant(self, run, text):
+        write(run / "weights/hot.json", text)
+        found = page(run)
+        assert "weights/hot.json: " in found.words
+        assert "variants" not in found.tables
+
     def test_half_written_log_and_predictions(self, run):
         log = run / "trainings/cotbal/log.jsonl"
         log.write_text(log.read_text() + '{"step": 11, "ste')

@@ -125,6 +125,11 @@ def report_context(run: RunDirectory) -> dict[str, Any]:
         "why_no_deltas": why_no_deltas,
         "radar": _radar(scores),
         "weights": weights,
+        "variants": [
+            row
+            for name in run.variants
+            if (row := _attempt(run, f"weights/{name}.json", functools.partial(_variant, run, name)))
+        ],
         "score_matrix": _attempt(run, "scores.json", lambda: _score_matrix(run)),
         "curves": loss_panels(run),
         "trajectories": weight_panels(run),
@@ -235,6 +240,17 @@ def _weights(run: RunDirectory) -> dict[str, Any] | None:
             if len(tasks) > 1
             else f"There is one balanced task, {tasks[0]}, so its weight is {applied[0]:.2f}."
         ),
+    }
+
+
+def _variant(run: RunDirectory, name: str) -> dict[str, Any]:
+    """A variant's temperature, alpha and strategy, and by task the weight it trained with and its difficulty."""
+    table = run.variants[name]
+    each = zip(table["tasks"], table["applied"], table["difficulty"], strict=True)
+    return {
+        "label": training_label(name),
+        **{key: table[key] for key in ("temperature", "alpha", "strategy")},
+        "cells": {task: {"weight": f"{weight:.3f}", "difficulty": f"{D:.3f}"} for task, weight, D in each},
     }
 
 

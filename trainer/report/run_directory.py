@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.pipeline.places import PLAN
+from trainer.pipeline.places import PLAN, weights_stage
 
 # One logged optimizer step, as the trainer writes it.
 Step = dict[str, Any]
@@ -41,6 +41,13 @@ class RunDirectory:
     @cached_property
     def weights(self) -> dict[str, Any] | None:
         return self._object("weights.json")
+
+    @cached_property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """Weights of CoTBal's variants among the comparisons, by name."""
+        names = sorted(file.stem for file in (self.path / "weights").glob("*.json"))
+        planned = [name for name in names if self._plan is None or weights_stage(name) in self._plan]
+        return {name: table for name in planned if (table := self._object(f"weights/{name}.json")) is not None}
 
     @cached_property
     def results(self) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -250,8 +252,8 @@ class RunConfig(Options):
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
     """Reads and validates a YAML configuration.
 
-    Relative data paths are taken from the configuration file's folder, ``output_dir`` from the current one.
-    ``${NAME}`` in a path is the environment variable of that name.
+    Relative paths of data and of the model are taken from the configuration file's folder; ``output_dir`` and those of
+    overrides from the current one. ``${NAME}`` in a path is the environment variable of that name.
 
     Args:
         path: the YAML file.
@@ -271,7 +273,11 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
     if not isinstance(data, dict):
         raise UserError(f"configuration {path} must be a mapping of options, got {type(data).__name__}")
     for dotted, value in (overrides or {}).items():
-        _set(data, dotted, value)
+        alone: dict[str, Any] = {}
+        _set(alone, dotted, value)
+        _expand_variables(alone, "--set")
+        _resolve_paths(alone, Path())
+        _set(data, dotted, reduce(getitem, dotted.split("."), alone))
     _expand_variables(data, str(path))
     _resolve_paths(data, path.parent)
     return parse_config(data, str(path))
@@ -304,7 +310,15 @@ def reference() -> str:
     ]
     groups.append(("comparisons[]", ComparisonConfig))
     groups += option_groups().items()
-    lines = ["# Configuration", "", "Made from `trainer/config.py` by `python -m trainer.config`."]
+    lines = [
+        "# Configuration",
+        "",
+        "Made from `trainer/config.py` by `python -m trainer.config`.",
+        "",
+        "Relative paths of tasks and of the model are taken from the folder of the configuration file; `output_dir`",
+        "and what `--set` gives, from the current one. A run says where it writes; started from another folder it",
+        "would be another run, unless `output_dir` is absolute. `${NAME}` in a path is an environment variable.",
+    ]
     for prefix, model in groups:
         lines += [
             "",

@@ -173,6 +173,26 @@ class TestFiles:
         assert config.output_dir == here / "runs/one"
         assert Path(config.model.path).resolve() == there / "llava"
 
+    def test_paths_on_the_command_line_are_the_shell_s(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Beside a folder of the same name that the file would mean; a hub name stays one."""
+        here, there = tmp_path / "here", tmp_path / "there"
+        for folder in (here, there):
+            (folder / "models" / "a").mkdir(parents=True)
+        data = {"output_dir": "o", "tasks": [task(train="t.jsonl")], "model": {"path": "models/a", "max_length": 99}}
+        (there / "c.yaml").write_text(yaml.safe_dump(data))
+        monkeypatch.chdir(here)
+        monkeypatch.setenv("NAMED", "models")
+        assert load_config(there / "c.yaml").model.path == str(there / "models/a")
+        for path in ("models/a", "${NAMED}/a", "../here/models/a"):
+            model = load_config(there / "c.yaml", {"model.path": path}).model
+            assert (Path(model.path).resolve(), model.max_length) == (here / "models/a", 99)
+        assert load_config(there / "c.yaml", {"model.path": "models/b"}).model.path == "models/b"
+        tasks = load_config(there / "c.yaml", {"tasks": [task(train="t.jsonl")]}).tasks
+        assert not isinstance(tasks, str)
+        assert (tasks[0].train, tasks[0].image_root) == (here / "t.jsonl", here)
+        with pytest.raises(UserError, match=r"--set: model\.path needs the environment variable NOT_SET"):
+            load_config(there / "c.yaml", {"model.path": "${NOT_SET}/a"})
+
     def test_a_hub_name_is_no_path(self, tmp_path: Path) -> None:
         (tmp_path / "c.yaml").write_text("output_dir: o\ntasks: built_in\nmodel: {path: llava-hf/llava-1.5-7b-hf}\n")
         assert load_config(tmp_path / "c.yaml").model.path == "llava-hf/llava-1.5-7b-hf"

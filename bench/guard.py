@@ -5,6 +5,7 @@ Counted, not timed, so any machine gives the same numbers:
 - matrix products of the portable backend, in units of F = 2 N V D flop over the N supervised rows;
 - host synchronisations of the Triton backend between its launches (0 is what CUDA graphs need);
 - peak bytes of tensors that either backend allocates beyond what it returns;
+- the same at the sizes of real models, for the Triton backend, and its matrix products there;
 - Triton launches of each step, and registers, spills and shared memory of every kernel, compiled for sm_90.
 
     python -m bench guard            # compare
@@ -13,6 +14,7 @@ Counted, not timed, so any machine gives the same numbers:
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import full_size
 from cotbal_kernels import backends, linear_task_cross_entropy, portable
 from cotbal_kernels.triton_kernels import ahead_of_time
 
@@ -165,6 +168,7 @@ class _Peak:
         self.bytes = 0
 
     def __enter__(self) -> None:
+        gc.collect()  # what earlier steps left in cycles would be released within the block
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
 
@@ -223,6 +227,18 @@ def count_launches() -> dict[str, dict[str, Any]]:
     return {"launches": launches, "synchronisations": synchronisations, "triton_bytes": allocated}
 
 
+def count_full_size() -> dict[str, dict[str, Any]]:
+    """Steps of the Triton backend at real sizes: peak bytes beside inputs and gradients, and products of F."""
+    extra: dict[str, int] = {}
+    products: dict[str, float] = {}
+    for name, step in full_size.STEPS.items():
+        peak = _Peak()
+        launches = full_size.run(step, lambda peak=peak: peak)  # type: ignore[misc]
+        extra[name] = peak.bytes - full_size.gradient_bytes(step)
+        products[name] = round(full_size.products(step, launches), 4)
+    return {"full_size_bytes": extra, "full_size_products": products}
+
+
 def count_resources(workers: int = 2) -> dict[str, dict[str, Any]]:
     """Registers per thread, spilled bytes and shared bytes of every kernel of a plain step, on sm_90."""
     number = len(ahead_of_time.training_launches(CAPABILITY, torch.bfloat16, ahead_of_time.PLAIN))
@@ -255,6 +271,7 @@ def count_work() -> dict[str, Any]:
         "products": count_products(),
         "workspace_bytes": count_workspace(),
         **count_launches(),
+        **count_full_size(),
         "triton": triton.__version__,
         f"sm_{CAPABILITY}": count_resources(),
     }
@@ -281,6 +298,7 @@ def compare(baseline: dict[str, Any], found: dict[str, Any]) -> tuple[list[str],
     problems: list[str] = []
     hints: list[str] = []
     sections = ["products", "workspace_bytes", "triton_bytes", "launches", "synchronisations"]
+    sections += ["full_size_bytes", "full_size_products"]
     if baseline["triton"] == found["triton"]:
         sections.append(f"sm_{CAPABILITY}")
     else:

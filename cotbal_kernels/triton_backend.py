@@ -29,7 +29,7 @@ from . import portable
 from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, saved_grad_dtypes
 from .triton_kernels.compact import compact_kernel
 from .triton_kernels.configs import blocks_for, programs_for
-from .triton_kernels.head import Head, RowResults, Scale, TileStatistics, num_blocks, on_device
+from .triton_kernels.head import Head, KeptStatistics, RowResults, Scale, num_blocks, on_device
 from .triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
 from .triton_kernels.row_losses import task_sums_kernel
 from .triton_kernels.scale import scale_kernel
@@ -62,7 +62,7 @@ class _Gradients(NamedTuple):
         counts: tuple[int, int],
         views: list[Tensor],
         again: Tensor,
-        parts: TileStatistics | None,
+        parts: KeptStatistics | None,
         stats_2M: Tensor,
         scale: Scale,
         accumulate: bool = False,
@@ -148,16 +148,17 @@ def linear_forward(
     head = Head(problem, spec, chunk_size)
     dtypes = saved_grad_dtypes(hidden_MD.dtype)
     rows = RowResults.zeros(targets_M)
-    gradients = _new_gradients(hidden_MD, weight_VD, need, dtypes[1])
+    gradients = _Gradients(None, None, None)
     with on_device(hidden_MD):
         if not any(need):
             head.forward((0, head.capacity), rows)
         else:
             scale = Scale.of(scale_K[tasks_M], spec.scale)
-            if gradients.weight_VD is None:
-                _windows_of_rows(head, gradients, rows, scale)
+            if need[1]:
+                grad_VD = hidden_MD.new_empty(weight_VD.shape, dtype=dtypes[1])
+                gradients = _slices_of_vocabulary(head, need, grad_VD, rows, scale)
             else:
-                _slices_of_vocabulary(head, gradients, rows, scale)
+                gradients = _windows_of_rows(head, need, rows, scale)
         task_loss_K, task_correct_K = _task_sums(rows, tasks_M, scale_K)
     empty = [hidden_MD.new_empty(0, dtype=dtype) for dtype in dtypes]
     returned = (full if full is not None else none for full, none in zip(gradients, empty, strict=True))
@@ -165,9 +166,12 @@ def linear_forward(
     return LinearOutput(loss, task_loss_K, task_correct_K, rows.stats_2M.sum(0), *returned)
 
 
-def _windows_of_rows(head: Head, gradients: _Gradients, rows: RowResults, scale: Scale) -> None:
+def _windows_of_rows(head: Head, need: Need, rows: RowResults, scale: Scale) -> _Gradients:
     """Frozen head: as many rows at a time as the workspace holds, with the whole vocabulary: 2F."""
-    count = max(1, min(head.capacity, head.elements // head.padded))
+    dtype = head.packed_ND.dtype
+    gradients = _new_gradients(head, need, dtype)
+    elements = head.elements(head.wide_bytes(need[0], dtype))
+    count = max(1, min(head.capacity, elements // head.window_elements))
     slices = Slices((0, head.vocab_size), head.padded, count)
     buffer = head.workspace(count, slices.stride)
     for start in range(0, head.capacity, count):
@@ -180,27 +184,35 @@ def _windows_of_rows(head: Head, gradients: _Gradients, rows: RowResults, scale:
             head.forward(window, rows)
             parts, counts = None, (0, here)
         gradients.add(head, start, slices, counts, views, views[0], parts, rows.stats_2M, scale)
+        del parts  # before the next window has its own
+    return gradients
 
 
-def _slices_of_vocabulary(head: Head, gradients: _Gradients, rows: RowResults, scale: Scale) -> None:
-    """Exponentials of as many rows as have a place are kept; dW takes a vocabulary slice over all rows at once."""
-    grad_VD = gradients.weight_VD
-    assert grad_VD is not None
-    itemsize = head.packed_ND.element_size()
-    storage = grad_VD.reshape(-1).view(head.packed_ND.dtype)
-    per_row = head.width * (grad_VD.element_size() // itemsize)  # elements of storage in one row of dW
-    slices = head.slices(head.capacity, per_row)
+def _slices_of_vocabulary(head: Head, need: Need, grad_VD: Tensor, rows: RowResults, scale: Scale) -> _Gradients:
+    """Exponentials of as many rows as have a place are kept; dW takes a vocabulary slice over all rows at once.
+
+    What is only needed in the second pass is allocated behind the first, whose statistics are gone by then.
+    """
+    dtype = head.packed_ND.dtype
+    storage = grad_VD.view(-1).view(dtype)
+    per_row = head.width * (grad_VD.element_size() // dtype.itemsize)  # elements of storage in one row of dW
+    first_pass = head.capacity * (head.statistics_bytes - head.kept_bytes)
+    second_pass = head.wide_bytes(need[0], dtype)
+    kept_rows = min(head.capacity, per_row)
+    slices = head.slices(max(first_pass, second_pass) + kept_rows * head.kept_bytes, per_row)
     kept = slices.kept_rows if head.keeps_exponentials else 0
+    if kept < head.capacity:
+        head.forward((kept, head.capacity - kept), rows)
     buffer = head.workspace(head.capacity, slices.stride)
     views = [
         storage[stop * per_row :][: kept * slices.stride].view(kept, slices.stride) for stop in slices.bounds[1:-1]
     ]
     views.append(buffer[:kept])
     parts = head.exponentials((0, kept), slices, views, rows) if kept else None
-    if kept < head.capacity:
-        head.forward((kept, head.capacity - kept), rows)
     counts = (kept, head.capacity - kept)
+    gradients = _new_gradients(head, need, dtype, grad_VD)
     gradients.add(head, 0, slices, counts, views, buffer[kept:], parts, rows.stats_2M, scale)
+    return gradients
 
 
 def linear_rows_forward(
@@ -229,15 +241,15 @@ def linear_rows_backward(
     grad_hidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1F to compute the logits again, 1F for each of dX and dW."""
-    hidden_MD, weight_VD, *_ = problem
+    hidden_MD = problem.hidden_MD
     dtype = hidden_MD.dtype
     if dtype == torch.float64:
         return portable.linear_rows_backward(
             problem, grad_M, stats_2M, grad_weight_out, need, spec, chunk_size, grad_hidden_dtype
         )
     head = Head(problem, spec, chunk_size)
-    gradients = _new_gradients(hidden_MD, weight_VD, need, dtype, grad_weight_out)
-    slices = head.slices(head.capacity, 0)
+    gradients = _new_gradients(head, need, dtype, grad_weight_out)
+    slices = head.slices(head.wide_bytes(need[0], grad_hidden_dtype), 0)
     again = head.workspace(head.capacity, slices.stride)
     views = [again[:0]] * (len(slices.bounds) - 1)
     counts = (0, head.capacity)
@@ -245,6 +257,7 @@ def linear_rows_backward(
     with on_device(hidden_MD):
         scale = Scale.of(grad_M, spec.scale, problem.rows_N)
         gradients.add(head, 0, slices, counts, views, again, None, stats_2M, scale, accumulate)
+    del again, views, head  # before dX has a copy in its final dtype
     grad_VD = None if accumulate else gradients.weight_VD
     exact = ((gradients.hidden_MD, grad_hidden_dtype), (grad_VD, dtype), (gradients.bias_V, dtype))
     grad_hidden, grad_weight, grad_bias = (
@@ -323,16 +336,13 @@ def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> None:
             )
 
 
-def _new_gradients(
-    hidden_MD: Tensor, weight_VD: Tensor, need: Need, weight_dtype: torch.dtype, into: Tensor | None = None
-) -> _Gradients:
-    wide = torch.float32
+def _new_gradients(head: Head, need: Need, weight_dtype: torch.dtype, into: Tensor | None = None) -> _Gradients:
+    weight_VD, wide = head.weight_VD, torch.float32
+    shape = (head.targets_M.shape[0], head.width)
     return _Gradients(
-        torch.zeros(hidden_MD.shape, dtype=wide, device=hidden_MD.device) if need[0] else None,
-        (torch.empty(weight_VD.shape, dtype=weight_dtype, device=weight_VD.device) if into is None else into)
-        if need[1]
-        else None,
-        torch.zeros(weight_VD.shape[0], dtype=wide, device=weight_VD.device) if need[2] else None,
+        weight_VD.new_zeros(shape, dtype=wide) if need[0] else None,
+        (weight_VD.new_empty(weight_VD.shape, dtype=weight_dtype) if into is None else into) if need[1] else None,
+        weight_VD.new_zeros(weight_VD.shape[0], dtype=wide) if need[2] else None,
     )
 
 

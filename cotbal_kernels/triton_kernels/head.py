@@ -22,9 +22,11 @@ from .row_losses import row_losses_kernel
 from .slices import Slices, plan_slices
 from .tiles import Tile
 
-# Everything beside inputs, outputs and the packed rows: three quarters for logits of one slice, one for
-# statistics of tiles.
-WORKSPACE_BYTES = 512 * 2**20
+# Everything beside inputs and outputs, packed rows and float32 sums included; logits get at least the second figure.
+# At most a quarter goes to the tile statistics of rows whose loss alone is wanted.
+WORKSPACE_BYTES, LEAST_LOGITS_BYTES = 512 * 2**20, 64 * 2**20
+# Of one position: losses, hits, statistics, targets, tasks, index, factors, and copies of them on the way out.
+POSITION_BYTES = 64
 
 
 class RowResults(NamedTuple):
@@ -57,6 +59,13 @@ class TileStatistics(NamedTuple):
 
         shift_TN = empty(tiles, rows) if smoothing else None
         return cls(empty(tiles, rows), empty(tiles, rows), shift_TN, empty(rows), empty(rows, dtype=torch.int32))
+
+
+class KeptStatistics(NamedTuple):
+    """What of them turns exponentials into gradients."""
+
+    max_TN: Tensor
+    target_logit_N: Tensor
 
 
 class Scale(NamedTuple):
@@ -101,20 +110,38 @@ class Head:
         with on_device(hidden_MD):
             self.packed_ND = self._pack(hidden_MD)
         self.block = self.tiles.project.cols // self.tiles.project.parts  # columns with statistics of their own
-        whole, per_logit = -(-self.vocab_size // self.block), 12 if self.smoothing else 8
-        # Rows whose tile statistics fit a quarter of the workspace.
-        self.statistics_rows = max(1, WORKSPACE_BYTES // 4 // (per_logit * whole))
+        # Bytes of tile statistics of a row, and of those among them that wait beside its exponentials.
+        whole = -(-self.vocab_size // self.block)
+        self.statistics_bytes, self.kept_bytes = (12 if self.smoothing else 8) * whole, 4 * whole
+        self.statistics_rows = max(1, WORKSPACE_BYTES // 4 // self.statistics_bytes)
         cols = self.tiles.project.cols
         self.padded = -(-self.vocab_size // cols) * cols  # a row of logits in whole tiles
-        self.elements = chunk_size * self.padded or WORKSPACE_BYTES * 3 // 4 // hidden_MD.element_size()
+        self.chunk_size = chunk_size
 
     @property
     def keeps_exponentials(self) -> bool:
         """With both a soft cap and smoothing the gradient is not a multiple of the exponential plus a constant."""
         return not (self.spec.softcap and self.smoothing)
 
-    def slices(self, rows: int, storage_rows: int) -> Slices:
-        return plan_slices(rows, self.vocab_size, self.tiles.project.cols, self.elements, storage_rows)
+    def elements(self, other_bytes: int) -> int:
+        """Elements of workspace for logits, beside ``other_bytes`` that live at the same time."""
+        itemsize = self.packed_ND.element_size()
+        small = POSITION_BYTES * self.targets_M.shape[0] + 4 * self.vocab_size  # the gradient of a bias
+        fixed = self.packed_ND.numel() * itemsize + small + other_bytes
+        return self.chunk_size * self.padded or max(LEAST_LOGITS_BYTES, WORKSPACE_BYTES - fixed) // itemsize
+
+    def wide_bytes(self, wanted: bool, dtype: torch.dtype) -> int:
+        """What dX takes in float32 beyond its size in ``dtype``, in which it is returned."""
+        return self.targets_M.shape[0] * self.width * (4 - dtype.itemsize) if wanted else 0
+
+    @property
+    def window_elements(self) -> int:
+        """What one row of a window takes: its logits in whole tiles, and its statistics, which no chunk size counts."""
+        return self.padded + (0 if self.chunk_size else self.statistics_bytes // self.packed_ND.element_size())
+
+    def slices(self, other_bytes: int, storage_rows: int) -> Slices:
+        elements, cols = self.elements(other_bytes), self.tiles.project.cols
+        return plan_slices(self.capacity, self.vocab_size, cols, elements, storage_rows)
 
     def workspace(self, rows: int, stride: int) -> Tensor:
         return self.packed_ND.new_empty((rows, stride))
@@ -236,14 +263,14 @@ class Head:
 
     def exponentials(
         self, window: tuple[int, int], slices: Slices, views: list[Tensor], rows: RowResults
-    ) -> TileStatistics:
+    ) -> KeptStatistics:
         """Losses of the rows in ``window``, and their exponentials into one view per slice: 1F."""
         parts = TileStatistics.empty(slices.num_tiles(self.block), window[1], self.smoothing, self.packed_ND.device)
         for bounds, view in zip(slices.ranges(), views, strict=True):
             first = slices.first_tile(bounds[0], self.block)
             self.project(window, bounds, WRITE_EXP.value, parts=parts, first_tile=first, out=view)
         self.row_losses(window, parts, slices, rows)
-        return parts
+        return KeptStatistics(parts.max_TN, parts.target_logit_N)
 
     def dlogits(
         self,
@@ -251,7 +278,7 @@ class Head:
         bounds: tuple[int, int],
         first_tile: int,
         view: Tensor,
-        parts: TileStatistics,
+        parts: KeptStatistics,
         stats_2M: Tensor,
         scale: Scale,
     ) -> None:

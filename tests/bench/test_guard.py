@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from bench import guard
 from cotbal_kernels import portable
+from cotbal_kernels.triton_kernels import head
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,13 @@ def test_workspace_is_bounded_by_the_chunk(work: dict[str, Any]) -> None:
     gradients = 4 * (guard.V + guard.M) * guard.D
     assert work["workspace_bytes"]["train"] < work["workspace_bytes"]["loss"] + 2 * gradients
     assert work["workspace_bytes"]["train"] < 4 * guard.M * guard.V  # less than the logits alone
+
+
+def test_triton_stays_within_its_bound_at_real_sizes(work: dict[str, Any]) -> None:
+    """Beside inputs and gradients, everything together: 512 MiB, at N Vp b = 2.1 GB of logits and more."""
+    for name, taken in work["full_size_bytes"].items():
+        assert taken <= head.WORKSPACE_BYTES == 512 * 2**20, name
+    assert work["full_size_bytes"]["loss"] < 192 * 2**20  # packed rows, and a quarter for statistics
 
 
 def test_peak_is_of_what_lives_at_the_same_time() -> None:

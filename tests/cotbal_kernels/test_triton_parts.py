@@ -92,19 +92,25 @@ class Memory:
     """A head that computes nothing: every launch is checked against what the memory holds, byte by byte."""
 
     def __init__(self, rows: int, vocab_size: int, width: int, elements: int, block: int, dtype: torch.dtype) -> None:
-        self.capacity, self.vocab_size, self.width, self.elements = rows, vocab_size, width, elements
+        self.capacity, self.vocab_size, self.width, self.limit = rows, vocab_size, width, elements
         self.cols, self.block, self.keeps_exponentials = 2 * block, block, True
         self.packed_ND = torch.empty(max(1, rows), width, dtype=dtype)
+        self.weight_VD, self.targets_M = torch.empty(vocab_size, width, dtype=dtype), torch.zeros(rows)
+        self.statistics_bytes, self.kept_bytes = 8, 4
+        self.out_VD = torch.empty(vocab_size, width, dtype=saved_grad_dtypes(dtype)[1])
         self.holder: dict[int, Any] = {}  # 2-byte cell -> what was last written there
         self.kept = 0
         self.taken: list[str] = []
 
-    def slices(self, rows: int, storage_rows: int) -> Slices:
-        self.plan = plan_slices(rows, self.vocab_size, self.cols, self.elements, storage_rows)
+    def wide_bytes(self, wanted: bool, dtype: torch.dtype) -> int:
+        return 4 * wanted
+
+    def slices(self, other_bytes: int, storage_rows: int) -> Slices:
+        self.plan = plan_slices(self.capacity, self.vocab_size, self.cols, self.limit, storage_rows)
         return self.plan
 
     def workspace(self, rows: int, stride: int) -> torch.Tensor:
-        assert rows * stride <= max(self.elements, rows * self.cols), "more workspace than allowed"
+        assert rows * stride <= max(self.limit, rows * self.cols), "more workspace than allowed"
         self.memory = self.packed_ND.new_empty((rows, stride))
         return self.memory
 
@@ -135,7 +141,7 @@ class Memory:
         return TileStatistics.empty(1, 1, False, torch.device("cpu"))
 
     def forward(self, window: tuple[int, int], rows: Any) -> None:
-        assert window == (self.kept, self.capacity - self.kept)
+        assert window == (self.plan.kept_rows, self.capacity - self.plan.kept_rows)
 
     def dlogits(self, window, bounds, first_tile, view, *_: Any) -> None:
         cells = self.cells(view, window[1], self.padded(bounds))
@@ -179,11 +185,10 @@ class Memory:
 def test_no_exponential_is_overwritten_before_it_is_used(rows, vocab_size, width, elements, block, dtype) -> None:
     """The schedule of the backend itself, on real addresses, with launches that only look at the memory."""
     head = Memory(rows, vocab_size, width, elements, block, dtype)
-    head.out_VD = torch.empty(vocab_size, width, dtype=saved_grad_dtypes(dtype)[1])
-    gradients = triton_backend._Gradients(torch.empty(rows, width), head.out_VD, torch.empty(vocab_size))
+    need = (True, True, True)
     results = triton_backend.RowResults.zeros(torch.zeros(rows, dtype=torch.int64))
     scale = triton_backend.Scale.of(torch.ones(rows))
-    triton_backend._slices_of_vocabulary(head, gradients, results, scale)  # type: ignore[arg-type]
+    triton_backend._slices_of_vocabulary(head, need, head.out_VD, results, scale)  # type: ignore[arg-type]
     slices = head.plan
     assert [*slices.bounds] == sorted(set(slices.bounds))
     assert slices.bounds[0] == 0

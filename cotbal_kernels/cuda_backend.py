@@ -5,9 +5,9 @@ For each chunk of C packed rows: gather C rows of the hidden states; logits = on
 float32 row); two more products give dX and dW. Nothing is read back to the host: the number of chunks comes from the
 capacity ``rows_N.shape[0]``, and rows behind the last computed one have zero hidden states and zero gradients.
 
-Workspace: ``WORKSPACE_BYTES`` for logits, hidden rows and dX of a chunk, whatever M and V are (one row at least). With
-several chunks a 16-bit dW is summed in float32, which is 4 V D bytes more until it is rounded once; with one chunk, or
-into a float32 ``grad_weight_out``, there is no such buffer.
+Workspace: ``WORKSPACE_BYTES`` for the logits of a chunk, whatever M and V are (one row at least), and beside them its
+hidden rows and its dX, 8 C D bytes in 16 bits. With several chunks a 16-bit dW is summed in float32, which is 4 V D
+bytes more until it is rounded once; with one chunk, or into a float32 ``grad_weight_out``, there is no such buffer.
 
 Numerics: products accumulate in float32; loss, softmax and p - 1 in float32; the gradient of the logits is rounded
 once to the dtype of the inputs before the two products, as in every 16-bit training. float16 cannot hold gradients
@@ -30,7 +30,7 @@ from .cuda_products import LibraryProducts, Products
 from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, saved_grad_dtypes
 from .rows import at_rows
 
-# Bound on what a chunk takes: float32 logits, hidden rows and their gradient.
+# Bound on the float32 logits of a chunk.
 WORKSPACE_BYTES = 512 * 2**20
 # Rows of a default chunk and floats of a row of logits: whole tiles of a product, and 16-byte boundaries.
 ROW_MULTIPLE, COLUMN_MULTIPLE = 128, 32
@@ -208,11 +208,10 @@ class CudaBackend:
 
     def _chunks(self, hidden_MD: Tensor, weight_VD: Tensor, rows_N: Tensor, chunk_size: int) -> Iterator[Chunk]:
         """Yield the logits of at most C rows at a time, all in the same workspace."""
-        capacity, (vocab_size, width) = rows_N.shape[0], weight_VD.shape
+        capacity, vocab_size = rows_N.shape[0], weight_VD.shape[0]
         # Rows start at 16-byte boundaries whatever V is.
         stride = -(-vocab_size // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-        row_bytes = 4 * stride + (hidden_MD.element_size() + 4) * width
-        size = min(chunk_size or default_chunk(capacity, row_bytes), capacity)
+        size = min(chunk_size or default_chunk(capacity, 4 * stride), capacity)
         workspace = torch.empty((size, stride), dtype=torch.float32, device=hidden_MD.device)
         last = hidden_MD.shape[0] - 1
         for start in range(0, capacity, max(size, 1)):
@@ -227,13 +226,18 @@ class CudaBackend:
 
 
 def default_chunk(capacity: int, row_bytes: int) -> int:
-    """Rows per chunk within the workspace: all of them if they fit, else equal chunks of whole tiles."""
+    """Rows per chunk within the workspace: all of them if they fit, else equal chunks of whole tiles.
+
+    Another chunk reads the weight and the float32 sum of dW once more, so they are as few as whole tiles allow.
+    """
     limit = max(1, WORKSPACE_BYTES // row_bytes)
     if capacity <= limit:
         return max(1, capacity)
-    equal = -(-capacity // -(-capacity // limit))
-    tiles = -(-equal // ROW_MULTIPLE) * ROW_MULTIPLE
-    return tiles if tiles <= limit else limit // ROW_MULTIPLE * ROW_MULTIPLE or limit
+    if limit < ROW_MULTIPLE:
+        return limit
+    rows = limit // ROW_MULTIPLE * ROW_MULTIPLE
+    equal = -(-capacity // -(-capacity // rows))
+    return -(-equal // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _new_results(targets_M: Tensor) -> tuple[RowResults, Tensor]:

@@ -375,13 +375,20 @@ def test_the_workspace_is_bounded(cuda_on_cpu: CudaBackend, monkeypatch: pytest.
     assert error(linear_loss(*p.tensors).loss, expected.loss) <= FP32
 
 
-def test_default_chunks_are_equal_and_whole_tiles() -> None:
-    """At V = 128256, D = 4096 in bf16 a row takes 524 KiB of the 512 MiB."""
-    row_bytes = 4 * 128256 + 6 * 4096
+def test_default_chunks_are_as_few_as_whole_tiles_allow() -> None:
+    """At V = 128256 a row of logits takes 501 KiB of the 512 MiB."""
+    row_bytes = 4 * 128256
     limit = cuda_backend.WORKSPACE_BYTES // row_bytes
-    assert limit == 998
-    for capacity, size in ((1, 1), (700, 700), (998, 998), (999, 512), (1700, 896), (8192, 896), (20000, 896)):
+    assert limit == 1046
+    for capacity, size in ((1, 1), (700, 700), (1046, 1046), (1047, 640), (1700, 896), (1966, 1024), (20000, 1024)):
         assert cuda_backend.default_chunk(capacity, row_bytes) == size
+    for capacity in (8192, 16384):
+        assert capacity % cuda_backend.default_chunk(capacity, row_bytes) == 0  # all of 1024
+    for capacity in range(1047, 30_000, 131):
+        sizes = range(128, limit, 128)
+        fewest = min(math.ceil(capacity / size) for size in sizes)
+        smallest = min(size for size in sizes if math.ceil(capacity / size) == fewest)
+        assert cuda_backend.default_chunk(capacity, row_bytes) == smallest
     assert cuda_backend.default_chunk(7, 2**28) == 2  # two rows of a quarter of a gigabyte
     assert cuda_backend.default_chunk(7, 2**30) == 1  # a row that does not fit is computed nevertheless
 

@@ -170,8 +170,7 @@ def _windows_of_rows(head: Head, need: Need, rows: RowResults, scale: Scale) -> 
     """Frozen head: as many rows at a time as the workspace holds, with the whole vocabulary: 2F."""
     dtype = head.packed_ND.dtype
     gradients = _new_gradients(head, need, dtype)
-    elements = head.elements(head.wide_bytes(need[0], dtype))
-    count = max(1, min(head.capacity, elements // head.window_elements))
+    count = head.window_rows(head.wide_bytes(need[0], dtype))
     slices = Slices((0, head.vocab_size), head.padded, count)
     buffer = head.workspace(count, slices.stride)
     for start in range(0, head.capacity, count):

@@ -19,7 +19,7 @@ from .grad_hidden import grad_hidden_kernel
 from .grad_weight import grad_bias_kernel, grad_weight_kernel
 from .project import WRITE_EXP, WRITE_GRADIENT, WRITE_NONE, project_kernel
 from .row_losses import row_losses_kernel
-from .slices import Slices, plan_slices
+from .slices import Slices, plan_slices, window_rows
 from .tiles import Tile
 
 # Everything beside inputs and outputs, packed rows and float32 sums included; logits get at least the second figure.
@@ -134,10 +134,11 @@ class Head:
         """What dX takes in float32 beyond its size in ``dtype``, in which it is returned."""
         return self.targets_M.shape[0] * self.width * (4 - dtype.itemsize) if wanted else 0
 
-    @property
-    def window_elements(self) -> int:
-        """What one row of a window takes: its logits in whole tiles, and its statistics, which no chunk size counts."""
-        return self.padded + (0 if self.chunk_size else self.statistics_bytes // self.packed_ND.element_size())
+    def window_rows(self, other_bytes: int) -> int:
+        """Rows whose logits fit the workspace, with the statistics that a ``chunk_size`` does not count."""
+        statistics = 0 if self.chunk_size else self.statistics_bytes // self.packed_ND.element_size()
+        limit = self.elements(other_bytes) // (self.padded + statistics)
+        return window_rows(self.capacity, limit, self.width, self.tiles.grad_hidden, self.programs)
 
     def slices(self, other_bytes: int, storage_rows: int) -> Slices:
         elements, cols = self.elements(other_bytes), self.tiles.project.cols

@@ -1,8 +1,10 @@
-"""How the vocabulary is cut so that a slice of logits fits the workspace."""
+"""How the vocabulary, or the rows under a frozen head, are cut so that a part of the logits fits the workspace."""
 
 # Shapes: V vocabulary.
 
 from typing import NamedTuple
+
+from .tiles import Tile
 
 
 class Slices(NamedTuple):
@@ -36,3 +38,22 @@ def plan_slices(rows: int, vocab_size: int, block: int, elements: int, storage_r
     count = -(-vocab_size // width)
     bounds = (0, *(vocab_size - left * width for left in reversed(range(count))))
     return Slices(bounds, width, min(rows, storage_rows))
+
+
+def window_rows(capacity: int, limit: int, width: int, tile: Tile, programs: int) -> int:
+    """Rows of a window, at most ``limit``: whole tiles, as few rounds of the programs in dX as any such number has.
+
+    ``tile`` is that of dX. Its tiles run along the whole vocabulary, 31 times as long as those of the logits at
+    V = 128256, D = 4096, and a window has few of them: a round that is half empty is what a window costs.
+    """
+    if limit < tile.rows:
+        return max(1, min(capacity, limit))
+
+    def rounds(rows: int) -> int:
+        return -(-(-(-rows // tile.rows) * -(-width // tile.cols)) // programs)
+
+    def all_rounds(rows: int) -> int:
+        return capacity // rows * rounds(rows) + rounds(capacity % rows)
+
+    choices = range(tile.rows, limit + 1, tile.rows)
+    return max(1, min(capacity, min(choices, key=lambda rows: (all_rounds(rows), -rows))))

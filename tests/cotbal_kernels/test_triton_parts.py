@@ -1,5 +1,6 @@
 """Parts of the Triton backend: packing of the targets, sums per task, and the memory plan of the kept exponentials."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from triton_on_cpu import INTERPRETED
 
 from cotbal_kernels import triton_backend
 from cotbal_kernels.interface import saved_grad_dtypes
+from cotbal_kernels.triton_kernels import configs
 from cotbal_kernels.triton_kernels.dlogits import dlogits_kernel
 from cotbal_kernels.triton_kernels.head import TileStatistics
 from cotbal_kernels.triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
 from cotbal_kernels.triton_kernels.project import project_kernel
 from cotbal_kernels.triton_kernels.row_losses import row_losses_kernel
-from cotbal_kernels.triton_kernels.slices import Slices, plan_slices
+from cotbal_kernels.triton_kernels.slices import Slices, plan_slices, window_rows
 
 
 @settings(max_examples=15, deadline=None)
@@ -86,6 +88,39 @@ def test_any_number_of_positions_is_served_by_one_compiled_kernel() -> None:
     for kernel in (project_kernel, row_losses_kernel, dlogits_kernel, logits_forward_kernel, logits_backward_kernel):
         any_alignment = {parameter.name for parameter in kernel.params if parameter.do_not_specialize_on_alignment}
         assert any_alignment == {"max_ptr", "log_sum_ptr"}
+
+
+@pytest.mark.parametrize(
+    ("capacity", "limit", "width", "fewest"),
+    [
+        (8192, 1569, 4096, 8),
+        (1966, 1569, 4096, 2),
+        (8192, 1323, 3584, 8),
+        (16_384, 900, 4096, 19),
+        (700, 1569, 4096, 1),
+    ],
+)
+def test_windows_leave_few_programs_idle_in_the_gradient_of_the_hidden_states(capacity, limit, width, fewest) -> None:
+    """On 132 multiprocessors: no number of rows within the limit, whole tiles or not, takes fewer rounds."""
+    tile, programs = configs.LARGE.grad_hidden, 132
+
+    def rounds(window: int) -> int:
+        tiles = [
+            math.ceil(min(window, capacity - start) / tile.rows) * math.ceil(width / tile.cols)
+            for start in range(0, capacity, window)
+        ]
+        return sum(math.ceil(count / programs) for count in tiles)
+
+    chosen = window_rows(capacity, limit, width, tile, programs)
+    assert chosen <= limit
+    assert chosen == capacity or chosen % tile.rows == 0
+    assert rounds(chosen) == fewest == min(map(rounds, range(1, limit + 1)))
+    assert not any(rounds(more) == fewest for more in range(chosen + tile.rows, min(capacity, limit), tile.rows))
+
+
+@pytest.mark.parametrize(("capacity", "limit", "rows"), [(0, 500, 1), (50, 5, 5), (3, 5, 3), (50, 17, 16), (50, 0, 1)])
+def test_windows_of_few_rows(capacity: int, limit: int, rows: int) -> None:
+    assert window_rows(capacity, limit, 24, configs.INTERPRETED.grad_hidden, 3) == rows
 
 
 class Memory:

@@ -130,7 +130,7 @@ def test_tensor_descriptors(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype,
 def test_frozen_head_goes_by_windows_of_rows(with_bias: bool, options: dict) -> None:
     p = make_problem(SHAPE, D=D, V=V, sharpness=2.0)
     p.weight.requires_grad_(False)
-    compare(p, FP32, with_bias, chunk_size=17, **options)  # windows of 17, 17 and 16 positions
+    compare(p, FP32, with_bias, chunk_size=17, **options)  # windows of 16, 16, 16 and 2 positions
 
 
 def test_frozen_trunk() -> None:

@@ -44,6 +44,7 @@ class Step:
 LLAMA, QWEN = (128_256, 4096), (151_936, 3584)
 STEPS = {
     "train": Step(8192, *LLAMA),
+    "train, 4513 rows of workspace": Step(8192, *LLAMA, options={"chunk_size": 4513}),
     "train, smoothing": Step(8192, *LLAMA, options={"label_smoothing": 0.1}),
     "train, twice as many": Step(16_384, *LLAMA),
     "train, few": Step(2048, *LLAMA),

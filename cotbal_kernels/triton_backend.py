@@ -8,7 +8,8 @@ Where the exponentials wait: in the workspace if all of them fit it. If not, in 
 of the exponentials lies where slice s + 1 of dW will be, so that writing a slice of dW only overwrites
 exponentials that were used up by the slice before; the last slice waits in the workspace. So up to D rows (2D
 for float16, whose dW waits in float32) cost 3F whatever the vocabulary, and no buffer as large as V x D or N x V
-exists beside dW. The logits of rows beyond that are computed again slice by slice: up to 4F.
+exists beside dW. Of the rows beyond, the workspace holds as many as it has room for; the logits of the others are
+computed again slice by slice: up to 4F.
 
 Recomputation (losses per row, differentiable task losses, ``recompute``): only the two statistics of every row
 are kept; the second pass computes all logits again. 4F, or 3F with a frozen head.
@@ -59,34 +60,36 @@ class _Gradients(NamedTuple):
         head: Head,
         start: int,
         slices: Slices,
-        counts: tuple[int, int],
-        views: list[Tensor],
-        again: Tensor,
-        parts: KeptStatistics | None,
+        places: list[tuple[Tensor, Tensor]],
+        statistics: tuple[KeptStatistics | None, KeptStatistics | None],
         stats_2M: Tensor,
         scale: Scale,
         accumulate: bool = False,
     ) -> None:
-        """Second pass over the rows from ``start``: ``counts`` of them kept, and computed again, slice by slice.
+        """Second pass over the rows from ``start``, slice by slice.
 
-        ``views`` holds the exponentials of the kept rows, ``again`` takes the logits of the others.
+        ``places`` holds of every slice the exponentials of the stored rows, and those of the held rows with room for
+        the rows behind them, which are computed again; ``statistics`` is that of stored and held rows.
         """
-        kept, rest = (start, counts[0]), (start + counts[0], counts[1])
-        for bounds, view in zip(slices.ranges(), views, strict=True):
-            if counts[0]:
-                assert parts is not None
-                first = slices.first_tile(bounds[0], head.block)
-                head.dlogits(kept, bounds, first, view, parts, stats_2M, scale)
-            if counts[1]:
-                head.recompute(rest, bounds, again, stats_2M, scale)
-            sources = [(window, part) for window, part in ((kept, view), (rest, again)) if window[1]]
-            for window, dlogits in sources:
-                if self.hidden_MD is not None:
-                    head.grad_hidden(window, bounds, dlogits, scale, self.hidden_MD)
-                if self.bias_V is not None:
-                    head.grad_bias(window, bounds, dlogits, scale, self.bias_V)
+        held = slices.held_rows
+        for bounds, dlogits in zip(slices.ranges(), places, strict=True):
+            counts = dlogits[0].shape[0], dlogits[1].shape[0]
+            windows = (start, counts[0]), (start + counts[0], counts[1])
+            first = slices.first_tile(bounds[0], head.block)
+            kept = (windows[0], dlogits[0]), ((windows[1][0], held), dlogits[1][:held])
+            for (window, part), known in zip(kept, statistics, strict=True):
+                if known is not None:
+                    head.dlogits(window, bounds, first, part, known, stats_2M, scale)
+            if held < counts[1]:
+                again = (windows[1][0] + held, counts[1] - held)
+                head.recompute(again, bounds, dlogits[1][held:], stats_2M, scale)
+            for window, part in zip(windows, dlogits, strict=True):
+                if window[1] and self.hidden_MD is not None:
+                    head.grad_hidden(window, bounds, part, scale, self.hidden_MD)
+                if window[1] and self.bias_V is not None:
+                    head.grad_bias(window, bounds, part, scale, self.bias_V)
             if self.weight_VD is not None:  # last: it may overwrite exponentials that this slice no longer needs
-                head.grad_weight(counts, bounds, (view, again), scale, self.weight_VD, accumulate)
+                head.grad_weight(counts, bounds, dlogits, scale, self.weight_VD, accumulate)
 
 
 def prepare_targets(
@@ -171,19 +174,18 @@ def _windows_of_rows(head: Head, need: Need, rows: RowResults, scale: Scale) -> 
     dtype = head.packed_ND.dtype
     gradients = _new_gradients(head, need, dtype)
     count = head.window_rows(head.wide_bytes(need[0], dtype))
-    slices = Slices((0, head.vocab_size), head.padded, count)
-    buffer = head.workspace(count, slices.stride)
+    buffer = head.workspace(count, head.padded)
     for start in range(0, head.capacity, count):
         here = min(count, head.capacity - start)
-        window, views = (start, here), [buffer[:here]]
+        window, part = (start, here), buffer[:here]
+        slices = Slices((0, head.vocab_size), head.padded, 0, here if head.keeps_exponentials else 0)
         if head.keeps_exponentials:
-            parts = head.exponentials(window, slices, views, rows)
-            counts = (here, 0)
+            statistics = head.exponentials(window, slices, [part], rows)
         else:
             head.forward(window, rows)
-            parts, counts = None, (0, here)
-        gradients.add(head, start, slices, counts, views, views[0], parts, rows.stats_2M, scale)
-        del parts  # before the next window has its own
+            statistics = None
+        gradients.add(head, start, slices, [(part[:0], part)], (None, statistics), rows.stats_2M, scale)
+        del statistics  # before the next window has its own
     return gradients
 
 
@@ -197,20 +199,20 @@ def _slices_of_vocabulary(head: Head, need: Need, grad_VD: Tensor, rows: RowResu
     per_row = head.width * (grad_VD.element_size() // dtype.itemsize)  # elements of storage in one row of dW
     first_pass = head.capacity * (head.statistics_bytes - head.kept_bytes)
     second_pass = head.wide_bytes(need[0], dtype)
-    kept_rows = min(head.capacity, per_row)
-    slices = head.slices(max(first_pass, second_pass) + kept_rows * head.kept_bytes, per_row)
-    kept = slices.kept_rows if head.keeps_exponentials else 0
+    slices = head.slices(max(first_pass, second_pass), per_row if head.keeps_exponentials else None)
+    stored, held, stride = slices.stored_rows, slices.held_rows, slices.stride
+    kept, others = stored + held, head.capacity - stored
     if kept < head.capacity:
         head.forward((kept, head.capacity - kept), rows)
-    buffer = head.workspace(head.capacity, slices.stride)
-    views = [
-        storage[stop * per_row :][: kept * slices.stride].view(kept, slices.stride) for stop in slices.bounds[1:-1]
-    ]
-    views.append(buffer[:kept])
-    parts = head.exponentials((0, kept), slices, views, rows) if kept else None
-    counts = (kept, head.capacity - kept)
+    buffer = head.workspace(slices.held_starts[0] + others + stored, stride)
+    views = [storage[stop * per_row :][: stored * stride].view(stored, stride) for stop in slices.bounds[1:-1]]
+    views.append(buffer[slices.held_starts[0] + others :])
+    rest = [buffer[first : first + others] for first in slices.held_starts]
+    known_stored = head.exponentials((0, stored), slices, views, rows) if stored else None
+    known_held = head.exponentials((stored, held), slices, [part[:held] for part in rest], rows) if held else None
     gradients = _new_gradients(head, need, dtype, grad_VD)
-    gradients.add(head, 0, slices, counts, views, buffer[kept:], parts, rows.stats_2M, scale)
+    places = list(zip(views, rest, strict=True))
+    gradients.add(head, 0, slices, places, (known_stored, known_held), rows.stats_2M, scale)
     return gradients
 
 
@@ -248,15 +250,14 @@ def linear_rows_backward(
         )
     head = Head(problem, spec, chunk_size)
     gradients = _new_gradients(head, need, dtype, grad_weight_out)
-    slices = head.slices(head.wide_bytes(need[0], grad_hidden_dtype), 0)
+    slices = head.slices(head.wide_bytes(need[0], grad_hidden_dtype), None)
     again = head.workspace(head.capacity, slices.stride)
-    views = [again[:0]] * (len(slices.bounds) - 1)
-    counts = (0, head.capacity)
+    places = [(again[:0], again)] * len(slices.ranges())
     accumulate = grad_weight_out is not None
     with on_device(hidden_MD):
         scale = Scale.of(grad_M, spec.scale, problem.rows_N)
-        gradients.add(head, 0, slices, counts, views, again, None, stats_2M, scale, accumulate)
-    del again, views, head  # before dX has a copy in its final dtype
+        gradients.add(head, 0, slices, places, (None, None), stats_2M, scale, accumulate)
+    del again, places, head  # before dX has a copy in its final dtype
     grad_VD = None if accumulate else gradients.weight_VD
     exact = ((gradients.hidden_MD, grad_hidden_dtype), (grad_VD, dtype), (gradients.bias_V, dtype))
     grad_hidden, grad_weight, grad_bias = (

@@ -2,6 +2,7 @@
 
 # Shapes: M positions, N packed rows (the capacity), D hidden width, V vocabulary, T vocabulary tiles.
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -140,9 +141,12 @@ class Head:
         limit = self.elements(other_bytes) // (self.padded + statistics)
         return window_rows(self.capacity, limit, self.width, self.tiles.grad_hidden, self.programs)
 
-    def slices(self, other_bytes: int, storage_rows: int) -> Slices:
-        elements, cols = self.elements(other_bytes), self.tiles.project.cols
-        return plan_slices(self.capacity, self.vocab_size, cols, elements, storage_rows)
+    def slices(self, other_bytes: int, storage_rows: int | None) -> Slices:
+        """``storage_rows`` is None where no exponentials are kept."""
+        project, elements = self.tiles.project, self.elements(other_bytes)
+        statistics = 0 if self.chunk_size else self.kept_bytes // self.packed_ND.element_size()
+        align = math.lcm(project.rows, self.tiles.grad_weight.depth)
+        return plan_slices(self.capacity, self.vocab_size, project.cols, elements, storage_rows, statistics, align)
 
     def workspace(self, rows: int, stride: int) -> Tensor:
         return self.packed_ND.new_empty((rows, stride))
@@ -252,7 +256,7 @@ class Head:
 
     def forward(self, window: tuple[int, int], rows: RowResults) -> None:
         """Losses of the rows in ``window`` and nothing else: 1F."""
-        whole = Slices((0, self.vocab_size), 0, 0)
+        whole = Slices((0, self.vocab_size), 0, 0, 0)
         tiles = whole.num_tiles(self.block)
         count = min(window[1], self.statistics_rows)
         parts = TileStatistics.empty(tiles, count, self.smoothing, self.packed_ND.device)

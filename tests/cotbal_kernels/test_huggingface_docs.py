@@ -116,14 +116,14 @@ def test_the_arithmetic() -> None:
     positions, vocabulary, width = 8192, 128256, 4096
     logits = positions * vocabulary
     workspace = triton_head.WORKSPACE_BYTES / 1e9
-    waiting, weight = positions * width * 4 / 1e9, vocabulary * width * 2 / 1e9
+    hidden, weight = positions * width * 2 / 1e9, vocabulary * width * 2 / 1e9
     assert logits * 2 / 1e9 == pytest.approx(2.10, abs=5e-3)
     assert logits * 4 / 1e9 == pytest.approx(4.20, abs=5e-3)
     assert logits * 10 / 1e9 == pytest.approx(10.51, abs=5e-3)
-    assert (workspace, waiting, weight) == pytest.approx((0.54, 0.13, 1.05), abs=5e-3)
-    assert workspace + waiting + weight == pytest.approx(1.72, abs=5e-3)
-    assert workspace + waiting == pytest.approx(0.67, abs=5e-3)
-    for number in ("2.10", "4.20", "10.51", "0.54", "0.13", "1.05", "1.72", "0.67"):
+    assert (workspace, hidden, weight) == pytest.approx((0.54, 0.07, 1.05), abs=5e-3)
+    assert workspace + hidden + weight == pytest.approx(1.65, abs=5e-3)
+    assert workspace + hidden == pytest.approx(0.60, abs=5e-3)
+    for number in ("2.10", "4.20", "10.51", "0.54", "0.07", "1.05", "1.65", "0.60"):
         assert f"{number} GB" in PAGE
 
 

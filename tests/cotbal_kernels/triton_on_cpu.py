@@ -44,14 +44,14 @@ def on_cpu() -> Iterator[None]:
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """Rows, kept rows and number of slices of every plan made."""
-    made: list[tuple[int, int, int]] = []
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int, int]]:
+    """Rows, rows stored in dW's memory, rows held in the workspace, and number of slices, of every plan made."""
+    made: list[tuple[int, int, int, int]] = []
     plan_slices = head.plan_slices
 
-    def spy(rows: int, *args: int) -> Any:
+    def spy(rows: int, *args: Any) -> Any:
         slices = plan_slices(rows, *args)
-        made.append((rows, slices.kept_rows, len(slices.ranges())))
+        made.append((rows, slices.stored_rows, slices.held_rows, len(slices.ranges())))
         return slices
 
     monkeypatch.setattr(head, "plan_slices", spy)

@@ -27,6 +27,7 @@ from vocabulary_shards import check_shards
 
 from cotbal_kernels import backends, linear_task_cross_entropy, task_cross_entropy
 from cotbal_kernels.reference import reference_task_cross_entropy
+from cotbal_kernels.triton_kernels import head
 
 pytestmark = pytest.mark.gpu
 
@@ -121,6 +122,23 @@ def test_shards_of_a_vocabulary(backend: str, dtype: torch.dtype, options: dict[
         bounds=(0, 3 * sizes.V // 10, 3 * sizes.V // 10 + 1, sizes.V),
         fp32=1.1e-5,  # as gpu_case.assert_gradients
     )
+
+
+@pytest.mark.parametrize("backend", ["triton"] if ON_GPU else ["sm_90"])
+@pytest.mark.parametrize("supervised", [72 + 100, 72 + 128 + 60])
+def test_rows_are_stored_held_and_computed_again(
+    monkeypatch: pytest.MonkeyPatch, backend: str, supervised: int
+) -> None:
+    """Of 300 rows 72 wait in dW's memory and 128 in the workspace; the last one is among those, or behind them."""
+    require(backend)
+    plan_slices, plans = head.plan_slices, []
+    monkeypatch.setattr(head, "plan_slices", lambda *args: plans.append(plan_slices(*args)) or plans[-1])
+    p = gpu_problem((3, 100), D=72, V=601, sharpness=2.0, dtype=BF16, ignored=0.0)
+    p.labels.view(-1)[torch.randperm(300, generator=torch.Generator().manual_seed(0))[supervised:].to(DEVICE)] = -100
+    _, exact, ordinary = exact_and_ordinary(p, True)
+    out = linear_task_cross_entropy(*p.tensors, bias=p.bias, backend=backend, chunk_size=190)
+    assert_gradients(gradients(out.loss, [p.hidden, p.weight, p.bias]), exact, ordinary, BF16)
+    assert [(plan.stored_rows, plan.held_rows, len(plan.ranges())) for plan in plans] == [(72, 128, 3)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -104,12 +104,13 @@ def _step(need: tuple[bool, bool], rows: int, backend: str, options: dict[str, A
     task_ids_M, task_weights_K = torch.arange(M) % 3, torch.tensor([0.5, 1.0, 1.5])
 
     def step() -> Tensor:
-        hidden_MD.grad = weight_VD.grad = None
         out = linear_task_cross_entropy(
             hidden_MD, weight_VD, labels_M, task_ids_M, task_weights_K, backend=backend, chunk_size=CHUNK, **options
         )
         if any(need):
             out.loss.sum().backward()
+        # Here and not before the next step, which would release what was allocated outside its profile.
+        hidden_MD.grad = weight_VD.grad = None
         return out.loss
 
     return step

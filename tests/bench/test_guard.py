@@ -77,6 +77,13 @@ def test_peak_is_of_what_lives_at_the_same_time() -> None:
     assert guard._peak_bytes(step) == 12000
 
 
+def test_peak_of_a_step_is_the_same_every_time() -> None:
+    """Gradients of the step before are not released within the next one."""
+    step = guard._step((True, True), guard.SUPERVISED["100%"], "portable", {"aggregation": "none"})
+    step()
+    assert len({guard._peak_bytes(step) for _ in range(3)}) == 1
+
+
 def more(table: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
     changed = copy.deepcopy(table)
     inner = changed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -19,37 +20,58 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from trainer.balancing.config import BalancingConfig, ComparisonConfig, ValidationConfig, option_groups
 from trainer.errors import UserError, nearest
 from trainer.launching import LaunchConfig
-from trainer.metrics import get_metric
+from trainer.metrics import get_metric, takes_losses
 from trainer.models.config import BUILT_IN, ImageConfig, LoraConfig, ModelConfig, TinyLlavaConfig
-from trainer.options import NAME, Options
+from trainer.options import NAME, SET_NAME, Options
 
 _TASKS_WORD = "literal['built_in']"
 
 
+def set_title(split: str, part: str) -> str:
+    """How errors call the records of a split, or those of one of its named sets."""
+    return f"{split} set '{part}'" if part else f"{split} set"
+
+
 class TaskConfig(Options):
-    """One task: its three record files, its metric, and whether CoTBal balances it."""
+    """One task: its record files, its metrics, and whether CoTBal balances it."""
 
     name: str = Field(description="used in file names, tables and plots")
     train: Path = Field(description="records (.json or .jsonl) in the LLaVA conversation format")
     validation: Path | None = Field(None, description="scored for V_j in Algorithm 1")
-    test: Path | None = Field(None, description="scored for Delta I and Delta E")
+    test: Path | dict[str, Path] | None = Field(
+        None,
+        description="scored for Delta I and Delta E: a file, or several sets, `{testA: a.jsonl, testB: b.jsonl}`",
+    )
     image_root: Path = Field(Path("."), description="folder that the records' image paths start from")
     metric: str | None = Field(
         None,
         description="exact_match, accuracy_iou, cider, vqa_accuracy, gqa_accuracy, chartqa_strict, chartqa_relaxed, "
         "span_f1, bleu or perplexity; none for an auxiliary task",
     )
+    test_metrics: list[str] = Field([], description="what every test set is scored with; empty: `metric`")
     auxiliary: bool = Field(False, description="in every mixture with weight 1, outside balancing")
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(32, description="longest generated answer in tokens")
     description: str = Field("", description="one line for the report")
 
-    def records_file(self, split: str) -> Path | None:
-        """The file of ``train``, ``validation`` or ``test``."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+    def record_files(self, split: str) -> dict[str, Path]:
+        """The files of ``train``, ``validation`` or ``test`` by set; the name of a set without one is empty."""
+        given = {"train": self.train, "validation": self.validation, "test": self.test}[split]
+        if given is None:
+            return {}
+        return given if isinstance(given, dict) else {"": given}
 
-    def title(self, split: str) -> str:
-        """How errors call the records of a split."""
-        return f"task '{self.name}', {split} set {self.records_file(split)}"
+    def scored_with(self, split: str) -> tuple[str, ...]:
+        """The metrics of ``validation`` or ``test``."""
+        own = self.test_metrics if split == "test" else []
+        return tuple(own or ([self.metric] if self.metric else []))
+
+    def title(self, split: str, part: str = "") -> str:
+        """How errors call the records of a split, or of one of its sets."""
+        return f"task '{self.name}', {set_title(split, part)} {self.record_files(split)[part]}"
+
+    def record_title(self, split: str, part: str, record: str) -> str:
+        """How errors call the record of that id."""
+        return f"task '{self.name}', {f'{set_title(split, part)},' if part else split} record '{record}'"
 
     @field_validator("name")
     @classmethod
@@ -64,6 +86,35 @@ class TaskConfig(Options):
         if metric is not None:
             get_metric(metric)
         return metric
+
+    @field_validator("test", mode="before")
+    @classmethod
+    def _one_file_or_named_ones(cls, test: Any) -> Any:
+        if test is None or isinstance(test, (str, Path)):
+            return test
+        if not isinstance(test, dict) or not test:
+            raise ValueError("must be a file of records, or files by name: {testA: a.jsonl, testB: b.jsonl}")
+        for name, file in test.items():
+            if not SET_NAME.fullmatch(str(name)):
+                raise ValueError(f"test set name '{name}' must be letters, digits, '_', '-', '.', '+' only")
+            if not isinstance(file, (str, Path)):
+                raise ValueError(f"test set '{name}' must be a file of records, got {file!r}")
+        return {str(name): file for name, file in test.items()}
+
+    @field_validator("test_metrics")
+    @classmethod
+    def _scored_together(cls, metrics: list[str], others: ValidationInfo) -> list[str]:
+        kinds = {takes_losses(metric) for metric in metrics}
+        if len(kinds) == 2:
+            raise ValueError(
+                "perplexity scores the given answers, the others generated ones; leave out one or the other"
+            )
+        twice = sorted({metric for metric in metrics if metrics.count(metric) > 1})
+        if twice:
+            raise ValueError(f"given twice: {', '.join(twice)}")
+        if metrics and others.data.get("test", "not valid") is None:
+            raise ValueError("there is no 'test' to score with them")
+        return metrics
 
     @model_validator(mode="after")
     def _balanced_tasks_are_scored(self) -> TaskConfig:
@@ -357,10 +408,7 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
 
 def _expand_variables(data: dict[str, Any], source: str) -> None:
     """Puts environment variables into paths: ``${NAME}`` in tasks' files, ``model.path`` and ``output_dir``."""
-    tasks = data.get("tasks")
-    places = [(f"tasks.{n}.{key}", task, key) for n, task in enumerate(tasks if isinstance(tasks, list) else [])
-              if isinstance(task, dict) for key in ("train", "validation", "test", "image_root")]  # fmt: skip
-    places += [("output_dir", data, "output_dir")]
+    places = [*_task_paths(data), ("output_dir", data, "output_dir")]
     if isinstance(data.get("model"), dict):
         places += [("model.path", data["model"], "path")]
     for where, group, key in places:
@@ -371,13 +419,21 @@ def _expand_variables(data: dict[str, Any], source: str) -> None:
                 group[key] = group[key].replace(f"${{{name}}}", os.environ[name])
 
 
-def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
+def _task_paths(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where paths of tasks are: the place as errors call it, the mapping that has it, and the key in that."""
     tasks = data.get("tasks")
-    for task in tasks if isinstance(tasks, list) else []:
-        if isinstance(task, dict):
-            for key in ("train", "validation", "test", "image_root"):
-                if isinstance(task.get(key, "." if key == "image_root" else None), str):
-                    task[key] = str((folder / task.get(key, ".")).absolute())
+    for number, task in enumerate(tasks if isinstance(tasks, list) else []):
+        for key in ("train", "validation", "test", "image_root") if isinstance(task, dict) else ():
+            if isinstance(task.get(key), dict):
+                yield from ((f"tasks.{number}.{key}.{name}", task[key], name) for name in task[key])
+            else:
+                yield f"tasks.{number}.{key}", task, key
+
+
+def _resolve_paths(data: dict[str, Any], folder: Path) -> None:
+    for _, group, key in _task_paths(data):
+        if isinstance(group.get(key, "." if key == "image_root" else None), str):
+            group[key] = str((folder / group.get(key, ".")).absolute())
     model = data.get("model")
     if isinstance(model, dict) and isinstance(model.get("path"), str) and (folder / model["path"]).is_dir():
         model["path"] = str((folder / model["path"]).absolute())

@@ -7,6 +7,7 @@ import re
 from pydantic import BaseModel, ConfigDict
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of tasks and comparisons: usable in file names
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of test sets, where "+" is usual: testA_refcoco+
 
 
 class Options(BaseModel):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from trainer.bars import watched
-from trainer.config import TaskConfig
+from trainer.config import TaskConfig, set_title
 from trainer.data.pictures import oddity
 from trainer.data.records import Record, RecordError, scan_records
 from trainer.errors import SHOWN, UserError, each, first
@@ -18,20 +18,33 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """A task and its records. Task id k of the loss is the position in the run's list of tasks."""
+    """A task and its records. Task id k of the loss is the position in the run's list of tasks.
+
+    Attributes:
+        test_sets: records by the name of the set, which is empty for a file without one.
+    """
 
     config: TaskConfig
     train: list[Record]
     validation: list[Record]
-    test: list[Record]
+    test_sets: dict[str, list[Record]]
 
     @property
     def name(self) -> str:
         return self.config.name
 
+    @property
+    def test(self) -> list[Record]:
+        """The records of all test sets."""
+        return [record for records in self.test_sets.values() for record in records]
+
+    def sets(self, split: str) -> dict[str, list[Record]]:
+        """The records of ``train``, ``validation`` or ``test`` by set."""
+        return self.test_sets if split == "test" else {"": self.split(split)}
+
     def split(self, name: str) -> list[Record]:
         """The records of ``train``, ``validation`` or ``test``."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+        return self.test if name == "test" else {"train": self.train, "validation": self.validation}[name]
 
     def image_path(self, image: str) -> Path:
         return self.config.image_root / image
@@ -52,32 +65,30 @@ def scan_task(config: TaskConfig) -> tuple[Task, list[str]]:
     """A task with the records that can be used, and what is wrong with its files.
 
     That is a file that is missing or has no records, a malformed record, named by file and position, and a record to
-    score that has not one question; the first of each split by name.
+    score that has not one question; the first of each file by name.
     """
-    splits: dict[str, list[Record]] = {}
+    splits: dict[str, dict[str, list[Record]]] = {split: {} for split in SPLITS}
     problems: list[str] = []
-    for name in SPLITS:
-        path = config.records_file(name)
+    files = [(split, part, path) for split in SPLITS for part, path in config.record_files(split).items()]
+    for split, part, path in files:
         records: list[Record] = []
-        wrong: list[str] = []
-        if path is not None:
-            try:
-                records, wrong = scan_records(path)
-            except RecordError as error:
-                wrong = [str(error)]
-            if not records and not wrong and not (config.auxiliary and name != "train"):
-                wrong = [f"task '{config.name}': the {name} set {path} has no records"]
-        if name != "train" and not config.auxiliary:
+        try:
+            records, wrong = scan_records(path)
+        except RecordError as error:
+            wrong = [str(error)]
+        if not records and not wrong and not (config.auxiliary and split != "train"):
+            wrong = [f"task '{config.name}': the {set_title(split, part)} {path} has no records"]
+        if split != "train" and not config.auxiliary:
             wrong += [
-                f"task '{config.name}', {name} record '{record.id}': scoring takes one question per record, got "
+                f"{config.record_title(split, part, record.id)}: scoring takes one question per record, got "
                 f"{len(record.turns)} turns; split the conversation into one record per question"
                 for record in records
                 if len(record.turns) != 1
             ]
             records = [record for record in records if len(record.turns) == 1]
-        splits[name] = records
+        splits[split][part] = records
         problems += first(wrong)
-    return Task(config, **splits), problems
+    return Task(config, splits["train"][""], splits["validation"].get("", []), splits["test"]), problems
 
 
 def refuse(problems: list[str]) -> None:
@@ -132,9 +143,10 @@ def check_images(task: Task) -> TaskImages:
     first_use: dict[str, str] = {}
     by_split: dict[str, int] = {}
     for split in SPLITS:
-        for record in task.split(split):
-            for image in record.images:
-                first_use.setdefault(image, f"task '{task.name}', {split} record '{record.id}'")
+        for part, records in task.sets(split).items():
+            for record in records:
+                for image in record.images:
+                    first_use.setdefault(image, task.config.record_title(split, part, record.id))
         by_split[split] = len({image for record in task.split(split) for image in record.images})
     warnings = []
     if first_use and not by_split["train"]:

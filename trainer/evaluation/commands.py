@@ -26,6 +26,7 @@ def evaluate(
     config: Annotated[Path | None, typer.Option(help="take records and options from a task of this YAML")] = None,
     task: Annotated[str | None, typer.Option(help="the task of CONFIG")] = None,
     split: Annotated[str, typer.Option(help="validation | test, of the task")] = "test",
+    test_set: Annotated[str | None, typer.Option(help="which of the task's test sets, where it has several")] = None,
     metric: Metrics = None,
     image_root: Annotated[Path | None, typer.Option(help="folder of the records' images")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many records, in file order")] = None,
@@ -49,6 +50,8 @@ def evaluate(
 
     if (config is None) == (records is None):
         raise UserError("`evaluate` takes either --records FILE (again for more), or --config CONFIG with --task TASK")
+    if test_set is not None and (config is None or split != "test"):
+        raise UserError("--test-set names one of the test sets of a task: it needs --config, --task and --split test")
     _check_choice("--precision", precision, ("fp32", "bf16"))
     _check_choice("--device", device, ("auto", "cpu", "cuda"))
     for name in metric or []:
@@ -59,7 +62,7 @@ def evaluate(
     if config is not None:
         whole = load_config(config)
         launch, options, training, own_model = whole.launch, whole.evaluation, whole.training, whole.model
-        chosen, features = _of_task(whole, task, split)
+        chosen, features = _of_task(whole, task, split, test_set)
     else:
         if not metric:
             raise UserError("--records has no metric of its own; name one with --metric")
@@ -117,7 +120,9 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(score)
 
 
-def _of_task(config: RunConfig, name: str | None, split: str) -> tuple[EvaluationSet, Path | None]:
+def _of_task(
+    config: RunConfig, name: str | None, split: str, test_set: str | None
+) -> tuple[EvaluationSet, Path | None]:
     """A task's records as a set, and the run's cached features where its model is the built-in one."""
     from trainer.config import BUILT_IN
     from trainer.evaluation.spec import EvaluationSet
@@ -132,12 +137,20 @@ def _of_task(config: RunConfig, name: str | None, split: str) -> tuple[Evaluatio
     if name not in by_name:
         raise unknown_name("task", name, by_name)
     task = by_name[name]
-    path = task.test if split == "test" else task.validation
-    if path is None:
+    files = task.record_files(split)
+    if not files:
         raise UserError(f"task '{name}' has no {split} records")
+    if test_set is None:
+        if len(files) > 1:
+            raise UserError(f"task '{name}' has several test sets; name one with --test-set: {', '.join(files)}")
+        (test_set,) = files
+    if "" in files and test_set:
+        raise UserError(f"task '{name}' has one test file, without a name; leave out --test-set")
+    if test_set not in files:
+        raise unknown_name(f"test set of task '{name}'", test_set, files)
     features = run_dir / "features" if config.model.path == BUILT_IN else None
-    metrics = (task.metric,) if task.metric else ()
-    return EvaluationSet(_NAME, (path,), task.image_root, metrics, task.max_new_tokens), features
+    metrics = task.scored_with(split)
+    return EvaluationSet(_NAME, (files[test_set],), task.image_root, metrics, task.max_new_tokens), features
 
 
 def _check_choice(option: str, value: str | None, valid: tuple[str, ...]) -> None:

@@ -35,7 +35,7 @@ def describe(spec: EvaluationSpec, records: Sequence[Sequence[Record]]) -> dict[
     }
     content |= {f"images.{name}": value for name, value in spec.images.changes().items()}
     for chosen, own in zip(spec.sets, records, strict=True):
-        key = f"sets.{chosen.name}"
+        key = f"sets.{chosen.key}"
         content[f"{key}.limit"] = chosen.limit
         content[f"{key}.records"] = records_digest(own)
         content[f"{key}.image_root"] = str(chosen.image_root.absolute())

@@ -23,7 +23,7 @@ from trainer.evaluation.parts import Claims, Finished, Tail, busy_seconds, colle
 from trainer.evaluation.planning import Batch, read_plan, write_plan
 from trainer.evaluation.progress import Meter
 from trainer.evaluation.ranks import RankProcesses, load_encoder, run_rank
-from trainer.evaluation.scoring import compute, entry, read_predictions
+from trainer.evaluation.scoring import compute, entry, read_predictions, score_key
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.files import write_json
 
@@ -151,13 +151,13 @@ def finish(spec: EvaluationSpec) -> dict[str, Any]:
         results = {name: compute(name, rows) for name in chosen.metrics}
         scores = {name: entry(name, result) for name, result in results.items()}
         if not spec.by_task:
-            metrics = {"metrics": scores, "throughput": throughput.get(chosen.name)}
+            metrics = {"metrics": scores, "throughput": throughput.get(chosen.key)}
             continue
-        ((name, result),) = results.items()
-        for row, value in zip(rows, result.per_sample, strict=True):
+        for row, value in zip(rows, results[chosen.metrics[0]].per_sample, strict=True):
             row["score"] = value
         write_jsonl(spec.predictions(chosen), rows)
-        metrics[chosen.name] = scores[name] | {"throughput": throughput.get(chosen.name)}
+        for name, score in scores.items():
+            metrics[score_key(chosen, name)] = score | {"throughput": throughput.get(chosen.key)}
     write_json(spec.output_dir / "metrics.json", metrics)
     with suppress(FileNotFoundError):
         shutil.rmtree(spec.parts)
@@ -171,7 +171,7 @@ def _merge(spec: EvaluationSpec) -> None:
     if missing:
         raise RuntimeError(f"{missing} of {len(plan)} batches are missing in {spec.parts}; run the evaluation again")
     records = [chosen.load() for chosen in spec.sets]
-    write_throughput(spec, {chosen.name: _throughput(plan, done, index) for index, chosen in enumerate(spec.sets)})
+    write_throughput(spec, {chosen.key: _throughput(plan, done, index) for index, chosen in enumerate(spec.sets)})
     results: list[dict[int, dict[str, Any]]] = [{} for _ in spec.sets]
     for number, batch in enumerate(plan):
         results[batch.set_index].update(zip(batch.records, done[number].results, strict=True))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.evaluation.spec import EvaluationSet
 from trainer.metrics import MetricResult, get_metric, perplexity, takes_losses
 
 Row = dict[str, Any]
@@ -30,6 +31,27 @@ def entry(metric: str, result: MetricResult) -> dict[str, Any]:
         "standard_error": error if math.isfinite(error) else None,
         "samples": len(result.per_sample),
     }
+
+
+def score_name(part: str, metric: str) -> str:
+    """What tables call a score: the metric's label, with the test set's name before it where the set has one."""
+    label = get_metric(metric).label
+    return f"{part} {label}" if part else label
+
+
+def score_key(chosen: EvaluationSet, metric: str) -> str:
+    """The key of a score in ``metrics.json``: ``TASK``, or ``TASK SCORE`` where a task has several scores or sets."""
+    alone = not chosen.part and len(chosen.metrics) == 1
+    return chosen.name if alone else f"{chosen.name} {score_name(chosen.part, metric)}"
+
+
+def scores_by_task(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """``metrics.json`` of tasks as ``{task: {score: entry}}``."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, score in metrics.items():
+        task, _, name = key.partition(" ")  # the name of a task has no space
+        found.setdefault(task, {})[name or str(score.get("metric"))] = score
+    return found
 
 
 def score_file(path: Path, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:

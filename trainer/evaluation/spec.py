@@ -17,13 +17,14 @@ class EvaluationSet:
     """Records that are scored together.
 
     Attributes:
-        name: ``<name>.jsonl`` gets the predictions.
+        name: ``<name>.jsonl`` gets the predictions; of the task, where tasks are scored.
         files: record files, read one after the other.
         image_root: folder that the records' image paths start from.
         metrics: names; with ``perplexity`` the given answers are scored and nothing is generated.
         max_new_tokens: longest generated answer.
         limit: the first so many records of the files in their order; None is all.
         label: how errors call it; empty is by its name.
+        part: which of several sets of the task it is; ``<name>@<part>.jsonl`` then gets the predictions.
     """
 
     name: str
@@ -33,6 +34,12 @@ class EvaluationSet:
     max_new_tokens: int
     limit: int | None = None
     label: str = ""
+    part: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name among the sets of an evaluation."""
+        return set_key(self.name, self.part)
 
     @property
     def title(self) -> str:
@@ -93,8 +100,9 @@ class EvaluationSpec:
         max_length: tokens, longer conversations are cut; for perplexity only, a prompt is never cut.
         features: folder of cached vision features, when the tower takes them.
         images: of the configuration; the model folder of a training has it in its processor.
-        by_task: ``metrics.json`` is ``{set: entry}`` with one metric a set, and predictions carry their score;
-            otherwise there is one set and the file is ``{"metrics": {metric: entry}, "throughput"}``.
+        by_task: ``metrics.json`` has an entry for every score (:func:`trainer.evaluation.scoring.score_key`), and
+            predictions carry that of their set's first metric; otherwise there is one set and the file is
+            ``{"metrics": {metric: entry}, "throughput"}``.
         overwrite: replace what another evaluation left in ``output_dir`` instead of refusing it.
     """
 
@@ -118,7 +126,12 @@ class EvaluationSpec:
         return self.output_dir / "parts"
 
     def predictions(self, chosen: EvaluationSet) -> Path:
-        return self.output_dir / f"{chosen.name}.jsonl"
+        return self.output_dir / f"{chosen.key}.jsonl"
+
+
+def set_key(name: str, part: str) -> str:
+    """The name of a task's set in files: NAME, or NAME@PART for one of several. No name has an "@" of its own."""
+    return f"{name}@{part}" if part else name
 
 
 def _others(metrics: tuple[str, ...]) -> str:

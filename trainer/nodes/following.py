@@ -21,6 +21,7 @@ from trainer.nodes.machine import Machine, versions
 from trainer.nodes.mailbox import POLL, ContactLost, Mailbox
 from trainer.nodes.membership import Membership
 from trainer.nodes.messages import Advance, Ended, Hello, Job, Notice, SharedFolder, TrainingJob, reason_of
+from trainer.tasks import SPLITS
 
 _VISIBLE_AFTER = 60.0  # seconds that a network file system may take to show another machine's file
 
@@ -177,7 +178,7 @@ def _perform(job: Job, machine: Machine, rank: int, mailbox: Mailbox, stop: thre
 def _missing_files(config: RunConfig) -> list[str]:
     """Record files and a model's folder that this machine does not see; images are too many to look for."""
     tasks = [] if isinstance(config.tasks, str) else config.tasks
-    files = [path for task in tasks for path in (task.train, task.validation, task.test) if path is not None]
+    files = [path for task in tasks for split in SPLITS for path in task.record_files(split).values()]
     missing = [path for path in files if not path.is_file()]
     model = Path(config.model.path)
     if model.is_absolute() and not model.is_dir():

@@ -15,31 +15,33 @@ from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.launching import rank_devices, threads_per_process
 
 
-def evaluation_set(task: TaskConfig, split: str) -> EvaluationSet:
+def evaluation_sets(task: TaskConfig, split: str) -> list[EvaluationSet]:
     """The records of ``validation`` or ``test`` as they are scored."""
-    path = task.records_file(split)
-    assert path is not None
-    assert task.metric is not None
-    label = task.title(split)
-    return EvaluationSet(task.name, (path,), task.image_root, (task.metric,), task.max_new_tokens, label=label)
+    metrics = task.scored_with(split)
+    return [
+        EvaluationSet(
+            task.name, (path,), task.image_root, metrics, task.max_new_tokens, label=task.title(split, part), part=part
+        )
+        for part, path in task.record_files(split).items()
+    ]
 
 
-def check_scoring(task: TaskConfig, split: str, records: Sequence[Record], encoder: ConversationEncoder) -> None:
-    """Encodes records as the evaluation of the split will: prompts, or whole conversations for perplexity.
+def check_scoring(chosen: EvaluationSet, split: str, records: Sequence[Record], encoder: ConversationEncoder) -> None:
+    """Encodes records as the evaluation of the set will: prompts, or whole conversations for perplexity.
 
     Args:
-        records: those of the split, or some of them.
+        split: of the set.
+        records: those of the set, or some of them.
         encoder: one that opens no image (:func:`trainer.data.lengths.token_counter`) makes this cheap.
 
     Raises:
         UserError: the first records that cannot be scored, and how many there are.
     """
-    chosen = evaluation_set(task, split)
 
     def check(record: Record) -> None:  # keeps nothing: encoded, a large split would fill the memory
         encode(encoder, chosen, [record])
 
-    each(check, watched(records, f"{task.name} {split}", "record"), shown=SHOWN)
+    each(check, watched(records, f"{chosen.key} {split}", "record"), shown=SHOWN)
 
 
 def evaluation_spec(
@@ -64,7 +66,7 @@ def evaluation_spec(
     ranks = config.launch.processes
     return EvaluationSpec(
         model_path=model_path,
-        sets=tuple(evaluation_set(task, split) for task in config.tasks if task.name in tasks),
+        sets=tuple(own for task in config.tasks if task.name in tasks for own in evaluation_sets(task, split)),
         output_dir=output_dir,
         batch_size=config.evaluation.batch_size,
         precision=config.training.precision,

@@ -45,7 +45,7 @@ class Identity:
             return None
         return [
             {"name": task.name, "auxiliary": task.auxiliary, "image_root": str(task.image_root)}
-            | {split: self._digest(task.records_file(split)) for split in splits}
+            | {split: self._digests_of(task, split) for split in splits}
             for task in self.tasks
             if of is None or task.name in of
         ]
@@ -94,7 +94,7 @@ class Identity:
     def scoring(self, training: Training, split: str) -> dict[str, Any]:
         """Of an evaluation, beside the model that it scores; how many records share a batch can turn near ties."""
         limits = [
-            {"name": task.name, "metric": task.metric, "max_new_tokens": task.max_new_tokens}
+            {"name": task.name, "metric": _metrics(task, split), "max_new_tokens": task.max_new_tokens}
             for task in self.tasks
             if task.name in training.tasks
         ]
@@ -108,13 +108,22 @@ class Identity:
 
     def results(self) -> dict[str, Any]:
         """Of the table of results beside the evaluations: baselines that read the records."""
-        metrics = {task.name: task.metric for task in self.tasks}
+        metrics = {task.name: _metrics(task, "test") for task in self.tasks}
         return {"format": FORMAT, "metrics": metrics, "records": self.records("train", "test")}
 
-    def _digest(self, path: Path | None) -> str | None:
-        if path is not None and path not in self._digests:
-            self._digests[path] = digest(path)
-        return None if path is None else self._digests[path]
+    def _digests_of(self, task: TaskConfig, split: str) -> str | dict[str, str] | None:
+        """Of a split's file, or of its named ones."""
+        files = task.record_files(split)
+        for path in files.values():
+            if path not in self._digests:
+                self._digests[path] = digest(path)
+        found = {part: self._digests[path] for part, path in files.items()}
+        return found.get("", found or None)
+
+
+def _metrics(task: TaskConfig, split: str) -> str | None:
+    """The metrics of a split in one text."""
+    return ", ".join(task.scored_with(split)) or None
 
 
 def digest(path: Path) -> str:

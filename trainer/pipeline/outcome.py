@@ -12,16 +12,17 @@ from typing import Any
 from trainer.balancing.registry import SINGLE_TASK_LABEL, training_label
 from trainer.baselines import majority_answer, question_only
 from trainer.config import RunConfig
+from trainer.evaluation.scoring import score_name, scores_by_task
 from trainer.files import write_json
 from trainer.metrics import get_metric, takes_losses
 from trainer.pipeline.trainings import Training
 from trainer.tasks import load_task
 
-Table = dict[str, dict[str, float]]  # task -> metric -> value
+Table = dict[str, dict[str, float]]  # task -> score, of a test set by a metric -> value
 
 
 def read_metrics(directory: Path) -> dict[str, dict[str, Any]]:
-    """``metrics.json`` of an evaluation: task to metric, value, standard error and samples."""
+    """``metrics.json`` of an evaluation: every score's metric, value, standard error and samples."""
     return json.loads((directory / "metrics.json").read_text())
 
 
@@ -52,36 +53,37 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     """Writes ``results.json``, the input of ``cotbal compare``, with standard errors and baselines beside it.
 
     With several seeds, values and standard errors (of the test sampling) are means over seeds, and ``seeds`` has the
-    values of each: ``{method: [task -> metric -> value, ...]}``.
+    values of each: ``{method: [task -> score -> value, ...]}``.
     """
     by_seed: dict[str, list[Table]] = {}
     errors_by_seed: dict[str, list[Table]] = {}
     for training in finals:
         method = training_label(training.name)
-        metrics = read_metrics(run_dir / "evaluations" / training.name / "test")
+        scores = scores_by_task(read_metrics(run_dir / "evaluations" / training.name / "test"))
         for tables, key in ((by_seed, "value"), (errors_by_seed, "standard_error")):
             rows = tables.setdefault(method, [{} for _ in range(config.seeds)])
             rows[training.repetition] |= {
                 # The standard error of a single sample is unknown.
-                name: {entry["metric"]: math.nan if entry[key] is None else entry[key]}
-                for name, entry in metrics.items()
+                task: {name: math.nan if entry[key] is None else entry[key] for name, entry in own.items()}
+                for task, own in scores.items()
             }
     values = {method: mean_table(tables) for method, tables in by_seed.items()}
     errors = {method: _known(mean_table(tables)) for method, tables in errors_by_seed.items()}
     assert not isinstance(config.tasks, str)
     directions: dict[str, dict[str, str]] = {}
     baselines: dict[str, Table] = {"majority": {}, "question_only": {}}
-    for task in [load_task(options) for options in config.tasks if options.test and options.metric]:
-        assert task.config.metric is not None
-        metric = get_metric(task.config.metric)
-        directions[task.name] = {metric.label: "higher" if metric.higher_is_better else "lower"}
-        if takes_losses(metric.name):  # a constant answer has no perplexity
-            continue
+    for task in [load_task(options) for options in config.tasks if options.test and not options.auxiliary]:
         seen = [(turn.question, [turn.answer]) for record in task.train for turn in record.turns]
-        asked = [(record.turns[-1].question, record.answers) for record in task.test]
-        majority, blind = majority_answer(seen, asked, metric), question_only(seen, asked, metric)
-        baselines["majority"][task.name] = {metric.label: majority.value}
-        baselines["question_only"][task.name] = {metric.label: blind.value}
+        for part, records in task.test_sets.items():
+            asked = [(record.turns[-1].question, record.answers) for record in records]
+            for metric in map(get_metric, task.config.scored_with("test")):
+                name = score_name(part, metric.name)
+                directions.setdefault(task.name, {})[name] = "higher" if metric.higher_is_better else "lower"
+                if takes_losses(metric.name):  # a constant answer has no perplexity
+                    continue
+                majority, blind = majority_answer(seen, asked, metric), question_only(seen, asked, metric)
+                baselines["majority"].setdefault(task.name, {})[name] = majority.value
+                baselines["question_only"].setdefault(task.name, {})[name] = blind.value
     results: dict[str, Any] = {"tasks": directions}
     if SINGLE_TASK_LABEL in values:
         results["baseline"] = values.pop(SINGLE_TASK_LABEL)

@@ -10,7 +10,7 @@ from trainer.data.lengths import sample_length, token_counter
 from trainer.data.records import Record
 from trainer.errors import UserError
 from trainer.models.loading import load_config, load_processor
-from trainer.pipeline.evaluations import check_scoring
+from trainer.pipeline.evaluations import check_scoring, evaluation_sets
 from trainer.tasks import load_task
 
 MEASURED = 2000  # records of a task that are tokenized; the others are given the lengths of these
@@ -73,8 +73,9 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
                 raise UserError(f"{task_config.title('train')}: {error}") from error
             measured.append(Planned(length.tokens, length.supervised, len(record.images)))
         for split in ("validation", "test"):
-            if encoder is not None and not task_config.auxiliary and task_config.records_file(split):
-                check_scoring(task_config, split, _spread(task.split(split)), encoder)
+            for own in evaluation_sets(task_config, split):
+                if encoder is not None and not task_config.auxiliary:
+                    check_scoring(own, split, _spread(task.sets(split)[own.part]), encoder)
         planned[task.name] = [measured[index * count // len(records)] for index in range(len(records))]
     how = "counted with the model's tokenizer" if encoder else (
         f"estimated: {_CHARACTERS_PER_TOKEN:g} characters a token, {image_tokens} tokens an image (no tokenizer at "

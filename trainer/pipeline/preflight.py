@@ -25,7 +25,7 @@ from trainer.models.images import refuse_cropped_boxes
 from trainer.models.loading import empty_model, load_config, load_processor
 from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
-from trainer.pipeline.evaluations import check_scoring
+from trainer.pipeline.evaluations import check_scoring, evaluation_sets
 from trainer.pipeline.trainings import list_trainings
 from trainer.tasks import SPLITS, Task, TaskImages, check_images, load_task, refuse, scan_task
 
@@ -35,11 +35,14 @@ if TYPE_CHECKING:
 
 def describe(task: Task) -> dict[str, Any]:
     """What ``tasks.json`` and the report say of a task."""
+    named = {part: len(records) for part, records in task.test_sets.items() if part}
+    several = {"test_sets": named, "test_metrics": task.config.test_metrics}
     return {
         "name": task.name,
         "metric": task.config.metric,
         "auxiliary": task.config.auxiliary,
         **{f"{split}_records": len(task.split(split)) for split in SPLITS},
+        **{key: value for key, value in several.items() if value},
         "image_root": str(task.config.image_root),
         "description": task.config.description,
     }
@@ -131,23 +134,26 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
             images_of = (image for split in SPLITS for record in task.split(split) for image in record.images)
             paths = map(task.image_path, images_of)
             checks.append(partial(refuse_cropped_boxes, encoder.processor, paths, f"task '{task.name}'"))
-        scored = [split for split in ("validation", "test") if task_config.records_file(split)]
-        checks += [partial(check_scoring, task_config, split, task.split(split), encoder) for split in scored]
+        for split in ("validation", "test"):
+            scored = evaluation_sets(task_config, split)
+            checks += [partial(check_scoring, own, split, task.sets(split)[own.part], encoder) for own in scored]
         if _validates(config):
             checks.append(partial(check_tokens, task, encoder, "validation", config.training.overlong))
     _, images, *found = each(lambda check: check(), checks)
     chat = encoder.chat if encoder is not None else None
     odd = [
-        f"task '{task.name}', {split} record '{record.id}': {oddity}"
+        f"{task_config.record_title(split, part, record.id)}: {oddity}"
         for split in SPLITS
-        for record in task.split(split)
+        for part, records in task.sets(split).items()
+        for record in records
         for oddity in oddities(record, chat)
     ]
     return CheckedTask(task, images, found[0] if found else None, first(odd) + first(images.warnings))
 
 
 def _answers_boxes(task: TaskConfig) -> bool:
-    return task.metric is not None and isinstance(get_metric(task.metric), AccuracyIoU)
+    metrics = {*task.scored_with("validation"), *task.scored_with("test")}
+    return any(isinstance(get_metric(metric), AccuracyIoU) for metric in metrics)
 
 
 def _token_counter(config: RunConfig, model_path: str) -> ConversationEncoder:

@@ -25,7 +25,7 @@ from trainer.config import BUILT_IN
 from trainer.errors import UserError
 from trainer.report import plots
 from trainer.report.curves import loss_panels, weight_panels
-from trainer.report.run_directory import RunDirectory, number
+from trainer.report.run_directory import RunDirectory, number, test_sets
 from trainer.report.samples import sample_groups
 from trainer.report.tables import (
     BASELINES,
@@ -101,7 +101,7 @@ def report_context(run: RunDirectory) -> dict[str, Any]:
     scores = read_scores(run)
     deltas, why_no_deltas = comparisons(run)
     over_seeds = seed_comparisons(run)
-    samples = {task["name"]: task.get("test_records") for task in run.tasks}
+    samples = {(task["name"], part): records for task in run.tasks for part, records in test_sets(task).items()}
     sampled = next((name for name in ("cotbal", "ew") if (run.path / "evaluations" / name / "test").is_dir()), None)
     weights = _attempt(run, "weights.json", lambda: _weights(run))
     context = {

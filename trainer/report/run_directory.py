@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainer.evaluation.spec import set_key
 from trainer.pipeline.places import PLAN, weights_stage
 
 # One logged optimizer step, as the trainer writes it.
@@ -111,13 +112,13 @@ class RunDirectory:
         return header[1:], rows
 
     def metrics(self, training: str, split: str) -> dict[str, Any]:
-        """{task: {"metric", "value", "standard_error", "samples"}}, empty when not evaluated yet."""
+        """{score: {"metric", "value", "standard_error", "samples"}}, empty when not evaluated yet."""
         name = f"evaluations/{training}/{split}/metrics.json"
         table = self._object(name) if (self.path / name).exists() else None
-        return {task: entry for task, entry in (table or {}).items() if isinstance(entry, Mapping)}
+        return {key: entry for key, entry in (table or {}).items() if isinstance(entry, Mapping)}
 
-    def predictions(self, training: str, split: str, task: str) -> list[dict[str, Any]]:
-        return self._lines(f"evaluations/{training}/{split}/{task}.jsonl")
+    def predictions(self, training: str, split: str, task: str, part: str = "") -> list[dict[str, Any]]:
+        return self._lines(f"evaluations/{training}/{split}/{set_key(task, part)}.jsonl")
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         """JSON lines; the last one may be cut off where a process was killed."""
@@ -163,6 +164,12 @@ class RunDirectory:
             self.missing.append(name)
             return None
         return file.read_text(encoding="utf-8", errors="replace")
+
+
+def test_sets(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Records of a task's test sets by name; a set without one has the empty one."""
+    named = task.get("test_sets")
+    return dict(named) if isinstance(named, Mapping) and named else {"": task.get("test_records")}
 
 
 def number(value: Any) -> float | None:

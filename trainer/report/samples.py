@@ -11,7 +11,7 @@ from PIL import Image
 
 from trainer.data.pictures import open_image
 from trainer.metrics import METRICS, normalize_answer, parse_box
-from trainer.report.run_directory import RunDirectory, number
+from trainer.report.run_directory import RunDirectory, number, test_sets
 from trainer.report.tables import format_value, metric_label
 
 PER_TASK = 4
@@ -20,21 +20,24 @@ LONGEST_SIDE = 320
 LOSSES = METRICS["perplexity"].label  # of given answers: there is no prediction, and no right or wrong
 
 
-def sample_groups(run: RunDirectory, training: str, split: str = "test") -> list[dict[str, Any]]:
-    """Per task: a few predictions of one model, right and wrong ones alike where both exist."""
+def sample_groups(run: RunDirectory, training: str) -> list[dict[str, Any]]:
+    """Per task: a few predictions of one model on its first test set, right and wrong ones alike where both exist."""
     groups = []
     for task in run.tasks:
         if task.get("auxiliary"):
             continue
-        rows = run.predictions(training, split, task["name"])
+        part = next(iter(test_sets(task)))
+        rows = run.predictions(training, "test", task["name"], part)
         if not rows:
             continue
-        label = metric_label(task.get("metric"))
+        metrics = task.get("test_metrics")
+        label = metric_label(metrics[0] if isinstance(metrics, list) and metrics else task.get("metric"))
         root = Path(str(task.get("image_root") or "."))
         roots = [root] if root.is_absolute() else [root, run.path / root]
         groups.append(
             {
                 "task": task["name"],
+                "part": part,
                 "metric": label,
                 "description": task.get("description"),
                 "total": len(rows),

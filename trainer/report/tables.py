@@ -12,6 +12,7 @@ from typing import Any
 from trainer.balancing.registry import training_label
 from trainer.comparison import Comparison, compare
 from trainer.errors import UserError
+from trainer.evaluation.scoring import scores_by_task
 from trainer.metrics import METRICS
 from trainer.report.run_directory import RunDirectory, number
 
@@ -24,10 +25,19 @@ def metric_label(metric: Any) -> str:
     return METRICS[metric].label if metric in METRICS else str(metric)
 
 
-def format_value(value: float | None, label: str) -> str:
+def set_and_metric(score: str) -> tuple[str, str]:
+    """The test set's name, empty where there is none, and the metric's label in the name of a score."""
+    for metric in METRICS.values():
+        if score.endswith(f" {metric.label}"):
+            return score.removesuffix(f" {metric.label}"), metric.label
+    return "", score
+
+
+def format_value(value: float | None, score: str) -> str:
     """Percentages with one decimal, CIDEr with three, anything else with four digits."""
     if value is None:
         return "–"
+    _, label = set_and_metric(score)
     if label.startswith("CIDEr"):
         return f"{value:.3f}"
     return f"{value:.1f}" if label.startswith(("EM", "IoU")) else f"{value:.4g}"
@@ -35,7 +45,7 @@ def format_value(value: float | None, label: str) -> str:
 
 @dataclass
 class ScoreTable:
-    """Scores of every column by (task, metric); columns are the baselines, STL and the methods, in that order.
+    """Scores of every column by (task, score); columns are the baselines, STL and the methods, in that order.
 
     ``errors`` are of the test sampling, ``spreads`` standard deviations over seeds, where there are several.
     """
@@ -137,9 +147,11 @@ def _scores_so_far(run: RunDirectory) -> ScoreTable:
     names.sort(key=lambda name: (not name.startswith("stl-"), name == "cotbal"))
     for name in names:
         method = training_label(name)
-        for task, entry in run.metrics(name, "test").items():
-            label = metric_label(entry.get("metric"))
-            better = next((m.higher_is_better for m in METRICS.values() if m.label == label), True)
+        by_task = scores_by_task(run.metrics(name, "test"))
+        for task, score, entry in ((task, *item) for task, own in by_task.items() for item in own.items()):
+            label = metric_label(score)
+            _, metric = set_and_metric(label)
+            better = next((m.higher_is_better for m in METRICS.values() if m.label == metric), True)
             value, error = number(entry.get("value")), number(entry.get("standard_error"))
             if value is None:
                 continue
@@ -150,8 +162,12 @@ def _scores_so_far(run: RunDirectory) -> ScoreTable:
     return scores
 
 
-def score_rows(scores: ScoreTable, samples: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per task and metric; a trained model within two standard errors of the majority is "at chance"."""
+def score_rows(scores: ScoreTable, samples: Mapping[tuple[str, str], Any]) -> list[dict[str, Any]]:
+    """One row per task, test set and metric; a trained model within two standard errors of the majority is "at chance".
+
+    Args:
+        samples: records by task and test set.
+    """
     rows = []
     for key in scores.directions:
         task, label = key
@@ -171,7 +187,8 @@ def score_rows(scores: ScoreTable, samples: Mapping[str, Any]) -> list[dict[str,
                     "at_chance": advantage is not None and advantage <= 2,
                 }
             )
-        rows.append({"task": task, "metric": label, "samples": samples.get(task), "cells": cells})
+        part, _ = set_and_metric(label)
+        rows.append({"task": task, "metric": label, "samples": samples.get((task, part)), "cells": cells})
     return rows
 
 

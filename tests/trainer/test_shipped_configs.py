@@ -87,8 +87,9 @@ def write_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
             image = "image_root" in task
             found[task["name"]] = rows(task["name"], 70 + 41 * index, image)
             for split in ("train", "validation", "test"):
-                if split in task:
-                    path = Path(task[split].replace("${COTBAL_DATA}", str(tmp_path / "data")))
+                files = task.get(split, [])
+                for file in files.values() if isinstance(files, dict) else [files] if files else []:
+                    path = Path(file.replace("${COTBAL_DATA}", str(tmp_path / "data")))
                     path.parent.mkdir(parents=True, exist_ok=True)
                     kept = found[task["name"]] if split == "train" else rows("held-out", 6, image)[::2]
                     path.write_text("".join(json.dumps(row) + "\n" for row in kept))

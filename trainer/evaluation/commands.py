@@ -147,7 +147,7 @@ def _of_task(
     if "" in files and test_set:
         raise UserError(f"task '{name}' has one test file, without a name; leave out --test-set")
     if test_set not in files:
-        raise unknown_name(f"test set of task '{name}'", test_set, files)
+        raise unknown_name("test set", test_set, files)
     features = run_dir / "features" if config.model.path == BUILT_IN else None
     metrics = task.scored_with(split)
     return EvaluationSet(_NAME, (files[test_set],), task.image_root, metrics, task.max_new_tokens), features

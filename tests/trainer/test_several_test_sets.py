@@ -1,0 +1,369 @@
+"""A task with several test sets and metrics: Eq. 12 over all of them, files, errors and fingerprints by set.
+
+In whole runs trainings are replaced by what they leave behind, and the model's answers by ones whose scores are known
+by hand; metrics, results, Delta I and the report are made from them as always.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from synthetic_run import Page
+
+import trainer.nodes.machine as machine
+from trainer.comparison import compare
+from trainer.config import RunConfig, TaskConfig, load_config, parse_config
+from trainer.data.records import Record, write_jsonl
+from trainer.errors import UserError
+from trainer.evaluation.progress import Meter
+from trainer.evaluation.running import evaluate, finish
+from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
+from trainer.files import write_json
+from trainer.nodes.following import _missing_files
+from trainer.pipeline.algorithm1 import Pipeline
+from trainer.pipeline.evaluations import evaluation_sets
+from trainer.pipeline.planned_data import planned_data
+from trainer.pipeline.preflight import check_config
+from trainer.pipeline.progress import Progress
+from trainer.report import build_report
+from trainer.training import TrainingSpec
+
+# Of "colour": how many answers are right and how many have one word too many, per set of 4 and 3 records.
+ANSWERS = {
+    "stl-colour": {"testA+": (2, 1), "testB": (1, 2)},
+    "ew": {"testA+": (1, 3), "testB": (2, 0)},
+    "cotbal": {"testA+": (3, 1), "testB": (1, 1)},
+}
+# Of "box": loss per token.
+LOSSES = {
+    "stl-box": {"near": 1.0, "far": 2.0},
+    "ew": {"near": 1.25, "far": 1.5},
+    "cotbal": {"near": 0.5, "far": 2.25},
+}
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def data(run_data: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The small run; "colour" with 2 test sets x 2 metrics, "box" with 2 x 1, a lower one being better."""
+    colour, box, _ = run_data["tasks"]
+    train = rows_of(Path(colour["train"]))
+    write_jsonl(tmp_path / "b.jsonl", [train[0], train[4], train[1]])  # red, red, green
+    colour["test"] = {"testA+": colour["test"], "testB": str(tmp_path / "b.jsonl")}
+    colour["test_metrics"] = ["span_f1", "exact_match"]
+    box["test"] = {"near": box["test"], "far": box["validation"]}
+    box |= {"metric": "exact_match", "test_metrics": ["perplexity"]}
+    return run_data | {"comparisons": ["stl", "ew"]}
+
+
+class Quiet(Progress):
+    def say(self, text: str) -> None: ...
+
+
+def answer(training: str, chosen: EvaluationSet, number: int, record: Record) -> dict[str, Any]:
+    """What a model leaves for a record, by the tables above; on validation more data gives more right answers."""
+    row = {"id": record.id, "image": record.images[0], "question": "?", "references": record.answers}
+    if chosen.teacher_forced:
+        return row | {"loss_sum": (number + 1) * LOSSES[training][chosen.part], "tokens": number + 1}
+    right, longer = ANSWERS[training][chosen.part] if chosen.part else (1, 0)
+    if not chosen.part and training.startswith("plus-"):
+        right = 3 if training.endswith(chosen.name) else 2
+    texts = [record.answers[0]] * right + [f"{record.answers[0]} perhaps"] * longer
+    return row | {"prediction": texts[number] if number < len(texts) else "no"}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Path, list[str]]]:
+    """Runs the pipeline; returns the run directory, and the trainings and evaluations that were done."""
+    done: list[str] = []
+
+    def train(spec_path: Path, *_: Any) -> None:
+        spec = TrainingSpec.model_validate_json(spec_path.read_text())
+        (spec.output_dir / "model").mkdir()
+        (spec.output_dir / "log.jsonl").write_text(json.dumps({"step": 1, "steps": 1, "tasks": {}}))
+        done.append(f"train-{spec.name}")
+
+    def score(spec: EvaluationSpec, *_: Any) -> None:
+        training = spec.model_path.parent.name
+        write_json(spec.output_dir / "manifest.json", {})
+        for own in spec.sets:
+            write_jsonl(spec.predictions(own), [answer(training, own, *item) for item in enumerate(own.load())])
+        finish(spec)
+        done.append(f"{spec.output_dir.name}-{training}")
+
+    monkeypatch.setattr(machine, "run_training", train)
+    monkeypatch.setattr(machine, "evaluate", score)
+
+    def go(data: dict[str, Any], overwrite: bool = False) -> tuple[Path, list[str]]:
+        done.clear()
+        Pipeline(parse_config(data, "test"), Quiet()).run(overwrite)
+        return Path(data["output_dir"]), list(done)
+
+    return go
+
+
+def by_hand(training: str) -> dict[str, dict[str, float]]:
+    """Scores of a model: F1 of "red perhaps" for "red" is 2 * 1 / (2 + 1); perplexity is e to the loss per token."""
+    found: dict[str, dict[str, float]] = {}
+    for part, (right, longer) in ANSWERS.get(training, {}).items():
+        size = {"testA+": 4, "testB": 3}[part]
+        found.setdefault("colour", {})[f"{part} F1"] = 100 * (right + longer * 2 / 3) / size
+        found["colour"][f"{part} EM"] = 100 * right / size
+    for part, loss in LOSSES.get(training, {}).items():
+        found.setdefault("box", {})[f"{part} perplexity"] = float(np.exp(loss))
+    return found
+
+
+def test_eq_12_averages_over_test_sets_and_metrics(data: dict[str, Any], run: Callable[..., Any]) -> None:
+    run_dir, _ = run(data)
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["tasks"] == {
+        "colour": {f"{part} {label}": "higher" for part in ("testA+", "testB") for label in ("F1", "EM")},
+        "box": {"near perplexity": "lower", "far perplexity": "lower"},
+    }
+    single = by_hand("stl-colour") | by_hand("stl-box")
+    tables = {"EW": by_hand("ew"), "CoTBal": by_hand("cotbal")}
+    for name, table in tables.items():
+        assert results["methods"][name] == {task: pytest.approx(own) for task, own in table.items()}
+    assert results["baseline"] == {task: pytest.approx(own) for task, own in single.items()}
+
+    found = compare(results)
+    for name, table in tables.items():  # Eq. 12-14
+        improvement = []
+        for task, sign in (("colour", 1), ("box", -1)):
+            scores = list(single[task])
+            method, base = (np.array([values[task][score] for score in scores]) for values in (table, single))
+            improvement.append(np.mean(sign * (method - base) / base))
+        assert found[name].delta_i == pytest.approx(100 * np.mean(improvement))
+        assert found[name].delta_e == pytest.approx(100 * np.mean(-np.minimum(0, improvement)))
+        assert list(found[name].per_task.values()) == pytest.approx(100 * np.array(improvement))
+
+    # "red" is the majority answer of the training records: 1 of 4 and 2 of 3. A constant has no perplexity.
+    majority = {"testA+ F1": 25.0, "testA+ EM": 25.0, "testB F1": 200 / 3, "testB EM": 200 / 3}
+    assert results["baselines"]["majority"] == {"colour": pytest.approx(majority)}
+    # V_j is the task's metric on validation.
+    scores = json.loads((run_dir / "scores.json").read_text())
+    assert scores["mini"] == {"colour": 25.0, "box": 25.0}
+    assert scores["full"]["colour"] == {"colour": 75.0, "box": 50.0}
+
+    folder = run_dir / "evaluations" / "cotbal" / "test"
+    assert {path.name for path in folder.iterdir()} == {
+        "manifest.json", "metrics.json", "colour@testA+.jsonl", "colour@testB.jsonl", "box@near.jsonl", "box@far.jsonl",
+    }  # fmt: skip
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics) == [f"{task} {score}" for task, own in results["tasks"].items() for score in own]
+    assert [(metrics[f"colour {part} EM"]["metric"], metrics[f"colour {part} EM"]["samples"])
+            for part in ("testA+", "testB")] == [("EM", 4), ("EM", 3)]  # fmt: skip
+    first = [row["score"] for row in rows_of(folder / "colour@testA+.jsonl")]
+    assert first == pytest.approx([100, 100, 100, 200 / 3])  # of the first metric, F1
+
+    page = Page((run_dir / "report.html").read_text())
+    table = page.tables["test-scores"]
+    assert [row[0] for row in table[1:]] == [
+        "colourtestA+ F1, 4 samples", "colourtestA+ EM, 4 samples", "colourtestB F1, 3 samples",
+        "colourtestB EM, 3 samples", "boxnear perplexity, 4 samples", "boxfar perplexity, 4 samples",
+    ]  # fmt: skip
+    (em,) = [row for row in table if row[0].startswith("colourtestB EM")]
+    assert [cell.split(" ± ")[0] for cell in em[1:]] == ["66.7", "66.7", "33.3", "66.7", "33.3"]
+    assert page.row("deltas", "CoTBal")[1] == f"{found['CoTBal'].delta_i:+.2f}"
+    assert "colour testA+, F1, 4 of 4" in page.words
+    assert page.row("tasks", "colour")[-2] == "7"
+
+    (run_dir / "results.json").unlink()  # a report on the way shows the same scores under the same names
+    build_report(run_dir)
+    partial = Page((run_dir / "report.html").read_text()).tables["test-scores"]
+    assert {row[0]: row[1:] for row in partial[1:]} == {
+        row[0]: [cell.replace("at chance", "") for cell in row[3:]] for row in table[1:]
+    }
+
+
+def test_another_file_of_a_set_scores_again_what_is_scored_on_it(
+    data: dict[str, Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    run(data)
+    assert run(data)[1] == []
+    path = tmp_path / "b.jsonl"
+    path.write_text(path.read_text().replace('"colour-train-4"', '"other"'))
+    with pytest.raises(UserError, match=r"\(records\.colour\.test\.testB \w+ -> \w+\): test-cotbal"):
+        run(data)
+    again = {"test-cotbal", "test-ew", "test-stl-colour"}
+    assert set(run(data, overwrite=True)[1]) == again
+    data["tasks"][0]["test_metrics"] = ["span_f1"]
+    assert set(run(data, overwrite=True)[1]) == again
+
+
+def test_interrupted_it_goes_on_where_it_was(tiny_tasks: list[TaskConfig], pixel_model: Path, tmp_path: Path) -> None:
+    """Killed after the first of three batches; the same files as without that."""
+    own = tiny_tasks[0]
+    task = TaskConfig(**own.model_dump() | {"test": {"testA+": own.test, "far": own.validation}, "max_new_tokens": 3,
+                                            "test_metrics": ["bleu", "exact_match"]})  # fmt: skip
+    spec = EvaluationSpec(
+        model_path=pixel_model, sets=tuple(evaluation_sets(task, "test")), output_dir=tmp_path / "a", batch_size=3,
+        precision="fp32", devices=("cpu",), threads=1, by_task=True,
+    )  # fmt: skip
+
+    def stop(meter: Meter) -> None:
+        if meter.samples:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(spec, report=stop)
+    assert len((tmp_path / "a/parts/rank-0.jsonl").read_text().splitlines()) == 1
+    seen: list[int] = []
+    first = evaluate(spec, report=lambda meter: seen.append(meter.done))
+    assert seen[0] == 3
+    second = evaluate(replace(spec, output_dir=tmp_path / "b"))
+    assert list(first) == [f"colour {part} {label}" for part in ("testA+", "far") for label in ("BLEU", "EM")]
+    for metrics in (first, second):
+        assert all(entry.pop("throughput")["samples"] == 4 for entry in metrics.values())
+    assert first == second
+    for name in ("colour@testA+.jsonl", "colour@far.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def more_turns(row: dict[str, Any]) -> None:
+    row["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "No."}]
+
+
+def longer(row: dict[str, Any]) -> None:
+    row["conversations"][0]["value"] += 200 * " what"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row.update(image="no.png"), "task 'colour', test set 'testB', record 'colour-train-4': image "),
+        (more_turns, "task 'colour', test set 'testB', record 'colour-train-4': scoring takes one question per record"),
+        (longer, "task 'colour', test set 'testB' {path}: record 'colour-train-4': its images and the text around"),
+        (None, "task 'colour': the test set 'testB' {path} has no records"),
+    ],
+)
+def test_errors_name_the_set(
+    data: dict[str, Any], tmp_path: Path, change: Callable[[dict[str, Any]], None] | None, message: str
+) -> None:
+    path = tmp_path / "b.jsonl"
+    rows = rows_of(path) if change else []
+    if change:
+        change(rows[1])
+    write_jsonl(path, rows)
+    data["tasks"][0]["test_metrics"] = ["perplexity"]
+    config = parse_config(data, "x")
+    with pytest.raises(UserError) as caught:
+        check_config(config)
+    assert message.format(path=path) in str(caught.value)
+    if change is None or change.__name__ != "<lambda>":  # the plan opens no image
+        assert not isinstance(config.tasks, str)
+        with pytest.raises(UserError) as caught:
+            planned_data(config, config.tasks)
+        assert message.format(path=path) in str(caught.value)
+
+
+def test_other_machines_look_for_every_set(data: dict[str, Any], tmp_path: Path) -> None:
+    config = parse_config(data, "x")
+    assert _missing_files(config) == []
+    (tmp_path / "b.jsonl").unlink()
+    assert _missing_files(config) == [f"{tmp_path / 'b.jsonl'} does not exist there"]
+
+
+def test_finished_runs_of_plain_files_are_still_finished(run_config: RunConfig) -> None:
+    """What identifies their scores is what it was before sets had names."""
+    assert not isinstance(run_config.tasks, str)
+    pipeline = Pipeline(run_config)
+    (training,) = [own for own in pipeline.trainings if own.name == "cotbal"]
+    found = pipeline.identity.scoring(training, "test")
+    assert [(row["name"], row["metric"]) for row in found["tasks"]] == [
+        ("colour", "exact_match"),
+        ("box", "accuracy_iou"),
+    ]
+    for row, task in zip(found["records"], run_config.tasks, strict=False):
+        assert isinstance(task.test, Path)
+        assert row["test"] == hashlib.sha256(task.test.read_bytes()).hexdigest()[:16]
+    assert pipeline.identity.results()["metrics"] == {"colour": "exact_match", "box": "accuracy_iou", "chat": None}
+
+
+class TestCommand:
+    def test_one_of_the_sets(
+        self, cotbal: Callable[..., Any], data: dict[str, Any], write_config: Callable[..., Path], pixel_model: Path,
+        tmp_path: Path,
+    ) -> None:  # fmt: skip
+        options = ("--config", write_config(data), "--task", "colour", "--output", tmp_path / "out", "--quiet")
+        outcome = cotbal("evaluate", pixel_model, *options, "--test-set", "testB", "--max-new-tokens", 2)
+        assert outcome.code == 0, outcome.err
+        found = json.loads(outcome.out)["metrics"]
+        assert {name: score["samples"] for name, score in found.items()} == {"span_f1": 3, "exact_match": 3}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--task", "colour"), "task 'colour' has several test sets; name one with --test-set: testA+, testB"),
+            (
+                ("--task", "colour", "--test-set", "testA"),
+                "unknown test set 'testA' (did you mean 'testA+'?); valid: testA+, testB",
+            ),
+            (("--task", "chat", "--test-set", "x"), "task 'chat' has one test file, without a name; leave out --test-"),
+            (
+                ("--task", "box", "--split", "validation", "--test-set", "far"),
+                "needs --config, --task and --split test",
+            ),
+        ],
+    )
+    def test_errors(
+        self, cotbal: Callable[..., Any], data: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path,
+        options: tuple[str, ...], message: str,
+    ) -> None:  # fmt: skip
+        outcome = cotbal("evaluate", tmp_path, "--config", write_config(data), "--output", tmp_path / "out", *options)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message in outcome.err
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize(
+        ("task", "message"),
+        [
+            (
+                {"test": 5},
+                "test: must be a file of records, or files by name: {testA: a.jsonl, testB: b.jsonl} (got 5)",
+            ),
+            ({"test": {}}, "test: must be a file of records, or files by name"),
+            ({"test": ["a.jsonl"]}, "test: must be a file of records, or files by name"),
+            ({"test": {"a/b": "t"}}, "test: test set name 'a/b' must be letters, digits, '_', '-', '.', '+' only"),
+            ({"test": {"a": None}}, "test: test set 'a' must be a file of records, got None"),
+            ({"test_metrics": ["cidr"]}, "test_metrics: unknown metric 'cidr' (did you mean 'cider'?)"),
+            ({"test_metrics": ["bleu", "cider", "bleu"]}, "test_metrics: given twice: bleu"),
+            ({"test_metrics": ["bleu", "perplexity"]}, "test_metrics: perplexity scores the given answers, the others"),
+            ({"test_metrics": ["bleu"], "test": None}, "test_metrics: there is no 'test' to score with them"),
+        ],
+    )
+    def test_errors(self, task: dict[str, Any], message: str) -> None:
+        whole = {"name": "a", "train": "a", "validation": "v", "test": "t", "metric": "cider", **task}
+        with pytest.raises(UserError) as caught:
+            parse_config({"output_dir": "o", "tasks": [whole]}, "x")
+        (line,) = str(caught.value).splitlines()[1:]
+        assert line.strip().startswith(f"tasks.0.{message}")
+
+    def test_paths_of_sets(
+        self, data: dict[str, Any], write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("RECORDS", "/records")
+        data["tasks"][0]["test"] = {"testA+": "${RECORDS}/a.jsonl", 2017: "b.jsonl"}
+        path = write_config(data)
+        config = load_config(path)
+        assert not isinstance(config.tasks, str)
+        assert config.tasks[0].test == {"testA+": Path("/records/a.jsonl"), "2017": tmp_path / "b.jsonl"}
+        path.write_text(config.to_yaml())
+        assert load_config(path) == config
+        assert yaml.safe_load(config.to_yaml())["tasks"][2]["test"] == data["tasks"][2]["test"]
+        monkeypatch.delenv("RECORDS")
+        with pytest.raises(UserError, match=r"tasks\.0\.test\.testA\+ needs the environment variable RECORDS"):
+            load_config(write_config(data))

@@ -155,6 +155,12 @@ def test_boxes_in_cropped_images_are_refused(cropping: dict[str, Any]) -> None:
     assert "'colour'" not in text  # its answers are words
 
 
+def test_boxes_that_a_test_metric_asks_for_are_refused_too(cropping: dict[str, Any]) -> None:
+    cropping["tasks"] = [cropping["tasks"][0] | {"test_metrics": ["exact_match", "accuracy_iou"]}]
+    with pytest.raises(UserError, match="task 'colour': answers are boxes, image "):
+        check_config(parse_config(cropping, "x"))
+
+
 def square(data: dict[str, Any]) -> None:
     for path in (Path(data["tasks"][1]["image_root"]) / "images").glob("box_*.png"):
         Image.new("RGB", (64, 64)).save(path)

@@ -211,7 +211,8 @@ class EvaluationConfig(Options):
 
     batch_size: Annotated[int, Field(ge=1)] = Field(
         32,
-        description="records that go through the model at once; another number can turn near ties, so it scores again",
+        description="records that go through the model at once; another number can turn near ties, so what is scored "
+        "already stays",
     )
 
 

@@ -92,19 +92,18 @@ class Identity:
         return inputs | ({"balancing.validation": self.config.balancing.validation.model_dump()} if validates else {})
 
     def scoring(self, training: Training, split: str) -> dict[str, Any]:
-        """Of an evaluation, beside the model that it scores; how many records share a batch can turn near ties."""
+        """Of an evaluation, beside the model that it scores.
+
+        Not ``evaluation.batch_size``, which turns near ties at most: out of memory, a run is to go on with a smaller
+        one and what it has.
+        """
         limits = [
             {"name": task.name, "metric": _metrics(task, split), "max_new_tokens": task.max_new_tokens}
             for task in self.tasks
             if task.name in training.tasks
         ]
         records = self.records(split, of=training.tasks)
-        return {
-            "format": FORMAT,
-            "tasks": limits,
-            "records": records,
-            "evaluation": self.config.evaluation.model_dump(),
-        }
+        return {"format": FORMAT, "tasks": limits, "records": records}
 
     def results(self) -> dict[str, Any]:
         """Of the table of results beside the evaluations: baselines that read the records."""

@@ -20,11 +20,12 @@ from PIL import Image
 from cotbal_kernels.huggingface import apply_fused_loss
 from trainer.data.collator import Collator
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
-from trainer.data.lengths import token_counter
+from trainer.data.lengths import ImageLengths, token_counter
 from trainer.data.records import Record, Turn
 from trainer.errors import UserError
 from trainer.evaluation.generation import BatchScorer
 from trainer.evaluation.spec import EvaluationSet
+from trainer.models.images import vision_input
 
 SIZES = {"a": (60, 40), "b": (200, 50), "c": (48, 130)}  # of the images in pixels
 WIDE = Record("wide", ("a",), (Turn("<image>\nWhat colour is it?", "red"),), ())
@@ -173,6 +174,29 @@ def test_tokens_are_counted_without_decoding_an_image(family: Family, tmp_path: 
         counted = counter.training_sample(record, replace(family, folder=tmp_path).image)
         encoded = family.encoder.training_sample(record, family.image)
         assert (len(counted.input_ids), counted.supervised) == (len(encoded.input_ids), encoded.supervised), record.id
+
+
+def test_patches_of_images_are_counted_for_the_dry_run(family: Family) -> None:
+    """As many as the model's own patch embedding makes of them, tiles and sizes included."""
+    embeddings = [
+        module for module in family.model.modules()
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)) and module.kernel_size == module.stride
+    ]  # fmt: skip
+    assert len(embeddings) == 1
+    seen: list[int] = []
+    handle = embeddings[0].register_forward_hook(
+        lambda module, args, out: seen.append(out.numel() // module.out_channels)
+    )
+    images = token_counter(family.processor, 4096).features
+    assert isinstance(images, ImageLengths)
+    patch = vision_input(family.model.config).patch
+    try:
+        for record in (WIDE, LONG, TWO):
+            seen.clear()
+            alone(family, record, family.encoder.training_sample(record, family.image).labels)
+            assert images.values([family.image(name) for name in record.images]) == sum(seen) * patch, record.id
+    finally:
+        handle.remove()
 
 
 def test_images_that_count_less_among_others_stand_in_one_turn(folder: Path) -> None:

@@ -39,6 +39,9 @@ LORA = 128 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
 QWEN = 2 * 151936 * 2048 + 24 * (4 * 2048 * 2048 + 3 * 2048 + 3 * 2048 * 5504 + 2 * 2048) + 2048
 
 
+PATCHES = 64**2 / 14**2  # of an image as the small model's processor makes it, for the large encoder
+
+
 @pytest.fixture(scope="module")
 def llava_folder(pixel_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLaVA-1.5-7B's configuration without weights, with the small model's processor."""
@@ -179,7 +182,7 @@ def test_the_papers_setting(cotbal: Any, write_records: Any, llava_folder: Path)
     kept = 16 * 2048 * 2 * (32 * 4096 + 8 * 4096 + 2 * 4096 + 4 * 11008)
     assert printed(r"activations ([\d.]+)", out) == pytest.approx(kept / GIB, abs=0.005)
     images = sum(sizes[name] for name in sizes if name != "sharegpt")
-    flop = 6 * trained * tokens + 2 * CLIP * 576 * images
+    flop = 6 * trained * tokens + 2 * CLIP * PATCHES * images
     assert float(data["cotbal"][3]) == pytest.approx(flop / (8 * 200e12 * 0.5) / 3600, rel=0.005)
     hours = sum(float(row[3]) for row in data.values())
     assert printed(r"hours ([\d.]+) for all", out) == pytest.approx(hours, abs=0.006)
@@ -210,7 +213,7 @@ def test_lora_on_one_gpu(cotbal: Any, write_records: Any, llava_folder: Path) ->
     assert 20 < whole < 80  # of the one GPU
     tokens = sum(tokens for tokens, _ in counted)
     images = sum(len(found) for name, found in records.items() if name != "sharegpt")
-    flop = (4 * (VICUNA + PROJECTOR) + 2 * trained) * tokens + 2 * CLIP * 576 * images
+    flop = (4 * (VICUNA + PROJECTOR) + 2 * trained) * tokens + 2 * CLIP * PATCHES * images
     if not torch.cuda.is_available():
         assert "1 GPU(s) of 312 TFLOP/s (no GPU here: assumed, as of an A100), of which 40% are assumed" in out
         assert float(data["cotbal"][3]) == pytest.approx(flop / (312e12 * 0.4) / 3600, rel=0.005)

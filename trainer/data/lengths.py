@@ -44,26 +44,38 @@ class ImageLengths:
 
     def __init__(self, plain: ConversationEncoder) -> None:
         self._plain = plain
-        self._found: dict[tuple[tuple[int, int], ...], int] = {}
-        one = self._tokens(_SIZES[:1])
+        self._found: dict[tuple[tuple[int, int], ...], tuple[int, int]] = {}
+        one = self._measured(_SIZES[:1])
         self.one_by_one = plain.one_by_one
-        alike = self.one_by_one and all(self._tokens([size]) == one for size in _SIZES)
+        alike = self.one_by_one and all(self._measured([size]) == one for size in _SIZES)
         self._each = one if alike else None
 
     def of(self, paths: Sequence[Path]) -> list[Tensor]:
         if self._each is not None:
-            return [torch.empty(self._each, 0) for _ in paths]
+            return [torch.empty(self._each[0], 0) for _ in paths]
         # Together they may have fewer than one by one: the first stands for all.
-        first = self._tokens([_size(path) for path in paths]) - len(paths) + 1
+        first = self._measured([_size(path) for path in paths])[0] - len(paths) + 1
         return [torch.empty(first, 0), *(torch.empty(1, 0) for _ in paths[1:])]
 
     def example(self) -> Tensor:
-        return torch.empty(self._tokens(_SIZES[:1]), 0)
+        return torch.empty(self._measured(_SIZES[:1])[0], 0)
 
-    def _tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+    def values(self, paths: Sequence[Path]) -> int:
+        """Numbers that the image encoder reads of the images of one text: pixels of all tiles, times channels."""
+        if self._each is not None:
+            return self._each[1] * len(paths)
+        sizes = [_size(path) for path in paths]
+        if self.one_by_one:  # together they would be filled up to one number of tiles, which the encoder leaves out
+            return sum(self._measured([size])[1] for size in sizes)
+        return self._measured(sizes)[1] if sizes else 0
+
+    def _measured(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Tokens of images, and numbers that the encoder reads."""
         key = tuple(sizes)
         if key not in self._found:
-            self._found[key] = len(self._plain.blank_image(sizes).input_ids)
+            blank = self._plain.blank_image(sizes)
+            pixels = blank.image_inputs.get("pixel_values")
+            self._found[key] = len(blank.input_ids), 0 if pixels is None else pixels.numel()
         return self._found[key]
 
 

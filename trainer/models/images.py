@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.data.pictures import image_size
 from trainer.errors import UserError, unknown_name
@@ -17,6 +17,7 @@ _KEPT = (
     "do_convert_rgb", "do_resize", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean",
     "image_std",
 )  # fmt: skip
+_CHANNELS = ("num_channels", "in_channels", "in_chans")
 
 
 def set_image_options(processor: Any, options: Mapping[str, Any], path: str) -> None:
@@ -113,3 +114,25 @@ def refuse_cropped_boxes(processor: Any, images: Iterable[Path], title: str) -> 
                 "crops to the square in its middle, where no box is right; set model.images.aspect_ratio: pad (boxes "
                 "relative to the padded square, as `cotbal convert` writes them), or 'own' to crop all the same"
             )
+
+
+class VisionInput(NamedTuple):
+    """What an image encoder reads, as numbers: pixels times channels."""
+
+    patch: int  # of a patch, its token; 0 for a text model
+    image: int  # of an image, where all have one size; else 0
+
+
+def vision_input(config: Any) -> VisionInput:
+    """Of a transformers configuration."""
+    vision = getattr(config, "vision_config", None)
+    patch = _area(getattr(vision, "patch_size", None))
+    channels = next((found for name in _CHANNELS if (found := getattr(vision, name, None))), 3)
+    image = _area(getattr(vision, "image_size", None)) * channels if patch else 0
+    return VisionInput(patch * channels * (getattr(vision, "temporal_patch_size", None) or 1), image)
+
+
+def _area(size: Any) -> int:
+    """Of a square by its side, or of a rectangle by both; 0 for neither."""
+    sides = [size, size] if isinstance(size, int) else size
+    return sides[0] * sides[1] if isinstance(sides, (list, tuple)) and len(sides) == 2 else 0

@@ -15,6 +15,7 @@ from torch import nn
 
 from trainer.config import BUILT_IN, ModelConfig, RunConfig
 from trainer.errors import UserError
+from trainer.models.images import vision_input
 from trainer.models.loading import empty_model, load_config
 from trainer.models.lora import adapted_layers, whole_parameters
 from trainer.pipeline.planned_data import PlannedData
@@ -38,7 +39,7 @@ class ModelSize:
     trained: int  # that get gradients and optimizer states; with LoRA the updates alone
     vision: int  # of the image encoder
     vision_trained: int
-    patches: int  # of an image, each a token of the image encoder; 0 for a text model
+    patch: int  # numbers in a patch of an image, which is a token of the image encoder; 0 for a text model
     hidden: int
     layers: int
     intermediate: int
@@ -84,7 +85,7 @@ def model_size(config: Any, options: ModelConfig) -> ModelSize:
         trained=trained,
         vision=sum(named[name].numel() for name in vision),
         vision_trained=vision_trained,
-        patches=_patches(config),
+        patch=vision_input(config).patch,
         hidden=text.hidden_size,
         layers=text.num_hidden_layers,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -92,14 +93,6 @@ def model_size(config: Any, options: ModelConfig) -> ModelSize:
         vocabulary=head.weight.shape[0],
         head_trained=head_trained,
     )
-
-
-def _patches(config: Any) -> int:
-    vision = getattr(config, "vision_config", None)
-    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if isinstance(side, int) and isinstance(patch, int):
-        return (side // patch) ** 2
-    return 0 if vision is None else getattr(config, "image_seq_length", 0) or 0
 
 
 def memory_per_gpu(size: ModelSize, config: RunConfig) -> dict[str, float]:
@@ -146,7 +139,7 @@ def memory_of_host(size: ModelSize, config: RunConfig) -> dict[str, float]:
     return {purpose: size / config.launch.nodes_per_training for purpose, size in memory.items()}
 
 
-def training_flop(size: ModelSize, tokens: int, images: int) -> float:
+def training_flop(size: ModelSize, tokens: int, pixels: int) -> float:
     """Model FLOP of a training: 2 for a parameter and token forward, 2 for its inputs and 2 for itself backward.
 
     With everything trained that is 6 P a token. Frozen weights have no gradient, a frozen image encoder no backward
@@ -154,7 +147,7 @@ def training_flop(size: ModelSize, tokens: int, images: int) -> float:
     """
     language = tokens * (4.0 * size.language + 2.0 * (size.trained - size.vision_trained))
     vision = 2.0 * size.vision + (2.0 * size.vision + 2.0 * size.vision_trained if size.vision_trained else 0.0)
-    return language + images * size.patches * vision
+    return language + (pixels / size.patch * vision if size.patch else 0.0)
 
 
 def peak_tflops() -> tuple[float, str]:
@@ -174,7 +167,7 @@ def report(
     """Tokens, memory and hours of the planned trainings, as lines to print.
 
     Args:
-        rows: of ``trainings.plan``, with sequences, tokens and images.
+        rows: of ``trainings.plan``, with sequences, tokens and pixels.
         tflops: peak of one GPU; None takes this machine's, or an assumed one.
         mfu: share of the peak that a training is assumed to reach, counting model FLOP.
     """
@@ -194,7 +187,7 @@ def report(
     for row in rows:
         row_hours = "-"
         if size:
-            own = training_flop(size, row["tokens"], row["images"]) / speed / 3600
+            own = training_flop(size, row["tokens"], row["pixels"]) / speed / 3600
             hours += own
             longest = max(longest, own)
             row_hours = f"{own:.3g}"

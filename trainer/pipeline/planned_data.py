@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer.config import BUILT_IN, RunConfig, TaskConfig
-from trainer.data.lengths import sample_length, token_counter
+from trainer.data.encoding import ConversationEncoder
+from trainer.data.lengths import ImageLengths, sample_length, token_counter
 from trainer.data.records import Record
 from trainer.errors import UserError
+from trainer.models.images import vision_input
 from trainer.models.loading import load_config, load_processor
 from trainer.pipeline.evaluations import check_scoring, evaluation_sets
-from trainer.tasks import load_task
+from trainer.tasks import Task, load_task
 
 MEASURED = 2000  # records of a task that are tokenized; the others are given the lengths of these
 _CHARACTERS_PER_TOKEN = 4.0  # where no tokenizer is at hand: English text under the usual vocabularies
@@ -21,11 +23,11 @@ _IMAGE_TOKENS = 576  # of an image where the model's configuration does not say:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One record as training would see it: tokens (0: dropped), supervised tokens, images."""
+    """One record as training would see it: tokens (0: dropped), supervised ones, numbers that make up its images."""
 
     tokens: int
     supervised: int
-    images: int
+    pixels: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
     Raises:
         UserError: a record file that cannot be read, or a record that cannot be used.
     """
-    encoder, image_tokens = None, _IMAGE_TOKENS
+    encoder, image_tokens, image_pixels = None, _IMAGE_TOKENS, 0
     if config.model.path != BUILT_IN:
         try:
             model = config.model
@@ -52,6 +54,7 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
             try:
                 found = load_config(config.model.path, local_only=True)
                 image_tokens = getattr(found, "image_seq_length", None) or _IMAGE_TOKENS
+                image_pixels = vision_input(found).image
             except UserError:
                 pass
     planned: dict[str, list[Planned]] = {}
@@ -65,13 +68,14 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
         measured = []
         for record in chosen:
             if encoder is None:
-                measured.append(_by_characters(record, image_tokens, config.model.max_length, config.training.overlong))
+                rough = _by_characters(record, image_tokens, config.model.max_length, config.training.overlong)
+                measured.append(replace(rough, pixels=image_pixels * len(record.images)))
                 continue
             try:
                 length = sample_length(encoder, record, task.image_path, config.training.overlong)
             except UserError as error:
                 raise UserError(f"{task_config.title('train')}: {error}") from error
-            measured.append(Planned(length.tokens, length.supervised, len(record.images)))
+            measured.append(Planned(length.tokens, length.supervised, _pixels(encoder, record, task)))
         for split in ("validation", "test"):
             for own in evaluation_sets(task_config, split):
                 if encoder is not None and not task_config.auxiliary:
@@ -95,5 +99,10 @@ def _by_characters(record: Record, image_tokens: int, max_length: int, overlong:
     questions = (len(record.system) + sum(len(turn.question) for turn in record.turns)) / _CHARACTERS_PER_TOKEN
     tokens = round(answers + questions) + 2 * _TOKENS_PER_TURN * len(record.turns) + image_tokens * len(record.images)
     if tokens > max_length and overlong == "drop":
-        return Planned(0, 0, len(record.images))
-    return Planned(min(tokens, max_length), min(round(answers), max_length), len(record.images))
+        return Planned(0, 0, 0)
+    return Planned(min(tokens, max_length), min(round(answers), max_length), 0)
+
+
+def _pixels(encoder: ConversationEncoder, record: Record, task: Task) -> int:
+    images = encoder.features
+    return images.values([task.image_path(image) for image in record.images]) if isinstance(images, ImageLengths) else 0

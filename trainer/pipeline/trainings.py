@@ -102,7 +102,7 @@ def plan(
     Args:
         records: training records of every task by name.
         data: their lengths: with them, packed sequences and records that are dropped count as they are in training,
-            and rows have sequences (or samples), and tokens, supervised tokens and images over all epochs.
+            and rows have sequences (or samples), and tokens, supervised tokens and the images' numbers over all epochs.
     """
     window = config.training.batch_size * config.launch.ranks
     rows: list[dict[str, Any]] = []
@@ -120,7 +120,7 @@ def plan(
             if config.training.packing:
                 lengths = [found.tokens for found in kept]
                 sequences = len(pack(lengths, config.model.max_length, config.seed + training.repetition))
-            for key in ("tokens", "supervised", "images"):
+            for key in ("tokens", "supervised", "pixels"):
                 row[key] = round(sum(getattr(found, key) for found in kept) * config.training.epochs)
             row["sequences"] = sequences
         steps = optimizer_steps(sequences, window, config.training.epochs, config.training.gradient_accumulation_steps)

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from trainer.bars import watched
-from trainer.config import TaskConfig, set_title
 from trainer.data.pictures import oddity
 from trainer.data.records import Record, RecordError, scan_records
 from trainer.errors import SHOWN, UserError, each, first
+from trainer.task_config import TaskConfig, set_title
 
 SPLITS = ("train", "validation", "test")
 

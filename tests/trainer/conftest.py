@@ -17,8 +17,9 @@ from PIL import Image, ImageDraw
 from small_run import small_run
 
 import trainer.cli
-from trainer.config import RunConfig, TaskConfig, TinyLlavaConfig, parse_config
+from trainer.config import RunConfig, TinyLlavaConfig, parse_config
 from trainer.models.tiny_llava import CHAT_TEMPLATE, train_tokenizer, write_tiny_llava
+from trainer.task_config import TaskConfig
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from trainer.config import TaskConfig
+from trainer.task_config import TaskConfig
 
 
 def small_run(tasks: list[TaskConfig], model: Path, output_dir: Path) -> dict[str, Any]:

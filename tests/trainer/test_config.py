@@ -11,17 +11,9 @@ import yaml
 from deepspeed.runtime.config import DeepSpeedConfig
 
 import trainer.config
-from trainer.config import (
-    LoraConfig,
-    RunConfig,
-    TaskConfig,
-    TinyLlavaConfig,
-    TrainingConfig,
-    load_config,
-    parse_config,
-    reference,
-)
+from trainer.config import LoraConfig, RunConfig, TinyLlavaConfig, TrainingConfig, load_config, parse_config, reference
 from trainer.errors import UserError
+from trainer.task_config import TaskConfig
 from trainer.training import deepspeed_config
 
 SHIPPED = sorted((Path(trainer.config.__file__).parent / "configs").glob("*.yaml"))

@@ -12,12 +12,13 @@ import torch
 from tokenizers import processors
 from torch import Tensor
 
-from trainer.config import ModelConfig, TaskConfig
+from trainer.config import ModelConfig
 from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded
 from trainer.data.records import Record, Turn
 from trainer.errors import UserError
 from trainer.models.loading import load_model, load_processor
+from trainer.task_config import TaskConfig
 from trainer.tasks import load_task
 
 PATCHES, CHANNELS = 4, 6

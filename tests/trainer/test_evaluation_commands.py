@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config import TaskConfig
+from trainer.task_config import TaskConfig
 
 Command = Callable[..., Any]
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import trainer.evaluation.manifest as manifest
-from trainer.config import TaskConfig
 from trainer.data.encoding import ConversationEncoder, Encoded
 from trainer.data.records import write_jsonl
 from trainer.evaluation.generation import BatchScorer
@@ -26,6 +25,7 @@ from trainer.evaluation.scoring import read_predictions
 from trainer.evaluation.spec import EvaluationSet
 from trainer.models.loading import load_processor
 from trainer.report.run_directory import RunDirectory
+from trainer.task_config import TaskConfig
 
 
 class TestPlan:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cotbal_kernels.huggingface import apply_fused_loss
-from trainer.config import LoraConfig, ModelConfig, TaskConfig, parse_config
+from trainer.config import LoraConfig, ModelConfig, parse_config
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.records import Record, Turn, write_jsonl
 from trainer.errors import UserError
@@ -30,6 +30,7 @@ from trainer.models.tiny_llava import train_tokenizer
 from trainer.pipeline.evaluations import evaluation_spec
 from trainer.pipeline.planned_data import planned_data
 from trainer.pipeline.preflight import check_config
+from trainer.task_config import TaskConfig
 from trainer.training import TrainingSpec
 
 # As the templates of text models are: content is a string.

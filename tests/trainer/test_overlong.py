@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.config import TaskConfig, parse_config
+from trainer.config import parse_config
 from trainer.data.collator import MixtureDataset
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import SampleLength, measure_all, token_counter
@@ -24,6 +24,7 @@ from trainer.pipeline.planned_data import _by_characters
 from trainer.pipeline.preflight import check_config, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import StageContext
+from trainer.task_config import TaskConfig
 from trainer.tasks import load_task
 from trainer.training import TrainingSpec, training_samples
 

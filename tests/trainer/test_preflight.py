@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.config import TaskConfig, parse_config
+from trainer.config import parse_config
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
 from trainer.data.mixtures import mini_size
 from trainer.errors import UserError
@@ -23,6 +23,7 @@ from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.preflight import check_config, check_run, token_counter
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import StageContext
+from trainer.task_config import TaskConfig
 from trainer.tasks import check_images, load_task
 
 Write = Callable[[dict[str, Any]], Path]

@@ -20,7 +20,7 @@ from synthetic_run import Page
 
 import trainer.nodes.machine as machine
 from trainer.comparison import compare
-from trainer.config import RunConfig, TaskConfig, load_config, parse_config
+from trainer.config import RunConfig, load_config, parse_config
 from trainer.data.records import Record, write_jsonl
 from trainer.errors import UserError
 from trainer.evaluation.progress import Meter
@@ -34,6 +34,7 @@ from trainer.pipeline.planned_data import planned_data
 from trainer.pipeline.preflight import check_config
 from trainer.pipeline.progress import Progress
 from trainer.report import build_report
+from trainer.task_config import TaskConfig
 from trainer.training import TrainingSpec
 
 # Of "colour": how many answers are right and how many have one word too many, per set of 4 and 3 records.

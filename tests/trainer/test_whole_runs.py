@@ -17,7 +17,7 @@ import pytest
 from machines import Machines, assert_equal_models, survivors, write
 from small_run import small_run
 
-from trainer.config import TaskConfig
+from trainer.task_config import TaskConfig
 
 pytestmark = pytest.mark.slow
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from trainer.balancing.cotbal import DegenerateScoresError, cotbal_weights
 from trainer.balancing.registry import method_class
 from trainer.balancing.scores import Scores
-from trainer.config import BUILT_IN, RunConfig, TaskConfig
+from trainer.config import BUILT_IN, RunConfig
 from trainer.data.mixtures import Mixture
 from trainer.errors import UserError
 from trainer.files import write_json
@@ -42,6 +42,7 @@ from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
 from trainer.pipeline.trainings import Training, few_steps, list_trainings, plan, weight_variants
 from trainer.report import build_report
+from trainer.task_config import TaskConfig
 from trainer.training import TrainingSpec
 
 

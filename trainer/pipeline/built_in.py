@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.config import BuiltInTasksConfig, RunConfig, TaskConfig
+from trainer.config import RunConfig
 from trainer.data.built_in import BUILT_IN_TASKS, Sizes, write_built_in_tasks, write_pretraining
 from trainer.data.built_in.drawing import SIDE
 from trainer.data.records import IMAGE_PLACEHOLDER
+from trainer.task_config import BuiltInTasksConfig, TaskConfig
 from trainer.tasks import SPLITS, load_task
 
 if TYPE_CHECKING:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.bars import watched
-from trainer.config import RunConfig, TaskConfig
+from trainer.config import RunConfig
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.records import Record
 from trainer.errors import SHOWN, each
 from trainer.evaluation.generation import encode
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.launching import rank_devices, threads_per_process
+from trainer.task_config import TaskConfig
 
 
 def evaluation_sets(task: TaskConfig, split: str) -> list[EvaluationSet]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.balancing.registry import method_class
-from trainer.config import BUILT_IN, RunConfig, TaskConfig
+from trainer.config import BUILT_IN, RunConfig
 from trainer.evaluation.manifest import model_digest
 from trainer.pipeline.trainings import Training
+from trainer.task_config import TaskConfig
 
 # Raised whenever a change of the code makes finished stages of older runs worthless.
 FORMAT = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from trainer.config import BUILT_IN, RunConfig, TaskConfig
+from trainer.config import BUILT_IN, RunConfig
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import ImageLengths, sample_length, token_counter
 from trainer.data.records import Record
@@ -13,6 +13,7 @@ from trainer.errors import UserError
 from trainer.models.images import vision_input
 from trainer.models.loading import load_config, load_processor
 from trainer.pipeline.evaluations import check_scoring, evaluation_sets
+from trainer.task_config import TaskConfig
 from trainer.tasks import Task, load_task
 
 MEASURED = 2000  # records of a task that are tokenized; the others are given the lengths of these

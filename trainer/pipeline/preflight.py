@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.balancing.registry import method_class
 from trainer.bars import watched
-from trainer.config import BUILT_IN, RunConfig, TaskConfig
+from trainer.config import BUILT_IN, RunConfig
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import SampleLength, sample_length, token_counter
 from trainer.data.oddities import oddities
@@ -27,6 +27,7 @@ from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
 from trainer.pipeline.evaluations import check_scoring, evaluation_sets
 from trainer.pipeline.trainings import list_trainings
+from trainer.task_config import TaskConfig
 from trainer.tasks import SPLITS, Task, TaskImages, check_images, load_task, refuse, scan_task
 
 if TYPE_CHECKING:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainer.balancing.registry import SINGLE_TASK, is_cotbal, read_options
-from trainer.config import CotbalConfig, RunConfig, TaskConfig
+from trainer.config import CotbalConfig, RunConfig
 from trainer.data.mixtures import Mixture, optimizer_steps, select
 from trainer.data.packing import pack
 from trainer.errors import listed
 from trainer.pipeline.planned_data import PlannedData
+from trainer.task_config import TaskConfig
 
 FEW_STEPS = 10  # fewer leave a model close to the initial one, and its scores say little about the task
 

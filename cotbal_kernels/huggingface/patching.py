@@ -184,12 +184,16 @@ def _refuse_replaced_forward(model: Any, *_: Any) -> None:
         raise ValueError(replaced_forward(model))
 
 
+def forward_package(model: Any) -> str:
+    """Whose code a model's forward is, whatever it calls itself: wrappers copy ``__module__``."""
+    function = getattr(model.forward, "__func__", model.forward)
+    return getattr(function, "__globals__", {}).get("__name__", "something").split(".")[0]
+
+
 def replaced_forward(model: Any) -> str:
     """What to say of a patched model whose forward is another's now."""
-    function = getattr(model.forward, "__func__", model.forward)
-    package = getattr(function, "__globals__", {}).get("__name__", "something")  # wrappers copy __module__, not this
     return (
-        f"model.forward of a patched {type(model).__name__} was replaced by {package.split('.')[0]} after "
+        f"model.forward of a patched {type(model).__name__} was replaced by {forward_package(model)} after "
         "apply_fused_loss, and that knows no task weights: leave it out (Trainer's use_liger_kernel); with TRL's "
         "SFTTrainer use cotbal_kernels.huggingface.trl.TaskWeightedSFTTrainer"
     )

@@ -171,9 +171,11 @@ class TaskWeightedTrainerMixin:
     ) -> Any:
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = Uncast(num_items_in_batch)  # type: ignore[assignment]  # FSDP2 would round it
+        state = fused_loss(model)
+        state.task_sums = None
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if model.training:  # evaluation may call the model without this
-            self._count(fused_loss(model), training=True)
+            self._count(state, training=True)
         return loss
 
     def _count(self, state: FusedLoss, training: bool) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Trainer
 from trl import SFTTrainer
 
-from .patching import apply_fused_loss, unwrapped
+from .patching import apply_fused_loss, forward_package, unwrapped
 from .trainer import TaskWeightedTrainerMixin
 
 _TASKS = "loss_task_ids"
@@ -44,7 +44,9 @@ class _SFTWithModelLoss(SFTTrainer):
         if config is not None:
             _check(config)
         super().__init__(*args, **kwargs)
-        vars(unwrapped(self.model)).pop("forward", None)  # TRL's, which would leave the patched one out
+        base = unwrapped(self.model)
+        if forward_package(base) == "trl":  # it would leave the patched one out; accelerate's hooks stay
+            vars(base).pop("forward", None)
         apply_fused_loss(self.model, task_weights)
         self.model_accepts_loss_kwargs = True
         self.data_collator: Any = TaskIdCollator(self.data_collator)
@@ -69,7 +71,7 @@ class TaskWeightedSFTTrainer(TaskWeightedTrainerMixin, _SFTWithModelLoss):
     ``entropy``, which need logits, are not logged; ``task_loss/NAME`` and the others of the mixin are.
 
     Args:
-        task_weights: ``[K]``, lambda of Eq. 2; None: ones for the tasks that ``task_names`` names, or one task.
+        task_weights: ``[K]``, lambda of Eq. 2; None: one task.
 
     The other arguments are those of ``SFTTrainer`` and :class:`TaskWeightedTrainerMixin`.
 

@@ -353,8 +353,8 @@ def _aggregate_rows(
         loss = (spread_to_tokens(scale_K, tasks_M) * loss_M).reshape(shape)
     else:
         loss = (_task_scale(task_weights_K, tokens_K, normalizer, aggregation) * task_loss_K).sum()
-    if not differentiable_tasks:
-        task_loss_K = task_loss_K.detach()
+    # A copy: the gradient of lambda needs the sums, and callers may add up ``task_loss`` in place before that.
+    task_loss_K = (task_loss_K if differentiable_tasks else task_loss_K.detach()).clone()
     task_correct_K = torch.zeros_like(tokens_K).scatter_add_(0, tasks_M, hit_M)
     return TaskLoss(loss, task_loss_K, tokens_K, task_correct_K, stats_2M.sum(0).reshape(shape))
 

@@ -158,7 +158,8 @@ def _linear_task_ce_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     _, task_loss_K, _, _, *gradients = output
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as dW for the unused output dW
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(task_loss_K, *gradients)
+    # A copy: callers sum ``task_loss`` over ranks in place before the backward pass, of which autograd sees nothing.
+    ctx.save_for_backward(task_loss_K.clone() if ctx.needs_input_grad[7] else None, *gradients)
     ctx.need, ctx.backend = inputs[8], inputs[11]
     ctx.dtype = inputs[0].dtype
 

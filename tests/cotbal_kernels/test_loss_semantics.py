@@ -209,6 +209,20 @@ def test_graph_used_twice(function: str) -> None:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_statistics_summed_over_ranks_before_the_backward_pass(function: str, aggregation: str) -> None:
+    """A collective writes into them without a word to autograd; ``.data`` does the same."""
+    wanted, leaves = call(function, make_problem(), aggregation=aggregation)
+    expected = torch.autograd.grad(wanted.loss.sum(), leaves)
+    out, leaves = call(function, make_problem(), aggregation=aggregation)
+    for statistic in (out.task_loss, out.task_tokens, out.task_correct, out.lse):
+        statistic.data.mul_(3)
+        statistic.detach().add_(1)
+    for a, b in zip(torch.autograd.grad(out.loss.sum(), leaves), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_second_derivative_is_refused(function: str) -> None:
     out, leaves = call(function, make_problem())
     with pytest.raises(RuntimeError, match="no second derivative"):

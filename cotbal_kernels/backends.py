@@ -12,6 +12,8 @@ BACKENDS: dict[str, Backend] = {"portable": portable}
 # Imported when first asked for: the module that says why it cannot run here, and the backend.
 _GPU_BACKENDS = {"triton": ("triton_backend", "triton_backend"), "cuda": ("cuda_kernels", "cuda_backend")}
 DEFAULT = os.environ.get("COTBAL_BACKEND", "") or "auto"
+# What has been found to run where: asking the driver again costs a step more than a launch does.
+_ready: set[tuple[str, torch.device | None]] = set()
 
 
 def register_backend(name: str, backend: Backend) -> None:
@@ -19,41 +21,51 @@ def register_backend(name: str, backend: Backend) -> None:
     BACKENDS[name] = backend
 
 
-def unavailable_reason(name: str) -> str | None:
-    """Why the GPU backend ``name`` cannot run on this machine and what to do about it, or None."""
+def unavailable_reason(name: str, device: torch.device | None = None) -> str | None:
+    """Why the GPU backend ``name`` cannot run on ``device`` and what to do about it, or None.
+
+    Without a device: on none of this machine.
+    """
+    if (name, device) in _ready:
+        return None
     try:
         judge, backend = (importlib.import_module(f".{module}", __package__) for module in _GPU_BACKENDS[name])
     except ImportError as error:
         return f"{error}; `pip install {error.name}`"
-    reason: str | None = judge.unavailable_reason()
+    reason: str | None = judge.unavailable_reason(device)
     if reason is None:
         BACKENDS[name] = backend
+        _ready.add((name, device))
     return reason
 
 
-def check_backend_name(name: str) -> None:
-    """Raise ``ValueError`` unless ``name`` is "auto", "reference" or a backend that this machine can run."""
+def check_backend_name(name: str, device: torch.device | None = None) -> None:
+    """Raise ``ValueError`` unless ``name`` is "auto", "reference" or a backend that ``device`` can run.
+
+    Without a device: that some device of this machine can run.
+    """
     known = ("auto", "reference", *sorted({*BACKENDS, *_GPU_BACKENDS}))
     if name not in known:
         raise ValueError(f"backend={name!r} does not exist; available backends: {', '.join(map(repr, known))}")
-    if name in _GPU_BACKENDS and name not in BACKENDS:
-        reason = unavailable_reason(name)
+    if name in _GPU_BACKENDS:
+        reason = unavailable_reason(name, device)
         if reason is not None:
-            raise ValueError(f"backend={name!r} cannot run here: {reason}")
+            raise ValueError(f"backend={name!r} cannot run {'here' if device is None else f'on {device}'}: {reason}")
 
 
 @torch.compiler.assume_constant_result
-def resolve_backend(name: str, device_type: str) -> str:
-    """Return the name of a backend that runs on ``device_type``, or raise ``ValueError`` saying why there is none.
+def resolve_backend(name: str, device: torch.device) -> str:
+    """Return the name of a backend that runs on ``device``, or raise ``ValueError`` saying why there is none.
 
     "auto" is COTBAL_BACKEND if that is set; else "triton" on a CUDA device that it supports and "portable"
     anywhere else. ("reference" never gets here.)
     """
     if name == "auto":
         name = DEFAULT
-    check_backend_name(name)
+    on_cuda = device.type == "cuda"
     if name == "auto":
-        return "triton" if device_type == "cuda" and unavailable_reason("triton") is None else "portable"
-    if name in _GPU_BACKENDS and device_type != "cuda":
-        raise ValueError(f"backend={name!r} needs tensors on a CUDA device, got {device_type}")
+        return "triton" if on_cuda and unavailable_reason("triton", device) is None else "portable"
+    check_backend_name(name, device if on_cuda else None)
+    if name in _GPU_BACKENDS and not on_cuda:
+        raise ValueError(f"backend={name!r} needs tensors on a CUDA device, got {device}")
     return name

@@ -68,11 +68,11 @@ class CudaBackend:
     """:class:`~cotbal_kernels.interface.Backend` over kernels and products; it holds no state.
 
     Args:
-        kernels: returns the launches; called when an op runs, so that compiling csrc/ waits until then.
+        kernels: returns the launches for a device; called when an op runs, so that compiling csrc/ waits until then.
         products: the matrix products.
     """
 
-    def __init__(self, kernels: Callable[[], Kernels], products: Products) -> None:
+    def __init__(self, kernels: Callable[[torch.device], Kernels], products: Products) -> None:
         self._kernels, self._products = kernels, products
 
     def prepare_targets(
@@ -104,7 +104,7 @@ class CudaBackend:
         hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows = problem
         if hidden_MD.dtype == torch.float64:
             return portable.linear_forward(problem, tasks_M, scale_K, need, spec, chunk_size)
-        kernels = self._kernels()
+        kernels = self._kernels(hidden_MD.device)
         results, stats_2M = _new_results(targets_M)
         lift = lift_for(scale_K, hidden_MD.dtype, spec.scale)
         wanted_K = (scale_K if lift is None else scale_K * lift.up).contiguous() if any(need) else None
@@ -132,7 +132,7 @@ class CudaBackend:
         hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows = problem
         if hidden_MD.dtype == torch.float64:
             return portable.linear_rows_forward(problem, spec, chunk_size)
-        kernels, wide_bias_V = self._kernels(), _float_vector(bias_V)
+        kernels, wide_bias_V = self._kernels(hidden_MD.device), _float_vector(bias_V)
         results, stats_2M = _new_results(targets_M)
         for chunk in self._chunks(hidden_MD, weight_VD, rows_N, chunk_size):
             where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, None, None)
@@ -156,7 +156,7 @@ class CudaBackend:
             return portable.linear_rows_backward(
                 problem, grad_M, stats_2M, grad_weight_out, need, spec, chunk_size, grad_hidden_dtype
             )
-        kernels, wide_bias_V = self._kernels(), _float_vector(bias_V)
+        kernels, wide_bias_V = self._kernels(hidden_MD.device), _float_vector(bias_V)
         grad_M = grad_M.to(torch.float32)
         # What arrives at a position that is not computed is never looked at, here neither.
         lift = lift_for(at_rows(grad_M, rows_N), hidden_MD.dtype, spec.scale)
@@ -178,7 +178,8 @@ class CudaBackend:
             return portable.logits_rows_forward(logits_MV, targets_M, spec, chunk_size)
         results, stats_2M = _new_results(targets_M)
         where = ChunkRows(None, None, 0, targets_M, None, None)
-        self._kernels().chunk_gradient(_rows_of_neighbours(logits_MV), None, None, where, spec, results)
+        kernels = self._kernels(logits_MV.device)
+        kernels.chunk_gradient(_rows_of_neighbours(logits_MV), None, None, where, spec, results)
         return results.loss_M, results.hit_M, stats_2M
 
     def logits_rows_backward(
@@ -196,7 +197,8 @@ class CudaBackend:
         out_MV = torch.empty_like(logits_MV, memory_format=torch.contiguous_format)
         where = ChunkRows(None, None, 0, targets_M, None, grad_M.to(torch.float32).contiguous())
         logits_MV = _rows_of_neighbours(logits_MV)
-        self._kernels().saved_gradient(logits_MV, out_MV, None, where, spec, stats_2M.contiguous())
+        kernels = self._kernels(logits_MV.device)
+        kernels.saved_gradient(logits_MV, out_MV, None, where, spec, stats_2M.contiguous())
         return out_MV
 
     def scale_gradient(self, grad: Tensor, factor: Tensor, out: Tensor) -> None:
@@ -204,7 +206,7 @@ class CudaBackend:
         if torch.float64 in (grad.dtype, out.dtype):
             portable.scale_gradient(grad, factor, out)
         else:
-            self._kernels().scale_gradient(grad, factor.to(torch.float32), out)
+            self._kernels(grad.device).scale_gradient(grad, factor.to(torch.float32), out)
 
     def _chunks(self, hidden_MD: Tensor, weight_VD: Tensor, rows_N: Tensor, chunk_size: int) -> Iterator[Chunk]:
         """Yield the logits of at most C rows at a time, all in the same workspace."""

@@ -1,6 +1,6 @@
 """The kernels of csrc/ for Python: where the library comes from, why it may be missing, and its four launches.
 
-``unavailable_reason()`` says whether the kernels can run here; ``load()`` returns them, compiling csrc/ on first
+``unavailable_reason()`` says whether the kernels can run on a device; ``load()`` returns them, compiling csrc/ on first
 use if no compiled library was installed. The launches check what the C API cannot see (device, dtype, layout) and turn
 an error code into a ``RuntimeError``. They enqueue on the current stream and never synchronise.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_build
-from .interface import TokenLoss
+from .interface import TokenLoss, compute_capability
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/numeric.cuh
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -182,16 +182,16 @@ def _prebuilt() -> KernelLibrary | None:
     return library if library.source == cuda_build.source_digest() else None
 
 
-def unavailable_reason() -> str | None:
-    """Why the CUDA kernels cannot run here and what to do about it; None if they can.
+def unavailable_reason(device: torch.device | None) -> str | None:
+    """Why the CUDA kernels cannot run on a device (None: on none of this machine) and what to do about it.
 
-    None too where they still have to be compiled, which ``load`` does on first use.
+    None if they can, and where they still have to be compiled, which ``load`` does on first use.
     """
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA: install a CUDA build of torch"
     if not torch.cuda.is_available():
         return "no CUDA device is visible: check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
-    capability = torch.cuda.get_device_capability()
+    capability = compute_capability(device)
     if capability < (8, 0):
         return f"the device has compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 or newer"
     if _build_failure is not None:
@@ -205,26 +205,27 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def load() -> KernelLibrary:
-    """The kernels for the current device; compiles them if needed (one line on stderr).
+@functools.cache
+def load(device: torch.device) -> KernelLibrary:
+    """The kernels for a CUDA device, current or not; compiles them if needed (one line on stderr).
 
     Raises:
-        RuntimeError: they cannot run here; the message is ``unavailable_reason()``.
+        RuntimeError: they cannot run there; the message is ``unavailable_reason(device)``.
     """
-    return _load(torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0))
+    global _build_failure
+    reason = unavailable_reason(device)
+    if reason is not None:
+        raise RuntimeError(reason)
+    try:
+        return _load(torch.cuda.get_device_capability(device))
+    except (cuda_build.BuildError, subprocess.CalledProcessError, OSError) as error:
+        _build_failure = str(error)
+        raise RuntimeError(str(unavailable_reason(device))) from error
 
 
 @functools.cache
 def _load(capability: tuple[int, int]) -> KernelLibrary:
-    global _build_failure
-    reason = unavailable_reason()
-    if reason is not None:
-        raise RuntimeError(reason)
     prebuilt = _prebuilt()
     if prebuilt is not None:
         return prebuilt
-    try:
-        return KernelLibrary(cuda_build.cached_library(str(cuda_build.find_nvcc()), capability))
-    except (cuda_build.BuildError, subprocess.CalledProcessError, OSError) as error:
-        _build_failure = str(error)
-        raise RuntimeError(str(unavailable_reason())) from error
+    return KernelLibrary(cuda_build.cached_library(str(cuda_build.find_nvcc()), capability))

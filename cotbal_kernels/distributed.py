@@ -68,7 +68,7 @@ def global_task_tokens(
     task_ids_M = torch.cat([some_ids.to(device) for _, some_ids in flat])
     ones_K = torch.ones(num_tasks, dtype=torch.float32, device=device)
     arguments = (labels_M, task_ids_M, ones_K, _ANY_LABEL, ignore_index, False, False, len(labels_M))
-    tokens_K = Targets(*ops.prepare_targets(*arguments, resolve_backend("auto", device.type))).tokens_K
+    tokens_K = Targets(*ops.prepare_targets(*arguments, resolve_backend("auto", device))).tokens_K
     if dist.is_available() and dist.is_initialized():
         for one in group.get_all_groups() if isinstance(group, DeviceMesh) else [group]:
             dist.all_reduce(tokens_K, group=one)

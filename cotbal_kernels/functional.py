@@ -165,7 +165,7 @@ def linear_task_cross_entropy(
         task_weights=task_weights,
         normalizer=normalizer,
     )
-    backend = resolve_backend(backend, hidden.device.type)
+    backend = resolve_backend(backend, hidden.device)
     all_rows = weight.shape[0] if shard is None else shard.vocab_size
     targets = _prepare(
         labels, task_ids, task_weights, all_rows, ignore_index, shift, differentiable_tasks, check, max_tokens, backend
@@ -256,7 +256,7 @@ def task_cross_entropy(
     validation.check_not_transformed(
         logits=logits, labels=labels, task_ids=task_ids, task_weights=task_weights, normalizer=normalizer
     )
-    backend = resolve_backend(backend, logits.device.type)
+    backend = resolve_backend(backend, logits.device)
     vocab_size = logits.shape[-1]
     targets = _prepare(
         labels, task_ids, task_weights, vocab_size, ignore_index, shift, differentiable_tasks, check, None, backend

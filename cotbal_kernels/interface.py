@@ -63,6 +63,12 @@ class LinearOutput(NamedTuple):
     grad_bias_V: Tensor
 
 
+def compute_capability(device: torch.device | None) -> tuple[int, int]:
+    """That of a CUDA device; of None the highest among those that are visible."""
+    devices = range(torch.cuda.device_count()) if device is None else [device]
+    return max(torch.cuda.get_device_capability(one) for one in devices)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Float64 stays float64, everything else is computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from . import portable
-from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, saved_grad_dtypes
+from .interface import (
+    LinearOutput,
+    LinearProblem,
+    Need,
+    Targets,
+    TokenLoss,
+    compute_capability,
+    saved_grad_dtypes,
+)
 from .triton_kernels.compact import compact_kernel
 from .triton_kernels.configs import blocks_for, programs_for
 from .triton_kernels.head import Head, KeptStatistics, RowResults, Scale, num_blocks, on_device
@@ -38,11 +46,11 @@ from .triton_kernels.slices import Slices
 from .validation import check_capacity, check_target_values, checks_requested
 
 
-def unavailable_reason() -> str | None:
-    """Why this backend cannot run here, or None."""
+def unavailable_reason(device: torch.device | None) -> str | None:
+    """Why this backend cannot run on a device (None: on none of this machine), or None."""
     if not torch.cuda.is_available():
         return "it needs a CUDA device (use backend='portable' on a CPU)"
-    capability = torch.cuda.get_device_capability()
+    capability = compute_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     return None

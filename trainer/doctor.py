@@ -30,7 +30,7 @@ def diagnose() -> str:
             )
     else:
         lines.append("GPU: none that torch can use; trainings run on the CPU with gloo")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines.append(f"loss on {device}: backend 'auto' is {resolve_backend('auto', device)!r} (COTBAL_BACKEND changes it)")
     lines += [f"loss backend {name!r}: {unavailable_reason(name) or 'ready'}" for name in ("triton", "cuda")]
     return "\n".join(lines)

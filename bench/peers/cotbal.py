@@ -23,7 +23,7 @@ class Cotbal(Peer):
 
     def unavailable(self, device: torch.device) -> str | None:
         try:
-            resolve_backend(self.backend, device.type)
+            resolve_backend(self.backend, device)
         except ValueError as error:
             return str(error)
         return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import vocabulary_shards
-from cuda_on_cpu import DESCENDING, SHUFFLED, WideningProducts, cpu_backend, cpu_kernels, find_compiler, schedule
+from cuda_on_cpu import DESCENDING, SHUFFLED, WideningProducts, cpu_backend, find_compiler, kernels_for, schedule
 from loss_problems import FP32, Problem, error, make_problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -430,7 +430,7 @@ def test_products_and_buffers() -> None:
         p = make_problem((1, 30), D=D, V=V, dtype=dtype)
         problem, targets, lam = arguments(p)
         products = NotedProducts()
-        backend = CudaBackend(cpu_kernels, products)
+        backend = CudaBackend(kernels_for, products)
         out = backend.linear_forward(problem, targets.tasks_M, lam, need, TokenLoss(), chunk_size)
         assert products.calls == expected
         found = (out.grad_hidden_MD, out.grad_weight_VD, out.grad_bias_V)
@@ -440,7 +440,7 @@ def test_products_and_buffers() -> None:
     p = make_problem((1, 30), D=D, V=V, dtype=bf16)
     problem, *_ = arguments(p)
     products = NotedProducts()
-    backend, spec = CudaBackend(cpu_kernels, products), TokenLoss()
+    backend, spec = CudaBackend(kernels_for, products), TokenLoss()
     *_, stats = backend.linear_rows_forward(problem, spec, 20)
     products.calls.clear()
     need = (False, True, False)
@@ -499,7 +499,7 @@ def test_library_products(mixed_addmm: bool, dtype: torch.dtype, monkeypatch: py
 
 def test_library_products_through_the_ops() -> None:
     """float32 products run here too: results in place although the inputs require grad."""
-    backends.register_backend("cuda_on_cpu", CudaBackend(cpu_kernels, cuda_products.LibraryProducts()))
+    backends.register_backend("cuda_on_cpu", CudaBackend(kernels_for, cuda_products.LibraryProducts()))
     p = make_problem()
     inputs = (p.hidden, p.weight, p.task_weights)
     expected = reference_linear_task_cross_entropy(*p.tensors)
@@ -536,7 +536,7 @@ def test_the_whole_backend_calls_products_as_cublas_takes_them() -> None:
     problem, targets, lam = arguments(p)
     found = []
     for products in (WideningProducts(), cuda_products.LibraryProducts()):
-        backend = CudaBackend(cpu_kernels, products)
+        backend = CudaBackend(kernels_for, products)
         with CublasOverloads(True):
             found.append(backend.linear_forward(problem, targets.tasks_M, lam, (True,) * 3, TokenLoss(), 7))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

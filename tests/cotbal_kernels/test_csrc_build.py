@@ -68,37 +68,46 @@ def test_compiles_for_every_gpu(tmp_path: Path) -> None:
 # --- where the library comes from ---------------------------------------------------------------------------
 
 
+GPU = torch.device("cuda", 0)
+
+
+def forget_libraries() -> None:
+    cuda_kernels.load.cache_clear()
+    cuda_kernels._load.cache_clear()
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """A machine with a GPU as far as torch says, nvcc as this one has it, an empty cache, nothing installed."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(cuda_kernels, "_prebuilt", lambda: None)
     monkeypatch.setattr(cuda_kernels, "_build_failure", None)
     monkeypatch.setattr(cuda_kernels.cuda_build, "find_nvcc", lambda: "/cuda/bin/nvcc")
     monkeypatch.setenv("COTBAL_CACHE", str(tmp_path / "cache"))
-    cuda_kernels._load.cache_clear()
+    forget_libraries()
     yield SimpleNamespace(patch=monkeypatch)
-    cuda_kernels._load.cache_clear()
+    forget_libraries()
 
 
 def test_every_reason_names_its_remedy(fake_gpu) -> None:
-    assert cuda_kernels.unavailable_reason() is None
+    assert cuda_kernels.unavailable_reason(GPU) is None
     fake_gpu.patch.setattr(cuda_build, "find_nvcc", lambda: None)
-    reason = cuda_kernels.unavailable_reason()
+    reason = cuda_kernels.unavailable_reason(GPU)
     assert "nvcc is not found: install the CUDA toolkit and set CUDA_HOME" in reason
     fake_gpu.patch.setattr(cuda_kernels, "_prebuilt", lambda: object())
-    assert cuda_kernels.unavailable_reason() is None
-    fake_gpu.patch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "compute capability 7.5: the kernels need 8.0" in cuda_kernels.unavailable_reason()
+    assert cuda_kernels.unavailable_reason(GPU) is None
+    fake_gpu.patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 7.5: the kernels need 8.0" in cuda_kernels.unavailable_reason(GPU)
     fake_gpu.patch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device is visible: check the driver" in cuda_kernels.unavailable_reason()
+    assert "no CUDA device is visible: check the driver" in cuda_kernels.unavailable_reason(GPU)
     fake_gpu.patch.setattr(torch.version, "cuda", None)
-    reason = cuda_kernels.unavailable_reason()
+    reason = cuda_kernels.unavailable_reason(GPU)
     assert "was built without CUDA: install a CUDA build of torch" in reason
     with pytest.raises(RuntimeError, match="built without CUDA"):
-        cuda_kernels.load()
+        cuda_kernels.load(GPU)
 
 
 def write_compiler(path: Path, compiles: str) -> str:
@@ -123,11 +132,11 @@ def test_compiled_once_on_first_use(fake_gpu, tmp_path: Path, capfd: pytest.Capt
     script = f'echo "$*" >> {calls}\nsleep 0.3\ncp {tmp_path / "ready.so"} "$2"\n'
     nvcc = write_compiler(tmp_path / "nvcc", script)
     fake_gpu.patch.setattr(cuda_build, "find_nvcc", lambda: nvcc)
-    first = cuda_kernels.load()
+    first = cuda_kernels.load(GPU)
     assert capfd.readouterr().err.count("compiling CUDA kernels") == 1
-    assert cuda_kernels.load() is first
-    cuda_kernels._load.cache_clear()  # another process
-    assert cuda_kernels.load().path == first.path
+    assert cuda_kernels.load(GPU) is first
+    forget_libraries()  # another process
+    assert cuda_kernels.load(GPU).path == first.path
     assert capfd.readouterr().err == ""
     assert len(calls.read_text().splitlines()) == 1
     assert sorted(path.name for path in first.path.parent.iterdir()) == ["_csrc.log", "_csrc.so", "lock"]
@@ -148,10 +157,10 @@ def test_a_failed_build_names_its_log(fake_gpu, tmp_path: Path) -> None:
     nvcc = write_compiler(tmp_path / "nvcc", "echo error: no such thing\nexit 2\n")
     fake_gpu.patch.setattr(cuda_build, "find_nvcc", lambda: nvcc)
     with pytest.raises(RuntimeError, match=r"compiling the CUDA kernels failed: .*exit status 2") as raised:
-        cuda_kernels.load()
+        cuda_kernels.load(GPU)
     log = re.search(r"its output is in (\S+)", str(raised.value)).group(1)
     assert "error: no such thing" in Path(log).read_text()
-    assert str(raised.value) == cuda_kernels.unavailable_reason()
+    assert str(raised.value) == cuda_kernels.unavailable_reason(GPU)
     assert not list(Path(log).parent.glob("*.so*"))
 
 

@@ -1,5 +1,6 @@
 """The torch.library ops: opcheck, torch.compile, checkpointing, autocast, backends."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from loss_problems import FP32, Problem, error, make_problem
 from torch.utils.checkpoint import checkpoint
 
-from cotbal_kernels import backends, linear_task_cross_entropy, ops, portable, task_cross_entropy
+from cotbal_kernels import backends, cuda_kernels, linear_task_cross_entropy, ops, portable, task_cross_entropy
 from cotbal_kernels.reference import reference_linear_task_cross_entropy
 
 
@@ -220,6 +221,37 @@ def test_gpu_backends_say_what_is_missing(problem: Problem, backend: str) -> Non
         linear_task_cross_entropy(*problem.tensors, backend=backend)
     with pytest.raises(ValueError, match=r"backend='magic' does not exist; .*'cuda', 'portable', 'triton'"):
         linear_task_cross_entropy(*problem.tensors, backend="magic")
+
+
+def test_the_device_of_the_tensors_decides_and_not_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two generations in one machine, the current one too old: it is asked last if at all."""
+    pytest.importorskip("triton")
+    capabilities = {0: (7, 5), 1: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=0: capabilities[getattr(device, "index", device)]
+    )
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cuda_kernels, "_prebuilt", lambda: object())
+    monkeypatch.setattr(backends, "_ready", set())
+    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
+    old, new = torch.device("cuda", 0), torch.device("cuda", 1)
+    for name in ("triton", "cuda"):
+        backends.check_backend_name(name)  # some device can
+        for _ in range(2):  # what runs on one device says nothing about the other
+            assert backends.resolve_backend(name, new) == name
+            with pytest.raises(ValueError, match=f"backend='{name}' cannot run on cuda:0: .*compute capability"):
+                backends.resolve_backend(name, old)
+    assert backends.resolve_backend("auto", new) == "triton"
+    assert backends.resolve_backend("auto", old) == "portable"
+    asked: list[tuple[int, int]] = []
+    cuda_kernels.load.cache_clear()
+    monkeypatch.setattr(cuda_kernels, "_load", functools.cache(asked.append))
+    cuda_kernels.load(new)
+    assert asked == [(9, 0)]
+    cuda_kernels.load.cache_clear()
 
 
 def test_environment_takes_the_place_of_auto(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:

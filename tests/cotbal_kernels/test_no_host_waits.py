@@ -5,6 +5,7 @@ between host and device is too (it waits, and no CUDA graph can capture it). ``t
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -113,11 +114,28 @@ def test_portable(watched: None, dtype: torch.dtype, spec: TokenLoss) -> None:
 def test_triton(
     watched: None, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, spec: TokenLoss, descriptors: bool
 ) -> None:
-    """Everything but the launches."""
+    """Everything but the launches, which are made with the device of the tensors as the current one."""
     pytest.importorskip("triton")
     from cotbal_kernels import triton_backend
     from cotbal_kernels.triton_kernels import ahead_of_time, configs, head
 
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def on_device(tensor: torch.Tensor) -> Iterator[None]:
+        entered.append(tensor.device)
+        yield
+        entered.pop()
+
+    describe = ahead_of_time._describe
+
+    def guarded(*launch: Any) -> ahead_of_time.Launch:
+        assert entered[-1:] == [torch.device("meta")]
+        return describe(*launch)
+
+    for module in (head, triton_backend):
+        monkeypatch.setattr(module, "on_device", on_device)
+    monkeypatch.setattr(ahead_of_time, "_describe", guarded)
     monkeypatch.setattr(configs, "limits_of", lambda device: ahead_of_time.LIMITS[90])
     monkeypatch.setattr(head, "can_use_tma", lambda weight_VD: descriptors)
     for chunk_size in (0, 4):  # one slice, several

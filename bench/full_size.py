@@ -1,8 +1,8 @@
 """What steps of the Triton backend take at the sizes of real models, counted without a GPU.
 
 Launches are recorded instead of executed, as on an H100; memory is allocated as there, but nobody writes to it. So what
-is counted is what the backend asks for: bytes beside inputs and gradients, and matrix products in units of
-F = 2 N V D flop over the N supervised rows.
+is counted is what the backend asks for: bytes beside inputs and gradients, matrix products in units of
+F = 2 N V D flop over the N supervised rows, and operators of PyTorch beside our launches.
 """
 
 # Shapes: M positions, N supervised rows, D hidden width, V vocabulary.
@@ -16,6 +16,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from cotbal_kernels import backends, linear_task_cross_entropy, portable, triton_backend
@@ -114,6 +116,36 @@ def run(step: Step, watched: Callable[[], AbstractContextManager[Any]]) -> list[
         if any(step.need):
             out.loss.sum().backward()
     return launches
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that write memory, from autograd and inside our ops too: on a GPU each is a launch.
+
+    ``prepare_targets`` is one, a fill of the counts: its place is taken by the portable one here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "cotbal" and func.overloadpacket.__name__ != "prepare_targets":
+            with self:  # a mode is off while it is asked, and sees nothing of what an op does
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        self.count += _writes(func, args, out)
+        return out
+
+
+def _writes(func: Any, args: Any, out: Any) -> bool:
+    """Not where memory is only allocated, or the result lies in that of an argument: a view, a cast to the same."""
+    if func.namespace == "cotbal" or func._schema.is_mutable:
+        return True
+    given, made = (
+        {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)}
+        for tensors in (args, out)
+    )
+    return "empty" not in func.overloadpacket.__name__ and not made & given
 
 
 def gradient_bytes(step: Step) -> int:

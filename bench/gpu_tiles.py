@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 from cotbal_kernels.interface import LinearProblem, TokenLoss
-from cotbal_kernels.triton_kernels.head import Head, RowResults, Scale, TileStatistics, num_blocks
+from cotbal_kernels.triton_kernels.head import Head, RowResults, TileStatistics, num_blocks
 from cotbal_kernels.triton_kernels.project import WRITE_EXP
+from cotbal_kernels.triton_kernels.row_scales import Scale
 from cotbal_kernels.triton_kernels.tiles import Tile
 
 from .gpu_measure import Put, _seconds
@@ -75,7 +76,7 @@ class Bench:
         rows = torch.arange(shape.N, device=device)
         hidden, weight = normal(shape.N, shape.D), normal(shape.V, shape.D) / shape.D**0.5
         self.head = Head(LinearProblem(hidden, weight, None, rows % shape.V, rows, rows[-1:] + 1), TokenLoss(), 0)
-        self.scale = Scale.of(torch.ones(shape.N, device=device))
+        self.scale = Scale.of(torch.ones(shape.N, device=device), None, rows, rows[-1:] + 1, shape.N)
         self.results = RowResults.zeros(rows)
         self.logits = normal(shape.N, self.head.padded)
         self.grad_hidden = torch.zeros(shape.N, shape.D, device=device)

@@ -6,6 +6,7 @@ Counted, not timed, so any machine gives the same numbers:
 - host synchronisations of the Triton backend between its launches (0 is what CUDA graphs need);
 - peak bytes of tensors that either backend allocates beyond what it returns;
 - the same at the sizes of real models, for the Triton backend, and its matrix products there;
+- operators of PyTorch beside the launches of such a step, each of which is a small launch of its own;
 - Triton launches of each step, and registers, spills and shared memory of every kernel, compiled for sm_90.
 
     python -m bench guard            # compare
@@ -240,6 +241,16 @@ def count_full_size() -> dict[str, dict[str, Any]]:
     return {"full_size_bytes": extra, "full_size_products": products}
 
 
+def count_operators() -> dict[str, int]:
+    """Operators of PyTorch in a step of the Triton backend that write memory."""
+    counts = {}
+    for name, (need, options) in STEPS.items():
+        operators = full_size.Operators()
+        full_size.run(full_size.Step(M, V, D, need, options), lambda operators=operators: operators)  # type: ignore[misc]
+        counts[name] = operators.count
+    return counts
+
+
 def count_resources(workers: int = 2) -> dict[str, dict[str, Any]]:
     """Registers per thread, spilled bytes and shared bytes of every kernel of a plain step, on sm_90."""
     number = len(ahead_of_time.training_launches(CAPABILITY, torch.bfloat16, ahead_of_time.PLAIN))
@@ -273,6 +284,7 @@ def count_work() -> dict[str, Any]:
         "workspace_bytes": count_workspace(),
         **count_launches(),
         **count_full_size(),
+        "operators": count_operators(),
         "triton": triton.__version__,
         f"sm_{CAPABILITY}": count_resources(),
     }
@@ -299,7 +311,7 @@ def compare(baseline: dict[str, Any], found: dict[str, Any]) -> tuple[list[str],
     problems: list[str] = []
     hints: list[str] = []
     sections = ["products", "workspace_bytes", "triton_bytes", "launches", "synchronisations"]
-    sections += ["full_size_bytes", "full_size_products"]
+    sections += ["full_size_bytes", "full_size_products", "operators"]
     if baseline["triton"] == found["triton"]:
         sections.append(f"sm_{CAPABILITY}")
     else:

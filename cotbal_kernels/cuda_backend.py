@@ -91,6 +91,18 @@ class CudaBackend:
             labels_M, task_ids_M, task_weights_K, vocab_size, ignore_index, skip_zero, check, capacity
         )
 
+    def task_scales(
+        self, task_weights_K: Tensor, tokens_K: Tensor, poison: Tensor, normalizer: Tensor | None, per_task: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The portable ones."""
+        return portable.task_scales(task_weights_K, tokens_K, poison, normalizer, per_task)
+
+    def task_sums(self, loss_M: Tensor, hit_M: Tensor, tasks_M: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
+        """One launch."""
+        if loss_M.dtype == torch.float64:
+            return portable.task_sums(loss_M, hit_M, tasks_M, num_tasks)
+        return self._kernels(loss_M.device).task_sums(loss_M, hit_M, tasks_M, num_tasks)
+
     def linear_forward(
         self,
         problem: LinearProblem,
@@ -261,6 +273,8 @@ def _rows_of_neighbours(logits_MV: Tensor) -> Tensor:
 # What the registry knows as "cuda" is this module; cuda_kernels.unavailable_reason says whether it can run.
 BACKEND = CudaBackend(load, LibraryProducts())
 prepare_targets = BACKEND.prepare_targets
+task_scales = BACKEND.task_scales
+task_sums = BACKEND.task_sums
 linear_forward = BACKEND.linear_forward
 linear_rows_forward = BACKEND.linear_rows_forward
 linear_rows_backward = BACKEND.linear_rows_backward

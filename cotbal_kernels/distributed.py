@@ -19,10 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import ops, validation
+from . import task_ops, validation
 from .backends import resolve_backend
-from .functional import flatten_targets, shift_targets, task_normalizer
+from .functional import flatten_targets, shift_targets
 from .interface import Targets
+from .per_task import task_normalizer
 
 _ANY_LABEL = sys.maxsize
 
@@ -68,7 +69,7 @@ def global_task_tokens(
     task_ids_M = torch.cat([some_ids.to(device) for _, some_ids in flat])
     ones_K = torch.ones(num_tasks, dtype=torch.float32, device=device)
     arguments = (labels_M, task_ids_M, ones_K, _ANY_LABEL, ignore_index, False, False, len(labels_M))
-    tokens_K = Targets(*ops.prepare_targets(*arguments, resolve_backend("auto", device))).tokens_K
+    tokens_K = Targets(*task_ops.prepare_targets(*arguments, resolve_backend("auto", device))).tokens_K
     if dist.is_available() and dist.is_initialized():
         for one in group.get_all_groups() if isinstance(group, DeviceMesh) else [group]:
             dist.all_reduce(tokens_K, group=one)

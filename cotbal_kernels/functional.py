@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import ops, validation
+from . import ops, task_ops, validation
 from .backends import resolve_backend
 from .interface import Targets, TokenLoss
-from .per_task import spread_to_tokens, sum_by_task
+from .per_task import spread_to_tokens
 from .reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 from .results import TaskLoss
 from .sharded_head import Head, local_head, place_head
@@ -173,15 +173,16 @@ def linear_task_cross_entropy(
     hidden_MD = hidden.reshape(-1, hidden.shape[-1])
     spec = _token_loss(all_rows, **token_loss)
     where = (chunk_size or 0, backend)
+    how = (task_weights, normalizer, aggregation, labels.shape, differentiable_tasks, backend)
     if shard is not None:
         rows, targets = sharded_rows(hidden_MD, weight, bias, targets, grad_weight_out, shard, spec, *where, check)
-        return _aggregate_rows(rows, targets, task_weights, normalizer, aggregation, labels.shape, differentiable_tasks)
+        return _aggregate_rows(rows, targets, *how)
     if aggregation == "none" or differentiable_tasks or recompute or grad_weight_out is not None:
         rows = ops.linear_task_ce_rows(
             hidden_MD, weight, bias, targets.targets_M, targets.rows_N, targets.num_rows, grad_weight_out, spec, *where
         )
-        return _aggregate_rows(rows, targets, task_weights, normalizer, aggregation, labels.shape, differentiable_tasks)
-    scale_K = _task_scale(task_weights + targets.poison, targets.tokens_K, normalizer, aggregation)
+        return _aggregate_rows(rows, targets, *how)
+    scale_K = _task_scale(task_weights, targets, normalizer, aggregation, backend)
     needs = (_needs_grad(hidden), _needs_grad(weight), bias is not None and _needs_grad(bias))
     loss, task_loss_K, task_correct_K, lse_M, *_ = ops.linear_task_ce(
         hidden_MD,
@@ -276,6 +277,7 @@ def task_cross_entropy(
         aggregation,
         labels.shape,
         differentiable_tasks,
+        backend,
     )
 
 
@@ -297,41 +299,25 @@ def flatten_targets(labels: Tensor, task_ids: Tensor, ignore_index: int, shift: 
     return labels.reshape(-1), task_ids.reshape(-1)
 
 
-def task_normalizer(task_weights_K: Tensor, tokens_K: Tensor, aggregation: str) -> Tensor:
-    """The denominator of each aggregation: a scalar, ``[K]`` for "task".
-
-    "token": sum_k lambda_k T_k (Eq. 2). "task": T_k * sum of lambda over the tasks present, 0 for an absent
-    one.
-    """
-    tokens_K = tokens_K.to(task_weights_K.dtype)
-    if aggregation == "task":
-        return tokens_K * torch.where(tokens_K > 0, task_weights_K, 0).sum()
-    return (task_weights_K * tokens_K).sum()
-
-
 def _task_scale(
-    task_weights_K: Tensor, tokens_K: Tensor, normalizer: Tensor | float | None, aggregation: str
+    task_weights_K: Tensor, targets: Targets, normalizer: Tensor | float | None, aggregation: str, backend: str
 ) -> Tensor:
     """scale_k in ``loss = sum_k scale_k S_k``: lambda over the normalizer, 0 where the normalizer is 0."""
-    if aggregation == "sum":
-        return task_weights_K
-    if normalizer is None:
-        normalizer = task_normalizer(task_weights_K, tokens_K, aggregation)
-    return _divide_or_zero(task_weights_K, normalizer)
+    if aggregation == "sum" or (aggregation == "none" and normalizer is None):
+        return task_weights_K + targets.poison
+    if normalizer is not None:
+        normalizer = _as_tensor(normalizer, task_weights_K)
+    per_task = aggregation == "task"
+    scale_K, _ = task_ops.task_scales(task_weights_K, targets.tokens_K, targets.poison, normalizer, per_task, backend)
+    return scale_K
 
 
-def _divide_or_zero(numerator: Tensor, denominator: Tensor | float) -> Tensor:
-    """``numerator / denominator``, and 0 with zero gradients where the denominator is 0."""
+def _as_tensor(number: Tensor | float, like: Tensor) -> Tensor:
+    """A float32 tensor on the device of ``like``."""
+    if isinstance(number, Tensor):
+        return number.to(like.device, torch.float32)
     # Filled where it is used: a copy of a number to a GPU waits for the device, and no CUDA graph can capture it.
-    if isinstance(denominator, Tensor):
-        denominator = denominator.to(numerator.device, torch.float32)
-        # Where its value could not be checked, one out of range makes the loss NaN.
-        denominator = torch.where((denominator >= 0) & denominator.isfinite(), denominator, torch.nan)
-    else:
-        denominator = torch.full((), denominator, dtype=torch.float32, device=numerator.device)
-    # The inner where keeps 0/0 out of the backward pass, the outer one out of the result.
-    empty = denominator == 0
-    return torch.where(empty, 0, numerator / torch.where(empty, 1, denominator))
+    return torch.full((), number, dtype=torch.float32, device=like.device)
 
 
 def _aggregate_rows(
@@ -342,21 +328,20 @@ def _aggregate_rows(
     aggregation: str,
     shape: torch.Size,
     differentiable_tasks: bool,
+    backend: str,
 ) -> TaskLoss:
     """The same result from the loss of every row, for plain autograd to differentiate."""
     loss_M, hit_M, stats_2M = rows
-    tasks_M, tokens_K, num_tasks = targets.tasks_M, targets.tokens_K, task_weights_K.shape[0]
-    task_weights_K = task_weights_K + targets.poison
-    task_loss_K = sum_by_task(loss_M, tasks_M, num_tasks)
+    tasks_M = targets.tasks_M
+    task_loss_K, task_correct_K = task_ops.task_sums(loss_M, hit_M, tasks_M, task_weights_K.shape[0], backend)
+    scale_K = _task_scale(task_weights_K, targets, normalizer, aggregation, backend)
     if aggregation == "none":
-        scale_K = task_weights_K if normalizer is None else _divide_or_zero(task_weights_K, normalizer)
         loss = (spread_to_tokens(scale_K, tasks_M) * loss_M).reshape(shape)
     else:
-        loss = (_task_scale(task_weights_K, tokens_K, normalizer, aggregation) * task_loss_K).sum()
+        loss = (scale_K * task_loss_K).sum()
     # A copy: the gradient of lambda needs the sums, and callers may add up ``task_loss`` in place before that.
     task_loss_K = (task_loss_K if differentiable_tasks else task_loss_K.detach()).clone()
-    task_correct_K = torch.zeros_like(tokens_K).scatter_add_(0, tasks_M, hit_M)
-    return TaskLoss(loss, task_loss_K, tokens_K, task_correct_K, stats_2M.sum(0).reshape(shape))
+    return TaskLoss(loss, task_loss_K, targets.tokens_K, task_correct_K, stats_2M.sum(0).reshape(shape))
 
 
 def _prepare(
@@ -376,7 +361,7 @@ def _prepare(
     skip_zero = not (differentiable_tasks or _needs_grad(task_weights))
     capacity = labels_M.shape[0] if max_tokens is None else min(max_tokens, labels_M.shape[0])
     return Targets(
-        *ops.prepare_targets(
+        *task_ops.prepare_targets(
             labels_M, task_ids_M, task_weights.detach(), vocab_size, ignore_index, skip_zero, check, capacity, backend
         )
     )

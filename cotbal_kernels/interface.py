@@ -107,6 +107,20 @@ class Backend(Protocol):
         """Counts and the rows to compute: supervised ones, without tasks of weight 0 if ``skip_zero``."""
         ...
 
+    def task_scales(
+        self, task_weights_K: Tensor, tokens_K: Tensor, poison: Tensor, normalizer: Tensor | None, per_task: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``scale_K`` of ``loss = sum_k scale_k S_k``, lambda over the normalizer, and that ``[K]``, float32.
+
+        The scale is 0 where the normalizer is 0. Without a ``normalizer`` it is sum_k lambda_k T_k, with ``per_task``
+        T_k * sum of lambda over the tasks present. One that is negative or not finite, and the poison, make NaN.
+        """
+        ...
+
+    def task_sums(self, loss_M: Tensor, hit_M: Tensor, tasks_M: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
+        """Losses and hits (int64) of every task, ``[K]``, in a fixed order."""
+        ...
+
     def linear_forward(
         self,
         problem: LinearProblem,

@@ -1,4 +1,6 @@
-"""The ``torch.library`` ops under the public functions: schemas, fake kernels, autograd, choice of backend.
+"""The ``torch.library`` ops that compute the loss of rows and its gradients: schemas, fake kernels, autograd.
+
+Those on targets and tasks are in :mod:`cotbal_kernels.task_ops`.
 
 Every op has static output shapes and works on flattened positions, so ``torch.compile(fullgraph=True)`` and
 CUDA graphs see through it. What computes is a backend of :mod:`cotbal_kernels.backends`, found by name when
@@ -17,77 +19,7 @@ from torch import Tensor
 
 from .backends import BACKENDS
 from .interface import LinearProblem, Need, Spec, TokenLoss, compute_dtype, saved_grad_dtypes
-
-
-def refuse_double_backward(op: str) -> None:
-    """Raise where a backward pass is to be differentiated again."""
-    # Autograd runs a backward formula with gradients enabled only under create_graph=True.
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op} has no second derivative: create_graph=True is not supported")
-
-
-def refuse_batched_backward(op: str, grad: Tensor) -> None:
-    """Raise where a backward pass that writes into memory of its own is to run for many upstream gradients at once."""
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
-        raise RuntimeError(
-            f"{op} takes one upstream gradient: is_grads_batched=True and torch.vmap are not supported; "
-            "call torch.autograd.grad for each"
-        )
-
-
-# --- targets: validation, counts, which rows are computed -------------------------------------------------
-
-
-@torch.library.custom_op(
-    "cotbal::prepare_targets",
-    mutates_args=(),
-    schema="(Tensor labels_M, Tensor task_ids_M, Tensor task_weights_K, SymInt vocab_size, int ignore_index, "
-    "bool skip_zero, bool check, SymInt capacity, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def prepare_targets(
-    labels_M: Tensor,
-    task_ids_M: Tensor,
-    task_weights_K: Tensor,
-    vocab_size: int,
-    ignore_index: int,
-    skip_zero: bool,
-    check: bool,
-    capacity: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """Return the fields of :class:`~cotbal_kernels.interface.Targets`."""
-    return tuple(
-        BACKENDS[backend].prepare_targets(
-            labels_M, task_ids_M, task_weights_K, vocab_size, ignore_index, skip_zero, check, capacity
-        )
-    )
-
-
-@prepare_targets.register_fake
-def _(
-    labels_M: Tensor,
-    task_ids_M: Tensor,
-    task_weights_K: Tensor,
-    vocab_size: int,
-    ignore_index: int,
-    skip_zero: bool,
-    check: bool,
-    capacity: int,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    targets_M, tasks_M = (labels_M.new_empty(labels_M.shape) for _ in range(2))
-    tokens_K = labels_M.new_empty(task_weights_K.shape)
-    return (
-        targets_M,
-        tasks_M,
-        tokens_K,
-        task_weights_K.new_empty(()),
-        labels_M.new_empty(capacity),
-        tokens_K.new_empty(1),
-    )
-
+from .refusals import refuse_batched_backward, refuse_double_backward
 
 # --- loss of a linear head, gradients in forward ----------------------------------------------------------
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, compute_dtype, saved_grad_dtypes
-from .per_task import sum_by_task
+from .per_task import task_scales as task_scales
+from .per_task import task_sums as task_sums
 from .portable_softmax import Rows, logits_to_gradient, row_losses, scale_and_cap
 from .rows import at_rows
 from .validation import check_capacity, check_target_values, checks_requested
@@ -173,8 +174,7 @@ def linear_forward(
         if any(need):
             gradients.add(rows_C, hidden_CD, logits_CV)
     loss_M, hit_M, stats_2M = results.of_positions()
-    task_loss_K = sum_by_task(loss_M, tasks_M, scale_K.shape[0])
-    task_correct_K = torch.zeros_like(scale_K, dtype=torch.int64).scatter_add_(0, tasks_M, hit_M)
+    task_loss_K, task_correct_K = task_sums(loss_M, hit_M, tasks_M, scale_K.shape[0])
     loss = (scale_K * task_loss_K).sum()
     return LinearOutput(loss, task_loss_K, task_correct_K, stats_2M.sum(0), *gradients.rounded())
 

@@ -38,9 +38,10 @@ from .interface import (
 )
 from .triton_kernels.compact import compact_kernel
 from .triton_kernels.configs import blocks_for, programs_for
-from .triton_kernels.head import Head, KeptStatistics, RowResults, Scale, num_blocks, on_device
+from .triton_kernels.head import Head, KeptStatistics, RowResults, num_blocks, on_device
 from .triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
 from .triton_kernels.row_losses import task_sums_kernel
+from .triton_kernels.row_scales import Scale, task_scales_kernel
 from .triton_kernels.scale import scale_kernel
 from .triton_kernels.slices import Slices
 from .validation import check_capacity, check_target_values, checks_requested
@@ -144,6 +145,38 @@ def prepare_targets(
     return out
 
 
+def task_scales(
+    task_weights_K: Tensor, tokens_K: Tensor, poison: Tensor, normalizer: Tensor | None, per_task: bool
+) -> tuple[Tensor, Tensor]:
+    """One launch."""
+    scale_K, denominator_K = (task_weights_K.new_empty(task_weights_K.shape) for _ in range(2))
+    with on_device(task_weights_K):
+        task_scales_kernel[(1,)](
+            task_weights_K.contiguous(),
+            tokens_K,
+            poison,
+            normalizer if normalizer is None else normalizer.contiguous(),
+            scale_K,
+            denominator_K,
+            task_weights_K.shape[0],
+            PER_TASK=per_task,
+            BLOCK=256,
+        )
+    return scale_K, denominator_K
+
+
+def task_sums(loss_M: Tensor, hit_M: Tensor, tasks_M: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
+    """One launch, one program per task."""
+    if loss_M.dtype == torch.float64:
+        return portable.task_sums(loss_M, hit_M, tasks_M, num_tasks)
+    loss_K, correct_K = loss_M.new_empty(num_tasks), hit_M.new_empty(num_tasks)
+    with on_device(loss_M):
+        task_sums_kernel[(num_tasks,)](
+            loss_M, hit_M, tasks_M, loss_K, correct_K, loss_M.shape[0], BLOCK=blocks_for(loss_M.device).task_sums
+        )
+    return loss_K, correct_K
+
+
 def linear_forward(
     problem: LinearProblem,
     tasks_M: Tensor,
@@ -164,13 +197,13 @@ def linear_forward(
         if not any(need):
             head.forward((0, head.capacity), rows)
         else:
-            scale = Scale.of(scale_K[tasks_M], spec.scale)
+            scale = Scale.of(scale_K, tasks_M, problem.rows_N, problem.num_rows, targets_M.shape[0], spec.scale)
             if need[1]:
                 grad_VD = hidden_MD.new_empty(weight_VD.shape, dtype=dtypes[1])
                 gradients = _slices_of_vocabulary(head, need, grad_VD, rows, scale)
             else:
                 gradients = _windows_of_rows(head, need, rows, scale)
-        task_loss_K, task_correct_K = _task_sums(rows, tasks_M, scale_K)
+        task_loss_K, task_correct_K = task_sums(rows.loss_M, rows.hit_M, tasks_M, scale_K.shape[0])
     empty = [hidden_MD.new_empty(0, dtype=dtype) for dtype in dtypes]
     returned = (full if full is not None else none for full, none in zip(gradients, empty, strict=True))
     loss = (scale_K * task_loss_K).sum()
@@ -233,10 +266,10 @@ def linear_rows_forward(
     if problem.hidden_MD.dtype == torch.float64:
         return portable.linear_rows_forward(problem, spec, chunk_size)
     head = Head(problem, spec, chunk_size)
-    rows = RowResults.zeros(problem.targets_M)
+    rows = RowResults.zeros_apart(problem.targets_M)
     with on_device(problem.hidden_MD):
         head.forward((0, head.capacity), rows)
-    return rows.loss_M.clone(), rows.hit_M, rows.stats_2M.clone()
+    return rows.loss_M, rows.hit_M, rows.stats_2M
 
 
 def linear_rows_backward(
@@ -263,7 +296,7 @@ def linear_rows_backward(
     places = [(again[:0], again)] * len(slices.ranges())
     accumulate = grad_weight_out is not None
     with on_device(hidden_MD):
-        scale = Scale.of(grad_M, spec.scale, problem.rows_N)
+        scale = Scale.of(grad_M, None, problem.rows_N, problem.num_rows, grad_M.shape[0], spec.scale)
         gradients.add(head, 0, slices, places, (None, None), stats_2M, scale, accumulate)
     del again, places, head  # before dX has a copy in its final dtype
     grad_VD = None if accumulate else gradients.weight_VD
@@ -281,7 +314,7 @@ def logits_rows_forward(
     if logits_MV.dtype == torch.float64:
         return portable.logits_rows_forward(logits_MV, targets_M, spec, chunk_size)
     logits_MV = logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
-    rows = RowResults.zeros(targets_M)
+    rows = RowResults.zeros_apart(targets_M)
     if targets_M.numel():
         with on_device(logits_MV):
             logits_forward_kernel[(logits_MV.shape[0],)](
@@ -299,7 +332,7 @@ def logits_rows_forward(
                 BLOCK=_logits_block(logits_MV),
                 num_warps=8,
             )
-    return rows.loss_M.clone(), rows.hit_M, rows.stats_2M.clone()
+    return rows.loss_M, rows.hit_M, rows.stats_2M
 
 
 def logits_rows_backward(
@@ -352,21 +385,6 @@ def _new_gradients(head: Head, need: Need, weight_dtype: torch.dtype, into: Tens
         (weight_VD.new_empty(weight_VD.shape, dtype=weight_dtype) if into is None else into) if need[1] else None,
         weight_VD.new_zeros(weight_VD.shape[0], dtype=wide) if need[2] else None,
     )
-
-
-def _task_sums(rows: RowResults, tasks_M: Tensor, like_K: Tensor) -> tuple[Tensor, Tensor]:
-    task_loss_K = torch.empty_like(like_K, dtype=torch.float32)
-    task_correct_K = torch.empty_like(like_K, dtype=torch.int64)
-    task_sums_kernel[(like_K.shape[0],)](
-        rows.loss_M,
-        rows.hit_M,
-        tasks_M,
-        task_loss_K,
-        task_correct_K,
-        tasks_M.shape[0],
-        BLOCK=blocks_for(tasks_M.device).task_sums,
-    )
-    return task_loss_K, task_correct_K
 
 
 def _logits_block(logits_MV: Tensor) -> int:

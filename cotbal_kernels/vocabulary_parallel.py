@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import ops
 from .interface import Targets, TokenLoss, compute_dtype
+from .refusals import refuse_batched_backward, refuse_double_backward
 from .sharded_head import Shard, gather
 from .validation import checks_requested
 
@@ -114,8 +115,8 @@ class _ShardedRows(torch.autograd.Function):
     def backward(ctx: Any, grad_M: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_M is None:
             return (None,) * 11
-        ops.refuse_double_backward("a vocabulary-parallel loss")
-        ops.refuse_batched_backward("a vocabulary-parallel loss", grad_M)
+        refuse_double_backward("a vocabulary-parallel loss")
+        refuse_batched_backward("a vocabulary-parallel loss", grad_M)
         gradients = _shard_gradients(ctx, grad_M, *ctx.saved_tensors)
         return *gradients, *(None,) * 8
 

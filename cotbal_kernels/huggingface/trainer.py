@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import global_task_tokens
-from ..functional import task_normalizer
+from ..per_task import task_normalizer
 from .head import FusedLoss, Uncast, no_task_ids
 from .patching import carries_patched_forward, fused_loss, replaced_forward, set_task_weights, unwrapped
 from .repeats import without_repeated_labels

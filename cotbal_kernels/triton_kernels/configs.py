@@ -2,6 +2,7 @@
 for which of them were measured.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -35,13 +36,14 @@ class Blocks(NamedTuple):
 
     compact: int
     pack: int
+    row_scales: int
     task_sums: int
     scale: int
     logits: int  # at most
 
 
-GPU_BLOCKS = Blocks(compact=4096, pack=1024, task_sums=1024, scale=4096, logits=4096)
-INTERPRETED_BLOCKS = Blocks(compact=32, pack=64, task_sums=16, scale=256, logits=32)
+GPU_BLOCKS = Blocks(compact=4096, pack=1024, row_scales=2048, task_sums=1024, scale=4096, logits=4096)
+INTERPRETED_BLOCKS = Blocks(compact=32, pack=64, row_scales=16, task_sums=16, scale=256, logits=32)
 
 
 class DeviceLimits(NamedTuple):
@@ -52,6 +54,7 @@ class DeviceLimits(NamedTuple):
     multiprocessors: int
 
 
+@cache
 def limits_of(device: torch.device) -> DeviceLimits | None:
     """The limits of a GPU; None on a CPU, where kernels run in Triton's interpreter."""
     if device.type == "cpu":

@@ -12,7 +12,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..interface import LinearProblem, TokenLoss
-from ..rows import at_rows
 from .compact import pack_kernel
 from .configs import Tiles, blocks_for, can_use_tma, programs_for, tiles_for
 from .dlogits import dlogits_kernel
@@ -20,6 +19,7 @@ from .grad_hidden import grad_hidden_kernel
 from .grad_weight import grad_bias_kernel, grad_weight_kernel
 from .project import WRITE_EXP, WRITE_GRADIENT, WRITE_NONE, project_kernel
 from .row_losses import row_losses_kernel
+from .row_scales import Scale
 from .slices import Slices, plan_slices, window_rows
 from .tiles import Tile
 
@@ -39,9 +39,18 @@ class RowResults(NamedTuple):
 
     @classmethod
     def zeros(cls, like_M: Tensor) -> "RowResults":
+        """In one memory, filled at once."""
         size = like_M.shape[0]
-        float_3M = torch.zeros(3, size, dtype=torch.float32, device=like_M.device)
-        return cls(float_3M[0], torch.zeros_like(like_M), float_3M[1:])
+        floats = -(-3 * size // 4) * 4  # the hits begin at a 16-byte boundary, whatever M is
+        memory = like_M.new_zeros(floats + 2 * size, dtype=torch.float32)
+        float_3M = memory[: 3 * size].view(3, size)
+        return cls(float_3M[0], memory[floats:].view(torch.int64), float_3M[1:])
+
+    @classmethod
+    def zeros_apart(cls, like_M: Tensor) -> "RowResults":
+        """In memory of their own, as an op returns them."""
+        stats_2M = like_M.new_zeros((2, *like_M.shape), dtype=torch.float32)
+        return cls(torch.zeros_like(stats_2M[0]), torch.zeros_like(like_M), stats_2M)
 
 
 class TileStatistics(NamedTuple):
@@ -67,31 +76,6 @@ class KeptStatistics(NamedTuple):
 
     max_TN: Tensor
     target_logit_N: Tensor
-
-
-class Scale(NamedTuple):
-    """What the gradient of every row's logits is multiplied by, and the power of two that the kernels take out of it.
-
-    Gradients of logits are rounded to the dtype of hidden relative to it: a float16 would lose a weight
-    divided by 1e6 tokens.
-    """
-
-    scale_M: Tensor
-    unit_2: Tensor
-
-    @classmethod
-    def of(cls, upstream_M: Tensor, logit_scale: float = 1.0, rows_N: Tensor | None = None) -> "Scale":
-        """Upstream gradient of every row's loss, times the scale of the logits.
-
-        With ``rows_N`` it does not matter what ``upstream_M`` holds at other positions.
-        """
-        scale_M = upstream_M.to(torch.float32).contiguous()
-        if logit_scale != 1:
-            scale_M = scale_M * logit_scale
-        scale_N = scale_M if rows_N is None else at_rows(scale_M, rows_N)
-        largest = scale_N.abs().amax() if scale_N.numel() else scale_M.new_ones(())
-        unit = torch.exp2(torch.ceil(torch.log2(largest.clamp(min=2.0**-100))))
-        return cls(scale_M, torch.stack([unit, 1 / unit]))
 
 
 class Head:

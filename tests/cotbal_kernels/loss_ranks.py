@@ -183,7 +183,8 @@ def run_frozen(rank: int, ranks: int) -> dict[str, Tensor]:
         return wrapper
 
     counting = {name: with_flops(name) for name in ("linear_rows_forward", "linear_rows_backward")}
-    backends.register_backend("counting", SimpleNamespace(prepare_targets=portable.prepare_targets, **counting))
+    others = {name: getattr(portable, name) for name in ("prepare_targets", "task_scales", "task_sums")}
+    backends.register_backend("counting", SimpleNamespace(**others, **counting))
     for name, hidden, head in (
         ("all", p.hidden, weight),
         ("frozen head", p.hidden, weight.detach()),

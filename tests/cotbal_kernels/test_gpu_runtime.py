@@ -22,7 +22,7 @@ from gpu_case import (
 )
 from loss_problems import Problem, error
 
-from cotbal_kernels import linear_task_cross_entropy, ops, task_cross_entropy
+from cotbal_kernels import linear_task_cross_entropy, ops, task_cross_entropy, task_ops
 
 pytestmark = pytest.mark.gpu
 
@@ -136,8 +136,8 @@ def test_opcheck(backend: str) -> None:
     require(backend)
     p = gpu_problem((12,), D=16, V=24, K=3, dtype=torch.bfloat16)
     ones, lam = torch.ones(3, device=DEVICE), p.task_weights.detach().clone().requires_grad_()
-    prepared = ops.prepare_targets(p.labels, p.task_ids, ones, 24, -100, True, False, 12, backend)
-    targets, tasks, _, _, rows, count = prepared
+    prepared = task_ops.prepare_targets(p.labels, p.task_ids, ones, 24, -100, True, False, 12, backend)
+    targets, tasks, tokens, poison, rows, count = prepared
     spec, end, frozen = (0.0, 0.1, 0.01, 1.5, 0.1 / 24), (5, backend), p.weight.detach()
     stats = torch.rand(2, 12, device=DEVICE)
     backward = (torch.rand(12, device=DEVICE), p.hidden.detach(), frozen, None, targets, rows, count, stats)
@@ -145,7 +145,10 @@ def test_opcheck(backend: str) -> None:
     logits = (p.hidden @ p.weight.t()).detach().requires_grad_()
     common = (targets, rows, count)
     samples = [
-        (ops.prepare_targets, (p.labels, p.task_ids, ones, 24, -100, True, False, 12, backend)),
+        (task_ops.prepare_targets, (p.labels, p.task_ids, ones, 24, -100, True, False, 12, backend)),
+        (task_ops.task_scales, (lam, tokens, poison, None, False, backend)),
+        (task_ops.task_scales, (lam, tokens, poison, stats[0, :3].clone().requires_grad_(), True, backend)),
+        (task_ops.task_sums, (stats[0].clone().requires_grad_(), targets.abs(), tasks, 3, backend)),
         (ops.linear_task_ce, (p.hidden, p.weight, p.bias, targets, tasks, rows, count, lam, (True,) * 3, spec, *end)),
         (
             ops.linear_task_ce,

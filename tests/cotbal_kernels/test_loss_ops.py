@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from loss_problems import FP32, Problem, error, make_problem
 from torch.utils.checkpoint import checkpoint
 
-from cotbal_kernels import backends, cuda_kernels, linear_task_cross_entropy, ops, portable, task_cross_entropy
+from cotbal_kernels import (
+    backends,
+    cuda_kernels,
+    linear_task_cross_entropy,
+    ops,
+    portable,
+    task_cross_entropy,
+    task_ops,
+)
 from cotbal_kernels.reference import reference_linear_task_cross_entropy
 
 
@@ -36,7 +44,13 @@ def test_opcheck(dtype: torch.dtype) -> None:
     labels = p.labels.flatten()
     backward = (grad, hidden.detach(), frozen, None, targets, *rows, stats)
     samples = [
-        (ops.prepare_targets, (labels, tasks, scale.detach(), 11, -100, True, False, 12, "portable")),
+        (task_ops.prepare_targets, (labels, tasks, scale.detach(), 11, -100, True, False, 12, "portable")),
+        (task_ops.task_scales, (scale, torch.arange(3), torch.zeros(()), None, False, "portable")),
+        (
+            task_ops.task_scales,
+            (scale, torch.arange(3), torch.zeros(()), stats[0, :3].clone().requires_grad_(), True, "portable"),
+        ),
+        (task_ops.task_sums, (stats[0].clone().requires_grad_(), targets.abs(), tasks, 3, "portable")),
         (ops.linear_task_ce, (hidden, weight, bias, targets, tasks, *rows, scale, (True,) * 3, spec, *end)),
         (ops.linear_task_ce, (hidden, frozen, None, targets, tasks, *rows, scale, (True, False, False), spec, *end)),
         (ops.scale_gradient, (frozen, torch.tensor(3.0), torch.float32, "portable")),
@@ -49,6 +63,31 @@ def test_opcheck(dtype: torch.dtype) -> None:
     ]
     for op, arguments in samples:
         torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("per_task", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_gradients_of_the_scales_of_tasks(per_task: bool, own: bool) -> None:
+    """Those of lambda and of a normalizer that has one, against autograd in float64; an absent task, and one of 0."""
+    lam, tokens = torch.tensor([0.5, 2.0, 3.0, 0.0]), torch.tensor([7, 0, 2, 5])
+    normalizer = torch.tensor([4.0, 0.0, 9.0, 3.0]) if per_task else torch.tensor(11.0)
+    leaves = [lam.requires_grad_()] if own else [lam.requires_grad_(), normalizer.requires_grad_()]
+    poison, upstream = torch.zeros(()), torch.tensor([1.0, -2.0, 0.3, 4.0])
+    scale, _ = task_ops.task_scales(lam, tokens, poison, None if own else normalizer, per_task, "portable")
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    terms = []
+    for task in range(4):
+        given = None if own else wide[1][task] if per_task else wide[1]
+        if per_task and own:
+            given = tokens[task] * wide[0][tokens > 0].sum()
+        n = (wide[0] * tokens).sum() if given is None else given
+        if float(n.detach()):
+            terms.append(upstream[task] * wide[0][task] / n)
+    found = torch.autograd.grad(scale, leaves, upstream, retain_graph=True)
+    for a, b in zip(found, torch.autograd.grad(torch.stack(terms).sum(), wide), strict=True):
+        assert error(a, b) <= 1e-6
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(scale, leaves, upstream, create_graph=True)
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])

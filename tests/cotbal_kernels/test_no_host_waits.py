@@ -56,7 +56,7 @@ def test_a_number_as_normalizer(normalizer: float) -> None:
     """Tensors without values are made of numbers without a copy: for once these claim to be on a GPU."""
     with FakeTensorMode(), _NoCopies():
         weights_K = torch.empty(K, device="cuda")
-        functional._divide_or_zero(weights_K, normalizer)
+        functional._as_tensor(normalizer, weights_K)
         with pytest.raises(AssertionError, match="copies between"):
             torch.as_tensor(normalizer, device="cuda")
 
@@ -85,9 +85,12 @@ def run_backend(backend: ModuleType, dtype: torch.dtype, spec: TokenLoss, chunk_
     targets = backend.prepare_targets(labels, task_ids, task_weights, V, -100, True, False, M - 3)
     where = (targets.targets_M, targets.rows_N, targets.num_rows)
     problem = LinearProblem(hidden, weight, weight[:, 0].clone(), *where)
+    for per_task, normalizer in ((False, None), (True, None), (False, torch.empty(())), (True, torch.empty(K))):
+        backend.task_scales(task_weights, targets.tokens_K, targets.poison, normalizer, per_task)
     for need in ((True, True, True), (True, False, False), (False, True, False), (False, False, False)):
         backend.linear_forward(problem, targets.tasks_M, task_weights, need, spec, chunk_size)
-    _, _, stats_2M = backend.linear_rows_forward(problem, spec, chunk_size)
+    loss_M, hit_M, stats_2M = backend.linear_rows_forward(problem, spec, chunk_size)
+    backend.task_sums(loss_M, hit_M, targets.tasks_M, K)
     grad_M = torch.empty(M)
     for into in (None, torch.empty(V, D), torch.empty_like(weight)):
         backend.linear_rows_backward(problem, grad_M, stats_2M, into, (True, True, True), spec, chunk_size, dtype)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from interpreter import interpreted
 from triton_on_cpu import INTERPRETED
 
-from cotbal_kernels import triton_backend
+from cotbal_kernels import portable, triton_backend
 from cotbal_kernels.interface import saved_grad_dtypes
 from cotbal_kernels.triton_kernels import configs
 from cotbal_kernels.triton_kernels.dlogits import dlogits_kernel
@@ -22,6 +22,7 @@ from cotbal_kernels.triton_kernels.head import KeptStatistics
 from cotbal_kernels.triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
 from cotbal_kernels.triton_kernels.project import project_kernel
 from cotbal_kernels.triton_kernels.row_losses import row_losses_kernel
+from cotbal_kernels.triton_kernels.row_scales import Scale
 from cotbal_kernels.triton_kernels.slices import Slices, plan_slices, window_rows
 
 
@@ -71,9 +72,7 @@ def test_task_sums_bit_by_bit(size: int) -> None:
     rng = np.random.default_rng(0)
     loss = (rng.random(size) * 10.0 ** rng.integers(-8, 9, size)).astype(np.float32)
     hit, tasks = rng.integers(0, 2, size), rng.integers(0, 4, size)
-    rows = triton_backend.RowResults(torch.from_numpy(loss), torch.from_numpy(hit), torch.empty(0))
-    with interpreted():
-        sums_K, correct_K = triton_backend._task_sums(rows, torch.from_numpy(tasks), torch.empty(5))
+    sums_K, correct_K = INTERPRETED.task_sums(*map(torch.from_numpy, (loss, hit, tasks)), 5)
     for task in range(5):  # task 4 is absent
         lanes = np.zeros(16)
         for start in range(0, size, 16):
@@ -81,6 +80,79 @@ def test_task_sums_bit_by_bit(size: int) -> None:
             lanes[: len(here)] += here
         assert sums_K[task].numpy() == np.float32(lanes.sum())
         assert correct_K[task] == hit[tasks == task].sum()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    num_tasks=st.sampled_from([1, 3, 300]),  # blocks of 256
+    per_task=st.booleans(),
+    own=st.booleans(),
+    bad=st.sampled_from([None, "poison", -1.0, math.inf, math.nan]),
+    seed=st.integers(0, 1000),
+)
+def test_scales_of_tasks_are_numpy(num_tasks: int, per_task: bool, own: bool, bad: Any, seed: int) -> None:
+    """Absent tasks and a normalizer of 0 among them; what is out of range is NaN, in its own task if it is per task."""
+    rng = np.random.default_rng(seed)
+    weights, tokens = rng.random(num_tasks).astype(np.float32), rng.integers(0, 4, num_tasks)
+    given = rng.integers(0, 3, num_tasks if per_task else ()).astype(np.float32)
+    if own:
+        total = (weights.astype(np.float64) * (tokens > 0 if per_task else tokens)).sum()
+        denominator = total * tokens if per_task else np.full(num_tasks, total)
+    else:
+        if isinstance(bad, float):
+            np.atleast_1d(given)[...] = np.where(np.arange(given.size) == 0, bad, given)
+        denominator = np.broadcast_to(given.astype(np.float64), num_tasks)
+        denominator = np.where((denominator >= 0) & np.isfinite(denominator), denominator, math.nan)
+    expected = np.divide(weights, denominator, out=np.zeros(num_tasks), where=denominator != 0)
+    if bad == "poison":
+        expected = np.where(denominator != 0, math.nan, 0) if not own else np.full(num_tasks, math.nan)
+    poison = torch.tensor(math.nan if bad == "poison" else 0.0)
+    arguments = (torch.from_numpy(weights), torch.from_numpy(tokens), poison)
+    arguments += (None if own else torch.from_numpy(given), per_task)
+    for backend in (INTERPRETED, portable):
+        scale_K, denominator_K = backend.task_scales(*arguments)
+        np.testing.assert_allclose(scale_K.numpy(), expected, rtol=1e-6)
+        if bad != "poison" or not own:
+            np.testing.assert_allclose(denominator_K.numpy(), denominator, rtol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    size=st.integers(0, 60),  # blocks of 16
+    capacity=st.integers(0, 60),
+    by_task=st.booleans(),
+    exponent=st.integers(-140, 120),
+    power=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_scales_of_rows_and_their_unit_are_numpy(size, capacity, by_task, exponent, power, seed) -> None:
+    """Only the positions that are rows count, whatever lies at the others; the unit is at least the largest scale."""
+    rng = np.random.default_rng(seed)
+    capacity = min(capacity, size)
+    count = int(rng.integers(0, capacity + 1))
+    rows = np.sort(rng.permutation(size)[:count])
+    magnitude = 1.0 if power else 1.5
+    if by_task:
+        source, tasks = np.array([-magnitude, magnitude / 4, math.inf]) * 2.0**exponent, np.full(size, 2)
+        tasks[rows] = rng.integers(0, 2, count)
+        wanted = source[tasks]
+    else:
+        source, tasks = np.full(size, math.nan), None
+        source[rows] = rng.choice([-magnitude, magnitude / 4], count) * 2.0**exponent
+        wanted = source
+    wanted = (2 * wanted.astype(np.float32)).astype(np.float32)
+    with interpreted():
+        scale = Scale.of(
+            torch.from_numpy(source).float(),
+            None if tasks is None else torch.from_numpy(tasks),
+            torch.from_numpy(np.concatenate([rows, np.full(capacity - count, size)])),
+            torch.tensor([count]),
+            size,
+            2.0,
+        )
+    assert scale.scale_M.numpy()[rows].tolist() == wanted[rows].tolist()
+    largest = max([2.0**-100, *np.abs(wanted[rows]).tolist()])
+    assert scale.unit_2.tolist() == [2.0 ** math.ceil(math.log2(largest)), 2.0 ** -math.ceil(math.log2(largest))]
 
 
 def test_any_number_of_positions_is_served_by_one_compiled_kernel() -> None:
@@ -249,7 +321,7 @@ def test_no_exponential_is_overwritten_before_it_is_used(rows, vocab_size, width
     head = Memory(rows, vocab_size, width, elements, block, dtype)
     need = (True, True, True)
     results = triton_backend.RowResults.zeros(torch.zeros(rows, dtype=torch.int64))
-    scale = triton_backend.Scale.of(torch.ones(rows))
+    scale = Scale(torch.ones(rows), torch.ones(2))
     triton_backend._slices_of_vocabulary(head, need, head.out_VD, results, scale)  # type: ignore[arg-type]
     slices = head.plan
     assert [*slices.bounds] == sorted(set(slices.bounds))

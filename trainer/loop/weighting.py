@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cotbal_kernels import global_task_tokens
-from cotbal_kernels.functional import task_normalizer
 from cotbal_kernels.huggingface import set_task_weights
+from cotbal_kernels.per_task import task_normalizer
 from trainer.balancing.method import BalancingMethod, StepReport, TaskLosses
 from trainer.errors import UserError
 from trainer.loop.measuring import HeadTap, forward_only, summed

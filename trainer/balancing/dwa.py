@@ -14,6 +14,7 @@ from trainer.balancing.method import (
     MethodOptions,
     Needs,
     StepReport,
+    mean_one,
 )
 
 
@@ -30,7 +31,8 @@ class DwaOptions(MethodOptions):
 class DynamicWeightAverage(BalancingMethod):
     """lambda = N softmax(r / T), r_i = L_i(t - 1) / L_i(t - 2), with L_i the token mean over a window or an epoch.
 
-    Until both exist lambda is 1. A task without a token in either of them has r_i = 1.
+    Until both exist lambda is 1. A task without a token in either of them, or with the loss 0 in the first, has
+    r_i = 1.
     """
 
     Options = DwaOptions
@@ -60,7 +62,7 @@ class DynamicWeightAverage(BalancingMethod):
             self.history = torch.cat([self.history[-1:], torch.zeros_like(row)])
 
     def _set(self, last: Tensor, before: Tensor) -> None:
-        both = (last[1] > 0) & (before[1] > 0)
+        both = (last[1] > 0) & (before[0] > 0)
         ratio = (last[0] * before[1]) / (last[1] * before[0])
         r = torch.where(both, ratio, 1.0)
-        self.weights = (len(r) * (r / self.options.temperature).softmax(0)).float()
+        self.weights = mean_one((r / self.options.temperature).softmax(0))

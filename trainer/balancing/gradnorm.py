@@ -17,6 +17,7 @@ from trainer.balancing.method import (
     StepReport,
     TaskLosses,
     TaskSumOptions,
+    first_known,
     mean_one,
 )
 
@@ -33,7 +34,7 @@ class GradNorm(BalancingMethod):
 
     G_i = w_i * norm of d L_i / d lm_head.weight over the whole step; r_i = (L_i / L_i(0)) / mean, the relative inverse
     training rate. The target ``mean(G) r_i^a`` is a constant to the gradient. Means run over the tasks present in the
-    step; an absent one has no gradient, and L_i(0) is the loss of the first batch that has the task.
+    step; an absent one has no gradient. L_i(0) is the task's first loss above 0; until then r_i = 1.
     """
 
     Options = GradNormOptions
@@ -52,16 +53,17 @@ class GradNorm(BalancingMethod):
 
     def _update(self, losses: TaskLosses) -> None:
         assert losses.gradient_norms is not None
-        present, count = losses.present, losses.present.sum().clamp(min=1)
-        self.first = torch.where(self.first.isnan() & present, losses.mean, self.first)
+        present = losses.present
+        self.first = first_known(losses, self.first)
 
-        def mean(values: Tensor) -> Tensor:
-            return torch.where(present, values, 0.0).sum() / count
+        def mean(values: Tensor, of: Tensor) -> Tensor:
+            return torch.where(of, values, 0.0).sum() / of.sum().clamp(min=1)
 
         norms = losses.gradient_norms
         G = self.w * norms
         left = losses.mean / self.first
-        target = mean(G) * (left / mean(left)) ** self.options.asymmetry
+        r = (left / mean(left, present & ~self.first.isnan())).nan_to_num(nan=1.0)
+        target = mean(G, present) * r**self.options.asymmetry
         gradient = torch.where(present, torch.sign(G - target) * norms, 0.0)
         w = self._adam.step(self.w, gradient).clamp(min=1e-6)  # a negative weight would ascend the task's loss
         self.w = w * (len(w) / w.sum())

@@ -8,7 +8,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trainer.balancing.method import BalancingMethod, MethodContext, MethodOptions, Needs, StepReport, last_known
+from trainer.balancing.method import (
+    BalancingMethod,
+    MethodContext,
+    MethodOptions,
+    Needs,
+    StepReport,
+    last_known,
+    mean_one,
+)
 
 
 class IgbOptions(MethodOptions):
@@ -21,7 +29,8 @@ class IgbOptions(MethodOptions):
 class ImprovableGapBalancing(BalancingMethod):
     """lambda = N softmax(L_i(t) / base_i), base_i the token-mean loss of steps 100-199; 1 until the base exists.
 
-    A task that is absent from a step keeps its last loss; one without any token in the base has the ratio 1.
+    A task that is absent from a step keeps its last loss; one without any token in the base, or with the
+    loss 0 there, has the ratio 1.
     """
 
     Options = IgbOptions
@@ -41,5 +50,4 @@ class ImprovableGapBalancing(BalancingMethod):
             self.base = self.base + torch.stack([report.losses.loss_sum, report.losses.tokens])
         if index >= first + self.options.base_steps - 1:
             ratio = self.last * self.base[1] / self.base[0]
-            ratio = torch.where(self.base[1] > 0, ratio, 1.0)
-            self.weights = (len(ratio) * ratio.softmax(0)).float()
+            self.weights = mean_one(torch.where(self.base[0] > 0, ratio, 1.0).softmax(0))

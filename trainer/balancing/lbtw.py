@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from trainer.balancing.method import (
     StepReport,
     TaskLosses,
     TaskSumOptions,
+    first_known,
     last_known,
     mean_one,
 )
@@ -28,7 +28,7 @@ class LbtwOptions(TaskSumOptions):
 
 
 class LossBalancedTaskWeighting(BalancingMethod):
-    """w_i = (L_i / L_i(0))^b, from training losses. L_i(0) is the loss of the first batch with the task in it.
+    """w_i = (L_i / L_i(0))^b, from training losses. L_i(0) is the task's first loss above 0.
 
     A task that is absent keeps its last ratio, and has the ratio 1 before it was seen.
     """
@@ -48,7 +48,7 @@ class LossBalancedTaskWeighting(BalancingMethod):
 
     def _update(self, losses: TaskLosses) -> None:
         self.last = last_known(losses, self.last)
-        self.first = self.last if self.first is None else torch.where(self.first.isnan(), self.last, self.first)
+        self.first = first_known(losses, self.first)
         ratio = (self.last / self.first).nan_to_num(nan=1.0)
         self.weights = mean_one(ratio**self.options.exponent)
 

@@ -165,8 +165,9 @@ class BalancingMethod:
 
 
 def mean_one(w: Tensor) -> Tensor:
-    """``lambda = N w / sum(w)`` as float32: any non-negative weight vector ``[N]`` in the terms of Eq. 2."""
-    return (w * (len(w) / w.sum())).clamp(min=SMALLEST_WEIGHT).float()
+    """``lambda = N w / sum(w)`` as float32: any weights ``[N]`` >= 0 in the terms of Eq. 2; all zeros are ones."""
+    total = w.sum()
+    return torch.where(total == 0, 1.0, w * (len(w) / total)).clamp(min=SMALLEST_WEIGHT).float()
 
 
 def last_known(losses: TaskLosses, previous: Tensor | None) -> Tensor:
@@ -174,6 +175,14 @@ def last_known(losses: TaskLosses, previous: Tensor | None) -> Tensor:
     if previous is None:
         previous = torch.full_like(losses.mean, torch.nan)
     return torch.where(losses.present, losses.mean, previous)
+
+
+def first_known(losses: TaskLosses, previous: Tensor | None) -> Tensor:
+    """``[N]`` float64: L_i(0), the first L_i above 0, since losses are divided by it; NaN for a task that had none."""
+    if previous is None:
+        previous = torch.full_like(losses.mean, torch.nan)
+    usable = losses.present & (losses.mean > 0) & losses.mean.isfinite()
+    return torch.where(previous.isnan() & usable, losses.mean, previous)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -51,10 +51,11 @@ class ConvergenceBalancer:
         backend: "triton", one launch per step; "portable", PyTorch; "auto" picks by the device.
 
     **Absent tasks** have a time axis of their own: their rings hold the last N (step, ratio) pairs at which they were
-    present, and an absent task keeps its slope and scores. L_i(0) is the loss at the first presence. A task without
-    two presences has slope 0 and is left out of a(j). ("mftcoder" does as its code: the last N steps, less those
-    without the task, with the gaps closed.) A loss counts as absent too when it is NaN or infinite, when it would be
-    an L_i(0) <= 0 or has a ratio beyond 1e100, and with "mftcoder" when it is 0. Nothing is read by the host for this.
+    present, and an absent task keeps its slope and scores. L_i(0) is that of :meth:`start`, else the loss at the first
+    presence. A task without two presences has slope 0 and is left out of a(j). ("mftcoder" does as its code: the last
+    N steps, less those without the task, with the gaps closed.) A loss counts as absent too when it is NaN or infinite,
+    when it would be an L_i(0) <= 0 or has a ratio beyond 1e100, and with "mftcoder" when it is 0. Nothing is read by
+    the host for this.
 
     **Constant losses**: a sum of zeros in Eq. 4, 5 or 7 makes its softmax uniform.
 
@@ -101,6 +102,23 @@ class ConvergenceBalancer:
     def slopes(self) -> Tensor:
         """The newest alpha_i, ``[K]`` float64, per step. Changed in place by each step."""
         return self._state.slopes[: self.settings.num_tasks]
+
+    @torch.no_grad()
+    def start(self, initial_losses: Tensor) -> None:
+        """Set L_i(0) before the first step, from more than the batch of step 0.
+
+        Every ratio of a task has its L_i(0), so the noise of a small first batch would stay in its weight. The authors'
+        code takes one pass over the validation set.
+
+        Args:
+            initial_losses: ``[K]`` floating point, mean loss of each task before the training. A task for which it is
+                NaN, infinite or <= 0 has the loss at its first presence.
+        """
+        self._check_losses("initial_losses", initial_losses)
+        if self._calls:
+            raise ValueError(f"start must come before the first step, got it after {self._calls}")
+        losses_K = initial_losses.double()
+        self._state.initial.copy_(torch.where((losses_K > 0) & losses_K.isfinite(), losses_K, 0.0))
 
     @torch.no_grad()
     def step(self, val_losses: Tensor, present: Tensor | None = None) -> Tensor:
@@ -156,22 +174,28 @@ class ConvergenceBalancer:
         self._calls = int(state["step"])
 
     def _check_input(self, val_losses: Tensor, present: Tensor | None) -> None:
-        require_tensor("val_losses", val_losses)
-        expected = (self.settings.num_tasks,)
-        if tuple(val_losses.shape) != expected or not val_losses.is_floating_point():
-            raise ValueError(
-                f"val_losses must be floating point of shape {expected}, got {val_losses.dtype} "
-                f"{tuple(val_losses.shape)}"
-            )
+        self._check_losses("val_losses", val_losses)
         if present is not None:
+            expected = (self.settings.num_tasks,)
             require_tensor("present", present)
             if tuple(present.shape) != expected or present.dtype != torch.bool:
                 raise ValueError(
                     f"present must be None or bool of shape {expected}, got {present.dtype} {tuple(present.shape)}"
                 )
-        for name, tensor in (("val_losses", val_losses), ("present", present)):
-            if tensor is not None and tensor.device != self.device:
-                raise ValueError(f"{name} must be on the device of the balancer ({self.device}), got {tensor.device}")
+            self._check_device("present", present)
+
+    def _check_losses(self, name: str, losses: Tensor) -> None:
+        require_tensor(name, losses)
+        expected = (self.settings.num_tasks,)
+        if tuple(losses.shape) != expected or not losses.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point of shape {expected}, got {losses.dtype} {tuple(losses.shape)}"
+            )
+        self._check_device(name, losses)
+
+    def _check_device(self, name: str, tensor: Tensor) -> None:
+        if tensor.device != self.device:
+            raise ValueError(f"{name} must be on the device of the balancer ({self.device}), got {tensor.device}")
 
 
 def _triton_step(

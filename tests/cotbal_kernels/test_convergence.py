@@ -1,5 +1,6 @@
 import gc
 import io
+import math
 import sys
 from typing import Any
 
@@ -32,19 +33,29 @@ sequences = st.builds(
     warmup=st.integers(0, 20),
     temperature=st.sampled_from([0.3, 5.0, 11.0]),
     history=st.sampled_from([1, 3, 1000]),
+    started=st.booleans(),
 )
-@example(sequence(0, 6, 2, 0.0, 0.0), 2, 0, 5.0, 1000)  # N - W + 1 slopes of "mftcoder" are more than a ring holds
+@example(
+    sequence(0, 6, 2, 0.0, 0.0), 2, 0, 5.0, 1000, False
+)  # N - W + 1 slopes of "mftcoder" are more than a ring holds
 @settings(max_examples=80, deadline=None)
 @pytest.mark.filterwarnings("ignore:Eq. 7")
 def test_weights_of_random_sequences(
-    variant: str, losses_and_present: tuple[Tensor, Tensor], window: int, warmup: int, temperature: float, history: int
-) -> None:
+    variant: str, losses_and_present: tuple[Tensor, Tensor], window: int, warmup: int, temperature: float, history: int,
+    started: bool,
+) -> None:  # fmt: skip
+    """Where L_i(0) is given beforehand, all tasks have theirs but the first, for which it is no number."""
     losses, present = losses_and_present
+    initial = torch.tensor([math.nan, 0.7, 2.5, 1.1, 0.3])[: losses.shape[1]]
     arguments: dict[str, Any] = {"window": window, "warmup": warmup, "temperature": temperature, "history": history}
     reference = Reference(losses.shape[1], variant=variant, **arguments)
+    if started:
+        reference.initial[1:] = initial[1:].tolist()
     expected = [reference.step(row, here).copy() for row, here in zip(losses.tolist(), present.tolist(), strict=True)]
     assume(reference.conditioning > 1e-7)
     balancer = ConvergenceBalancer(losses.shape[1], variant=variant, **arguments)
+    if started:
+        balancer.start(initial)
     for t in range(len(losses)):
         weights = balancer.step(losses[t], None if present[t].all() else present[t])
         np.testing.assert_allclose(weights.numpy(), expected[t], **TOLERANCE)
@@ -285,6 +296,12 @@ def test_bad_losses(losses: Any, present: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         balancer.step(losses, present)
     assert int(balancer.state_dict()["step"]) == 0
+    if present is None:
+        with pytest.raises(ValueError, match=message.replace("val_", "initial_")):
+            balancer.start(losses)
+    balancer.step(torch.ones(2))
+    with pytest.raises(ValueError, match="start must come before the first step, got it after 1"):
+        balancer.start(torch.ones(2))
 
 
 @pytest.mark.parametrize(

@@ -58,10 +58,11 @@ class Spy:
     def __init__(self, trainer: Any) -> None:
         self.before: list[TaskLosses | None] = []
         self.steps: list[StepReport] = []
+        self.started: list[TaskLosses] = []
         self.validated: list[tuple[TaskLosses, TaskLosses | None]] = []
         self.parameters: list[dict[str, torch.Tensor]] = []
         method, model = trainer.weighting.method, trainer.model
-        before, after, validated = method.before_step, method.after_step, method.validated
+        before, after, started, validated = method.before_step, method.after_step, method.started, method.validated
 
         def note_before(losses: TaskLosses | None) -> None:
             self.before.append(losses)
@@ -72,11 +73,16 @@ class Spy:
             self.steps.append(report)
             after(report)
 
+        def note_started(initial: TaskLosses) -> None:
+            self.started.append(initial)
+            started(initial)
+
         def note_validated(new: TaskLosses, again: TaskLosses | None) -> None:
             self.validated.append((new, again))
             validated(new, again)
 
-        method.before_step, method.after_step, method.validated = note_before, note_after, note_validated
+        method.before_step, method.after_step = note_before, note_after
+        method.started, method.validated = note_started, note_validated
 
 
 def same(found: TaskLosses | None, expected: TaskLosses, norms: bool = False) -> None:
@@ -132,13 +138,21 @@ def test_famo_sees_the_batch_before_and_after_the_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gradnorm_star", "famo_star"])
 def test_validation_batches_are_measured_at_their_steps(name: str, tmp_path: Path) -> None:
-    """Update u happens before step 2 u + 1 with an interval of 2; the previous batch is measured again when asked."""
+    """Update u happens before step 2 u + 1 with an interval of 2; the previous batch is measured again when asked.
+
+    L(0) is of all eight records of each task, which are the first four updates.
+    """
     trainer = make_trainer(name, tmp_path, interval=2)
     spy = Spy(trainer)
     trainer.train()
     final = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     batches = [collate_all(validation_batches()(u)) for u in range(4)]
     assert len(spy.validated) == 4
+    assert len(spy.started) == (name == "gradnorm_star")
+    for initial in spy.started:
+        whole = oracle(model_with(spy.parameters[0]), collate_all(batches))
+        same(initial, whole)
+        torch.testing.assert_close(trainer.weighting.method.first, whole.loss_sum / whole.tokens, **CLOSE)  # type: ignore[attr-defined]
     for u, (new, again) in enumerate(spy.validated):
         model = model_with([*spy.parameters, final][2 * u])
         same(new, oracle(model, batches[u]), norms=name == "gradnorm_star")
@@ -245,9 +259,20 @@ class TestValidationBatches:
         assert [backward.drawn(u) for u in reversed(range(12))] == expected[::-1]
         assert validation_batches(rank=1, world=2).drawn(7) == expected[7]
 
+    @pytest.mark.parametrize("initial", [False, True])
     @pytest.mark.parametrize("world", [1, 2, 3, 7])
-    def test_ranks_share_a_batch_without_gaps_and_are_equally_long(self, world: int) -> None:
-        shares = [validation_batches(per_task=2, rank=rank, world=world)(3) for rank in range(world)]
+    def test_ranks_share_a_batch_without_gaps_and_are_equally_long(
+        self, world: int, initial: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An update, and the five first records of each task (of 256 that are wanted, eight are there)."""
+
+        def batches(**ranks: int) -> list[dict[str, torch.Tensor]]:
+            drawing = validation_batches(per_task=2, **ranks)
+            return list(drawing.initial()) if initial else drawing(3)
+
+        assert sum(len(batch["labels"]) for batch in validation_batches().initial()) == 16
+        monkeypatch.setattr("trainer.loop.validation.INITIAL_RECORDS", 5)
+        shares = [batches(rank=rank, world=world) for rank in range(world)]
         assert len({tuple(len(batch["labels"]) for batch in share) for share in shares}) == 1
         rows = [
             (tokens.tolist(), labels.tolist())
@@ -256,7 +281,7 @@ class TestValidationBatches:
             for tokens, labels in zip(batch["input_ids"], batch["labels"], strict=True)
             if (labels != -100).any()
         ]
-        (whole,) = [collate_all(validation_batches(per_task=2)(3))]
+        whole = collate_all(validation_batches(per_task=5)(0) if initial else validation_batches(per_task=2)(3))
         expected = zip(whole["input_ids"].tolist(), whole["labels"].tolist(), strict=True)
         assert sorted(rows) == sorted((tokens, labels) for tokens, labels in expected)
 

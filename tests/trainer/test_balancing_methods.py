@@ -341,6 +341,36 @@ def test_coba_is_the_convergence_balancer() -> None:
         assert np.abs(found[-1] - 1).max() > 0.01
 
 
+def test_ratios_of_validation_losses_are_over_those_of_the_start() -> None:
+    """Not over those of the first small batch; a task that the start had none of takes its first one."""
+    from cotbal_kernels.convergence import ConvergenceBalancer
+
+    record = Recording(14)
+    start = losses(np.array([30.0, 12.0, 0.0]), np.array([20.0, 30.0, 0.0]))
+    first = np.array([1.5, 0.4, first_seen(forward_filled(record))[2]])
+
+    lbtw = make("lbtw_star")
+    lbtw.started(start)
+    ratio = np.nan_to_num(forward_filled(record) / first, nan=1.0) ** 0.5
+    np.testing.assert_allclose(record.play(lbtw)[:-1], [normalised(row) for row in ratio], **FLOAT32)
+
+    gradnorm = make("gradnorm_star", {"learning_rate": 0.1})
+    gradnorm.started(start)
+    gradnorm.validated(losses(np.array([1.0, 2.0, 3.0]), np.ones(3), np.array([1.0, 2.0, 0.1])), None)
+    r = np.array([1 / 1.5, 2 / 0.4, 1.0])
+    r[:2] /= r.mean()  # the third task is at its L(0)
+    r[2] /= np.array([1 / 1.5, 2 / 0.4, 1.0]).mean()
+    w = 1 - 0.1 * np.sign(np.array([1.0, 2.0, 0.1]) - 3.1 / 3 * r**1.5)  # the first step of Adam
+    np.testing.assert_allclose(gradnorm.weights.numpy(), normalised(w), **FLOAT32)
+
+    coba, balancer = make("coba"), ConvergenceBalancer(N, window=8, warmup=4)
+    coba.started(start)
+    balancer.start(torch.tensor([1.5, 0.4, torch.nan]))
+    for t, weights in enumerate(record.play(coba)[:-1]):
+        expected = balancer.step(torch.from_numpy(record.mean[t]), present=torch.from_numpy(record.tokens[t] > 0))
+        np.testing.assert_allclose(weights, expected.numpy(), rtol=1e-6)
+
+
 class TestRlw:
     def draws(self, distribution: str, steps: int = 4000, seed: int = 0) -> Array:
         method = make("rlw", {"distribution": distribution}, seed=seed)

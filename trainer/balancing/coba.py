@@ -30,11 +30,11 @@ class CobaOptions(TaskSumOptions):
 
 
 class CoBa(BalancingMethod):
-    """lambda = N w of CoBa, moved at every validation batch; the first one, before the first step, gives L_i(0)."""
+    """lambda = N w of CoBa, moved at every validation batch. L_i(0) is of many validation records."""
 
     Options = CobaOptions
     options: CobaOptions
-    needs = Needs(validation=True)
+    needs = Needs(validation=True, initial=True)
 
     def __init__(self, context: MethodContext, options: MethodOptions) -> None:
         super().__init__(context, options)
@@ -48,6 +48,9 @@ class CoBa(BalancingMethod):
             variant=self.options.variant,
             device=context.device,
         )
+
+    def started(self, initial: TaskLosses) -> None:
+        self._balancer.start(initial.mean)  # 0, which is no L_i(0), for an absent task
 
     def validated(self, new: TaskLosses, again: TaskLosses | None) -> None:
         self.weights = mean_one(self._balancer.step(new.mean, present=new.present))

@@ -78,9 +78,12 @@ class GradNorm(BalancingMethod):
 
 
 class GradNormStar(GradNorm):
-    """GradNorm*: losses and gradient norms of validation batches (CoBa, section 4)."""
+    """GradNorm*: losses and gradient norms of validation batches (CoBa, section 4), L_i(0) of many records."""
 
-    needs = Needs(validation=True, validation_gradient_norms=True)
+    needs = Needs(validation=True, initial=True, validation_gradient_norms=True)
+
+    def started(self, initial: TaskLosses) -> None:
+        self.first = first_known(initial, None)
 
     def validated(self, new: TaskLosses, again: TaskLosses | None) -> None:
         self._update(new)

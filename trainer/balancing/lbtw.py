@@ -54,9 +54,12 @@ class LossBalancedTaskWeighting(BalancingMethod):
 
 
 class LossBalancedTaskWeightingStar(LossBalancedTaskWeighting):
-    """LBTW*: the same from validation losses (CoBa, section 4)."""
+    """LBTW*: the same from validation losses (CoBa, section 4), L_i(0) of many records."""
 
-    needs = Needs(validation=True)
+    needs = Needs(validation=True, initial=True)
+
+    def started(self, initial: TaskLosses) -> None:
+        self.first = first_known(initial, None)
 
     def validated(self, new: TaskLosses, again: TaskLosses | None) -> None:
         self._update(new)

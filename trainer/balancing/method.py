@@ -50,6 +50,8 @@ class Needs:
         losses_after: losses of the same batch after the step (one forward pass over it).
         gradient_norms: norms of the head's gradient on the training batch.
         validation: validation losses, at step 0 and after every ``balancing.validation.interval`` steps.
+        initial: losses of many validation records of each task before the first step (``INITIAL_RECORDS`` of
+            ``trainer.loop.validation``), for L_i(0).
         validation_again: the previous validation batch once more, before the new one.
         validation_gradient_norms: norms of the head's gradient on the validation batch.
     """
@@ -59,6 +61,7 @@ class Needs:
     losses_after: bool = False
     gradient_norms: bool = False
     validation: bool = False
+    initial: bool = False
     validation_again: bool = False
     validation_gradient_norms: bool = False
 
@@ -145,6 +148,9 @@ class BalancingMethod:
 
     def after_step(self, report: StepReport) -> None:
         """Called after every step when ``needs.losses``. ``weights`` then apply to the next step."""
+
+    def started(self, initial: TaskLosses) -> None:
+        """Called once when ``needs.initial``, before anything else: losses before the training, of many records."""
 
     def validated(self, new: TaskLosses, again: TaskLosses | None) -> None:
         """Called with a validation batch when ``needs.validation``, for the first time before the first step.

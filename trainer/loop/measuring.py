@@ -6,7 +6,7 @@ Shapes: K tasks, M supervised rows, D hidden width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def _whole(head: nn.Linear) -> Iterator[None]:
 
 
 def forward_only(
-    trainer: Trainer, batches: Sequence[dict[str, Any]], num_tasks: int, tap: HeadTap | None = None
+    trainer: Trainer, batches: Iterable[dict[str, Any]], num_tasks: int, tap: HeadTap | None = None
 ) -> TaskLosses:
     """Losses ``[K]`` on `batches` over all ranks, in evaluation mode and without a graph.
 

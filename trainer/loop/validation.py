@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from trainer.data.encoding import IGNORE_INDEX
+
+# Of each task, for L_i(0), whose noise stays in every later ratio of the task. With losses that spread by as much as
+# their mean, the mean of 256 is good to 6 %.
+INITIAL_RECORDS = 256
 
 Sample = dict[str, Any]
 Batch = dict[str, Tensor]
@@ -72,18 +76,24 @@ class ValidationBatches:
 
         A rank that gets fewer samples than another fills up with samples whose labels are all ignored.
         """
-        chosen = self.drawn(update)
+        return list(self._share(self.drawn(update)))
+
+    def initial(self) -> Iterator[Batch]:
+        """This rank's share of the first records of every task, ``INITIAL_RECORDS`` or all; batches as of an update."""
+        chosen = [
+            (task, record) for task, size in enumerate(self.sizes) for record in self._order(task, 0)[:INITIAL_RECORDS]
+        ]
+        return self._share(chosen)
+
+    def _share(self, chosen: list[tuple[int, int]]) -> Iterator[Batch]:
         share = -(-len(chosen) // self._world)
         mine = chosen[self._rank :: self._world]
         real = len(mine)
         mine = mine + chosen[: share - real]
-        samples = [self._sample(*item) for item in mine]
-        batches = []
         for start in range(0, share, self._batch_size):
-            batch = self._collate(samples[start : start + self._batch_size])
+            batch = self._collate([self._sample(*item) for item in mine[start : start + self._batch_size]])
             batch["labels"][max(0, real - start) :] = IGNORE_INDEX
-            batches.append(batch)
-        return batches
+            yield batch
 
     def _order(self, task: int, turn: int) -> list[int]:
         key = (task, turn)

@@ -6,7 +6,7 @@ Shapes: K tasks of the run in their order, N of them balanced.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from cotbal_kernels.per_task import task_normalizer
 from trainer.balancing.method import BalancingMethod, StepReport, TaskLosses
 from trainer.errors import UserError
 from trainer.loop.measuring import HeadTap, forward_only, summed
+from trainer.loop.validation import ValidationBatches
 
 STATE_FILE = "balancing.pt"  # in every checkpoint
 Batch = dict[str, Any]
@@ -40,7 +41,7 @@ class TaskWeighting(TrainerCallback):
     Args:
         method: made for the balanced tasks, in the order of `tasks`.
         tasks: names of all tasks and which are balanced.
-        validation: micro-batches of this rank for an update, when the method asks for validation losses.
+        validation: batches of held-out records, when the method asks for validation losses.
         interval: steps between two validations.
         csv_path: of ``weights.csv``.
     """
@@ -49,7 +50,7 @@ class TaskWeighting(TrainerCallback):
         self,
         method: BalancingMethod,
         tasks: Tasks,
-        validation: Callable[[int], list[Batch]] | None,
+        validation: ValidationBatches | None,
         interval: int,
         csv_path: Path,
     ) -> None:
@@ -120,6 +121,10 @@ class TaskWeighting(TrainerCallback):
         if state.is_world_process_zero:
             self._start_csv(state.global_step)
         if self.method.needs.validation and state.global_step == 0:
+            if self.method.needs.initial:
+                assert self._validation is not None
+                initial = forward_only(self._trainer, self._validation.initial(), len(self.weights))
+                self.method.started(self._of_balanced(initial))
             self._validate()
 
     # -- checkpoints and files -----------------------------------------------------------------------------

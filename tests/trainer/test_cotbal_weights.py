@@ -237,6 +237,22 @@ class TestDegenerate:
         np.testing.assert_array_equal(found.contribution[:, 1], [0, 1, 0])
         assert [c.original for c in found.clipped] == [None, None, None]
 
+    @pytest.mark.parametrize(("V_mini", "V_all", "higher", "D"), [(0.5, 0.1, True, -4), (0.2, 0.5, False, -1.5)])
+    def test_a_difficulty_below_zero_is_said(self, table, V_mini, V_all, higher, D):
+        """Of models of one task alone, more data may make a task worse: nothing else would tell."""
+        table["alone"] = {"mini": {"a": V_mini, "b": 0.2, "c": 0.5}, "full": {"a": V_all, "b": 0.5, "c": 0.7}}
+        if not higher:
+            table["higher_is_better"] = {"a": False}
+            table["mini"]["a"] = 0.9
+        scores = Scores.from_json(table)
+        found = cotbal_weights(scores, difficulty="precise")
+        assert found.difficulty[0] == pytest.approx(D)
+        (warning,) = found.warnings
+        assert f"the difficulty of 'a' is {D}, outside [0, 1], from V = {V_mini} with little data" in warning
+        clip = cotbal_weights(scores, difficulty="precise", on_degenerate="clip")
+        assert (clip.difficulty[0], clip.warnings) == (0, [])
+        assert cotbal_weights(scores).warnings == []
+
     def test_overflow_is_an_error(self, table):
         table["mini"]["a"], table["full"]["b"]["a"], table["full"]["a"]["a"] = 1e-300, 1e300, 1e-299
         with np.errstate(all="ignore"), pytest.raises(ValueError, match="overflow"):

@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 
 STRATEGIES = ("cotbal", "one2all", "all2one", "contribution", "difficulty")
 
-# Under the "clip" policy; under "error" a contribution outside is kept and reported as a warning.
+# Under the "clip" policy; under "error" what is outside is kept and reported as a warning.
 # 1 is what a task's own data brings, so 2 already is a task that helps twice as much as that.
 CONTRIBUTION_RANGE = (-2.0, 2.0)
 DIFFICULTY_RANGE = (0.0, 1.0)
@@ -202,6 +202,12 @@ def cotbal_weights(
             f"the contribution of {scores.tasks[i]!r} to {scores.tasks[j]!r} is {C[i, j]:.3g}, outside "
             f"[{low:g}, {high:g}]: it dominates the weights; 'clip' would bound it"
             for i, j in np.argwhere(np.clip(C, low, high) != C)
+        ]
+        warnings += [
+            f"the difficulty of {task!r} is {value:.3g}, outside [0, 1], from V = {little:.6g} with little data and "
+            f"{much:.6g} with all: it dominates the weights; 'clip' would bound it"
+            for task, value, little, much in zip(scores.tasks, D, V_easy, V_hard, strict=True)
+            if value != np.clip(value, *DIFFICULTY_RANGE)
         ]
     else:
         C = _clipped_contributions(scores, flat, smallest, contribution_range, clipped)

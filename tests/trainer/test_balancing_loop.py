@@ -241,6 +241,14 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
         make_trainer("lbtw", tmp_path).weighting.load(checkpoint)
 
 
+@pytest.mark.parametrize("name", ["dwa", "famo_star"])
+def test_losses_that_are_no_numbers_are_called_divergence(name: str, tmp_path: Path) -> None:
+    """They reach the weights before they are logged."""
+    trainer = make_trainer(name, tmp_path, MOVING[name], learning_rate=1e30, logging_steps=100)
+    with pytest.raises(UserError, match=r"has diverged: the weights are \[nan, nan, 1.0\] at step \d of 6; lower"):
+        trainer.train()
+
+
 class TestValidationBatches:
     def test_every_record_once_per_pass_and_every_task_in_every_update(self) -> None:
         batches = validation_batches(per_task=3)  # 8 records a task: passes do not end with an update

@@ -85,10 +85,15 @@ class StopWhenDiverged(TrainerCallback):
     ) -> None:
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
-            raise UserError(
-                f"the training has diverged: its loss is {loss} at step {state.global_step} of {state.max_steps}; "
-                "lower training.learning_rate, or look for the task whose loss grew first in log.jsonl"
-            )
+            raise diverged(f"its loss is {loss}", state)
+
+
+def diverged(sign: str, state: TrainerState) -> UserError:
+    """What to tell the user of a training whose numbers are none any more, which `sign` shows."""
+    return UserError(
+        f"the training has diverged: {sign} at step {state.global_step} of {state.max_steps}; "
+        "lower training.learning_rate, or look for the task whose loss grew first in log.jsonl"
+    )
 
 
 def _line(content: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from cotbal_kernels.huggingface import set_task_weights
 from cotbal_kernels.per_task import task_normalizer
 from trainer.balancing.method import BalancingMethod, StepReport, TaskLosses
 from trainer.errors import UserError
+from trainer.loop.callbacks import diverged
 from trainer.loop.measuring import HeadTap, forward_only, summed
 from trainer.loop.validation import ValidationBatches
 
@@ -87,7 +88,10 @@ class TaskWeighting(TrainerCallback):
             losses = self._of_balanced(forward_only(self._trainer, window, len(self.weights)))
         self.method.before_step(losses)
         self.weights = torch.ones_like(self.weights).masked_scatter(self._balanced, self.method.weights)
-        set_task_weights(cast(torch.nn.Module, self._trainer.model), self.weights)
+        try:
+            set_task_weights(cast(torch.nn.Module, self._trainer.model), self.weights)
+        except ValueError as error:  # from losses that are no numbers, before the next line of the log tells
+            raise diverged(f"the weights are {self.weights.tolist()}", self._trainer.state) from error
         self._trajectory.append((self._trainer.state.global_step + 1, self.weights))
         self._window = window
         self._micro_batch = 0

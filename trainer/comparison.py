@@ -10,8 +10,9 @@ Input is the table ``RESULTS.json``::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from trainer.errors import UserError, nearest
@@ -71,6 +72,15 @@ def compare(results: Mapping[str, Any]) -> dict[str, Comparison]:
             per_task={task: 100 * improvement for task, improvement in improvements.items()},
         )
     return comparisons
+
+
+def mean_comparison(each: Sequence[Comparison]) -> Comparison:
+    """The means over seeds. Delta E of mean scores would be smaller: gains of one seed would hide losses of another."""
+    return Comparison(
+        delta_i=fmean(one.delta_i for one in each),
+        delta_e=fmean(one.delta_e for one in each),
+        per_task={task: fmean(one.per_task[task] for one in each) for task in each[0].per_task},
+    )
 
 
 def compare_to_json(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

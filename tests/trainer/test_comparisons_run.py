@@ -131,11 +131,12 @@ def test_rows_of_every_method_with_means_over_seeds(run: Callable[..., Path], ru
     assert results["baseline"]["colour"]["EM"] == pytest.approx(statistics.fmean(single))
 
     page = Page((run_dir / "report.html").read_text())
-    deltas = compare(results)
     for label in labels:
-        per_seed = [compare({**results, "methods": {"x": table}})["x"].delta_i for table in results["seeds"][label]]
+        each = [compare({**results, "methods": {"x": table}})["x"] for table in results["seeds"][label]]
+        gains, errors = [seed.delta_i for seed in each], [seed.delta_e for seed in each]
         (row,) = [row for row in page.tables["deltas"] if row[0] == label]
-        assert row[1] == f"{deltas[label].delta_i:+.2f} ± {statistics.stdev(per_seed):.2f}"
+        assert row[1] == f"{statistics.fmean(gains):+.2f} ± {statistics.stdev(gains):.2f}"
+        assert row[2] == f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f}"
     for task in BALANCED:
         header, row = page.tables["test-scores"][0], page.row("test-scores", task)
         for label, name in (labels | {"STL": f"stl-{task}"}).items():

@@ -99,8 +99,8 @@ def _template() -> jinja2.Template:
 def report_context(run: RunDirectory) -> dict[str, Any]:
     """Everything the template shows."""
     scores = read_scores(run)
-    deltas, why_no_deltas = comparisons(run)
     over_seeds = seed_comparisons(run)
+    deltas, why_no_deltas = comparisons(run, over_seeds)
     samples = {(task["name"], part): records for task in run.tasks for part, records in test_sets(task).items()}
     sampled = next((name for name in ("cotbal", "ew") if (run.path / "evaluations" / name / "test").is_dir()), None)
     weights = _attempt(run, "weights.json", lambda: _weights(run))

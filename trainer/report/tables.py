@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from trainer.balancing.registry import training_label
-from trainer.comparison import Comparison, compare
+from trainer.comparison import Comparison, compare, mean_comparison
 from trainer.errors import UserError
 from trainer.evaluation.scoring import scores_by_task
 from trainer.metrics import METRICS
@@ -199,8 +199,10 @@ def _best(scores: ScoreTable, key: tuple[str, str]) -> float | None:
     return max(values) if scores.directions[key] == "higher" else min(values)
 
 
-def comparisons(run: RunDirectory) -> tuple[dict[str, Comparison], str | None]:
-    """Eq. 12-14 of the run, or the reason why they cannot be computed."""
+def comparisons(
+    run: RunDirectory, over_seeds: Mapping[str, Sequence[Comparison]] = MappingProxyType({})
+) -> tuple[dict[str, Comparison], str | None]:
+    """Eq. 12-14 of the run, means over seeds where there are several, or the reason why they cannot be computed."""
     if run.results is None:
         return {}, "They need the test scores of every model (results.json)."
     if not run.results.get("baseline"):
@@ -209,6 +211,7 @@ def comparisons(run: RunDirectory) -> tuple[dict[str, Comparison], str | None]:
         found = compare(run.results)
     except UserError as error:
         return {}, f"They cannot be computed: {error}."
+    found |= {method: mean_comparison(each) for method, each in over_seeds.items() if method in found}
     return dict(sorted(found.items(), key=lambda item: item[0] == FINAL)), None
 
 

@@ -275,6 +275,10 @@ def test_coba(cotbal: Any, write_records: Any, qwen_folder: Path) -> None:
     assert int(data["coba"][0]) == sequences
     assert int(plan["coba"][1]) == math.ceil(math.ceil(sequences / 80) / 2) > 1
     assert [int(word) for word in data["coba"][1:3]] == [sum(values) for values in zip(*counted, strict=True)]
+    # Forward, backward, and FAMO's two forward passes more: 10 P instead of 6 P. Hours have three digits.
+    assert float(data["famo"][3]) == pytest.approx(10 / 6 * float(data["uniform"][3]), rel=0.02)
+    assert "2 P more for a forward pass that a balancing method adds, on" in out
+    assert "balancing with validation losses not counted" in out
     assert printed(r"parameters ([\d,]+),", out) == printed(r"trained ([\d,]+)", out) == QWEN
     memory = {"parameters": 2 * QWEN, "gradients": 2 * QWEN / 8, "optimizer states": 12 * QWEN / 8}
     for name, size in memory.items():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainer.balancing.registry import SINGLE_TASK, is_cotbal, read_options
+from trainer.balancing.registry import SINGLE_TASK, is_cotbal, method_class, read_options
 from trainer.config import CotbalConfig, RunConfig
 from trainer.data.mixtures import Mixture, optimizer_steps, select
 from trainer.data.packing import pack
@@ -103,7 +103,8 @@ def plan(
     Args:
         records: training records of every task by name.
         data: their lengths: with them, packed sequences and records that are dropped count as they are in training,
-            and rows have sequences (or samples), and tokens, supervised tokens and the images' numbers over all epochs.
+            and rows have sequences (or samples), and tokens, supervised tokens and the images' numbers over all epochs,
+            and how many forward passes over a step's batch its balancing method adds.
     """
     window = config.training.batch_size * config.launch.ranks
     rows: list[dict[str, Any]] = []
@@ -123,7 +124,8 @@ def plan(
                 sequences = len(pack(lengths, config.model.max_length, config.seed + training.repetition))
             for key in ("tokens", "supervised", "pixels"):
                 row[key] = round(sum(getattr(found, key) for found in kept) * config.training.epochs)
-            row["sequences"] = sequences
+            needs = method_class(training.method).needs
+            row |= {"sequences": sequences, "forwards": needs.losses_before + needs.losses_after}
         steps = optimizer_steps(sequences, window, config.training.epochs, config.training.gradient_accumulation_steps)
         rows.append(row | {"steps": steps, "scored on": ", ".join(training.splits)})
     final = next(row["records"] for row in rows if row["training"] == "cotbal")

@@ -48,9 +48,14 @@ class TestVqa:
         expected = sum(min(1, answers[:i].count("yes") / 3 + answers[i + 1 :].count("yes") / 3) for i in range(10)) / 10
         assert vqa_score("yes", answers) == pytest.approx(expected, abs=1e-12)
 
-    def test_a_unanimous_question_is_not_processed(self):
-        assert vqa_score("Yes", ["yes"] * 10) == 0
-        assert vqa_score("Yes", ["yes"] * 9 + ["no"]) == 1
+    @pytest.mark.parametrize(
+        ("prediction", "answer"), [("Yes", "yes"), ("yes.", "yes"), ("Two", "2"), ("2", "two"), ("A dog", "dog")]
+    )
+    def test_unanimous_questions_are_processed_too(self, prediction, answer):
+        """As in the usual pipeline, worked out by hand: what is handed in is processed, whatever annotators said."""
+        assert vqa_score(prediction, [answer] * 10) == 1
+        assert vqa_score(prediction, [answer] * 9 + ["other"]) == 1
+        assert vqa_score(prediction, ["other"] * 10) == 0
 
     def test_one_reference_is_refused(self):
         with pytest.raises(ValueError, match=r"references\[1\] has one answer.*exact_match"):

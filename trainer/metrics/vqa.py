@@ -7,7 +7,10 @@ Answers are processed the way the published scorer really does, not the way its 
 - A "." is deleted unless a digit follows ("3." loses it, ".5" keeps it), and only the first 32 of them, because a
   flag is passed where the number of replacements belongs.
 - "none" is the number 0, and "somebody'd" loses its apostrophe where every other contraction gains one.
-- A question whose ten answers are all the same is compared as it is, without any processing.
+
+Its script compares questions whose ten answers are all the same without any processing, so that "Yes" is wrong where
+everybody said "yes". But predictions are processed before they are handed in (LLaVA, lmms-eval): reported numbers have
+that done. Here both sides always are, which scores at least what the script gives to an answer.
 """
 
 from __future__ import annotations
@@ -58,9 +61,7 @@ def process_vqa_answer(text: str) -> str:
 
 def vqa_score(prediction: str, answers: Sequence[str]) -> float:
     """Mean over the annotators of min(1, matches among the other annotators / 3), in [0, 1]."""
-    prediction, *answers = (_one_line(text) for text in (prediction, *answers))
-    if len(set(answers)) > 1:
-        prediction, *answers = (process_vqa_answer(text) for text in (prediction, *answers))
+    prediction, *answers = (process_vqa_answer(_one_line(text)) for text in (prediction, *answers))
     matches = sum(answer == prediction for answer in answers)
     agreeing = matches * min(1.0, (matches - 1) / 3)
     others = (len(answers) - matches) * min(1.0, matches / 3)

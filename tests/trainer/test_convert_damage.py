@@ -337,6 +337,33 @@ class TestInterrupted:
         assert set(manifest.outputs) == {"train"}
         assert not (tmp_path / "out" / "validation.jsonl").exists()
 
+    def test_files_that_no_conversion_wrote_are_kept(self, tmp_path):
+        """Raw data of XTREME-UP has the names of outputs: train.jsonl."""
+        source = write_raw(tmp_path / "raw", RAW["xtreme-up-qa"]())
+        (raw,) = source.rglob("train/te.jsonl")
+        raw = raw.rename(source / "train.jsonl")
+        before = raw.read_bytes()
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match="raw holds the raw data of 'xtreme-up-qa'; records need a folder"):
+                convert("xtreme-up-qa", source, source, overwrite=overwrite)
+        other = tmp_path / "out" / "train.jsonl"
+        other.parent.mkdir()
+        other.write_text("mine")
+        with pytest.raises(ValueError, match=r"out holds train\.jsonl of unknown origin"):
+            convert("xtreme-up-qa", source, other.parent)
+        assert (raw.read_bytes(), other.read_text()) == (before, "mine")
+        convert("xtreme-up-qa", source, other.parent, overwrite=True)
+        (other.parent / "mine.jsonl").write_text("mine")
+        convert("xtreme-up-qa", source, other.parent, {"train": 1}, overwrite=True)
+        assert len(other.read_text().splitlines()) == 1
+        assert (other.parent / "mine.jsonl").read_text() == "mine"
+
+    def test_outputs_inside_the_raw_folder_are_not_read_again(self, tmp_path):
+        source = write_raw(tmp_path / "raw", RAW["mftcoder"]())
+        first = convert("mftcoder", source, source / "out")
+        assert convert("mftcoder", source, source / "out").content == first.content
+        assert convert("mftcoder", source, source / "out", overwrite=True).content == first.content
+
 
 class TestRawJson:
     nested = st.recursive(

@@ -81,7 +81,7 @@ def convert(
         progress: show a bar on stderr.
 
     Raises:
-        UserError: an unknown name or option, raw files that are not there, or another conversion in `output`.
+        UserError: an unknown name or option, raw files that are missing or in `output`, or anything else in `output`.
     """
     converter = get_converter(name)
     chosen = converter.options(options or {}, preset)
@@ -95,7 +95,10 @@ def convert(
             f"'{name}' has {given} but no {missing}; set tokenizer to a folder with tokenizer.json and max_tokens to a "
             "length, or max_tokens to null to keep long conversations whole"
         )
-    sources = converter.sources(source, chosen)
+    whole = output.resolve()  # what is below it was written here, or would be written over
+    sources = [found for found in converter.sources(source, chosen) if not found.path.resolve().is_relative_to(whole)]
+    if not sources:
+        raise UserError(f"{output} holds the raw data of '{name}'; records need a folder of their own")
     return _Conversion(converter, sources, source, output, chosen, preset, workers, progress).run(overwrite)
 
 
@@ -205,24 +208,31 @@ class _Conversion:
         return rows
 
     def _finished(self, fingerprint: str, overwrite: bool) -> Manifest | None:
+        there = sorted(self.output.glob("*.jsonl"))
         if not self.manifest.is_file():
+            if there and not overwrite and not self.staging.exists():
+                raise UserError(
+                    f"{self.output} holds {', '.join(path.name for path in there)} of unknown origin; give another "
+                    "folder, or --overwrite to replace what has the name of an output"
+                )
             return None
+        names = {"rejected.jsonl"}
+        same = whole = False
         try:
             content = json.loads(self.manifest.read_text(encoding="utf-8"))
-            entries = content["outputs"] if content["fingerprint"] == fingerprint else None
-            whole = entries is not None and all(
-                (self.output / entry["file"]).stat().st_size == entry["bytes"] for entry in entries
-            )
+            names |= {entry["file"] for entry in content["outputs"]}
+            same = content["fingerprint"] == fingerprint
+            whole = all((self.output / entry["file"]).stat().st_size == entry["bytes"] for entry in content["outputs"])
         except (OSError, ValueError, KeyError, TypeError):
-            entries, whole = None, False
-        if whole and not overwrite:
+            pass  # damaged, or an output is gone
+        if same and whole and not overwrite:
             return Manifest(content, self.manifest)
-        if entries is None and not overwrite:
+        if not same and not overwrite:
             raise UserError(
                 f"{self.output} holds another conversion (other data, options or version); "
                 "give another folder, or --overwrite to replace it"
             )
-        for path in (*self.output.glob("*.jsonl"), self.manifest):
+        for path in (*(path for path in there if path.name in names), self.manifest):
             path.unlink()
         return None
 

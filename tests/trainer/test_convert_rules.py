@@ -205,6 +205,16 @@ class TestConversations:
         assert values(written[0])[0] == "<image>\nSay 0."  # its placeholder was missing
         assert "image" not in written[9]
 
+    def test_other_files_of_a_checkout_are_no_part_of_a_data_set(self, tmp_path):
+        others = {"llava_instruct_150k.json": llava(count=3), "detail_23k.json": llava(count=2)}
+        manifest = convert_raw(tmp_path, "llava-mix665k", others | RAW["llava-mix665k"]())
+        assert [entry["file"] for entry in manifest.content["read"]] == ["llava_v1_5_mix665k.json"]
+        (tmp_path / "raw" / "llava_v1_5_mix665k.json").unlink()
+        with pytest.raises(ValueError, match=r"several files .* as SOURCE: detail_23k.json, llava_instruct_150k"):
+            convert("llava-mix665k", tmp_path / "raw", tmp_path / "new")
+        one = convert("llava-mix665k", tmp_path / "raw" / "detail_23k.json", tmp_path / "new")
+        assert one.outputs["train"]["records"] == 2
+
     def test_repeated_ids_are_renamed_and_repeated_records_rejected(self, tmp_path):
         raw = llava()
         raw[4] = {**raw[4], "id": "r1"}

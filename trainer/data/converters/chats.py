@@ -10,6 +10,7 @@ from trainer.data.converters.base import Context, Converter, Item, Options, Part
 from trainer.data.converters.fields import as_object, files_below, get_id, get_list, get_text, image_path, shown
 from trainer.data.raw_json import Element
 from trainer.data.records import IMAGE_PLACEHOLDER
+from trainer.errors import UserError
 
 _LEAST_CHARACTERS = 16  # of a whole ShareGPT dialogue, as Vicuna's cleaning asks
 _RATE_LIMIT = ("Too many requests in 1 hour. Try again later.", "!Too many requests in 1 hour. Try again later.")
@@ -28,16 +29,20 @@ def dealt(options: Options, names: Sequence[str]) -> dict[str, Pool]:
 
 
 class _LlavaFile(Converter):
-    """Files in LLaVA's own format; placeholders of images stay where they are."""
+    """A file in LLaVA's own format, its published name in ``files``; placeholders of images stay where they are.
+
+    A checkout of the published data has other files of the same format beside it, which are other data sets.
+    """
 
     rename_duplicates = True
-    files = "a .json list or .jsonl file of LLaVA conversations"
 
     def sources(self, folder: Path, options: Options) -> list[Source]:
-        return [
-            Source(path, "train", _container(path))
-            for path in files_below(folder, (".json", ".jsonl"), "conversation file")
-        ]
+        found = files_below(folder, (".json", ".jsonl"), "conversation file")
+        (path, *more) = [path for path in found if path.name == self.files] or found
+        if more:
+            names = ", ".join(str(path.relative_to(folder)) for path in (path, *more))
+            raise UserError(f"{folder} has several files that may be '{self.name}'; give one as SOURCE: {names}")
+        return [Source(path, "train", _container(path))]
 
     def pools(self, options: Options, names: Sequence[str]) -> dict[str, Pool]:
         return dealt(options, names)

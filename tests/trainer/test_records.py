@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import copy
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +201,24 @@ def test_duplicate_ids_name_both_places(tmp_path: Path, first: Any, again: Any) 
         ("a.jsonl", b"\xff\xfe", ", line 1: not valid JSON"),
         ("a.jsonl", b"1" * 5000, ", line 1: not valid JSON"),  # Python refuses to read such a number
         ("a.jsonl", b"[" * 100_000, ", line 1: not valid JSON"),  # and such a nesting
-        ("a.json", b"[" * 100_000, ": not valid JSON"),
-        ("a.json", b"", ": not valid JSON"),
-        ("a.json", b"\xff\xfe", ": not valid JSON"),
-        ("a.json", b'{"id": 1}', ": expected a JSON list of records, got dict"),
-        ("a.json", b"null", ": expected a JSON list of records, got NoneType"),
+        (
+            "a.json",
+            b"[" * 100_000,
+            ": not a JSON list of records (JSON Lines are .jsonl): at byte 1, not a usable JSON value",
+        ),
+        ("a.json", b"", ": not a JSON list of records (JSON Lines are .jsonl): at byte 0, the file ends"),
+        (
+            "a.json",
+            b"\xff\xfe",
+            ": not a JSON list of records (JSON Lines are .jsonl): at byte 0, the text is not valid UTF-8",
+        ),
+        (
+            "a.json",
+            b'{"id": 1}',
+            ": not a JSON list of records (JSON Lines are .jsonl): at byte 0, expected [, found '{'",
+        ),
+        ("a.json", b"null", ": not a JSON list of records (JSON Lines are .jsonl): at byte 0, expected [, found 'n'"),
+        ("a.json", b"[] 1", ": not a JSON list of records (JSON Lines are .jsonl): at byte 3, text after the end"),
     ],
 )
 def test_files_that_are_not_records(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -212,6 +226,22 @@ def test_files_that_are_not_records(tmp_path: Path, name: str, content: bytes, m
     with pytest.raises(RecordError) as caught:
         read_records(tmp_path / name)
     assert f"{tmp_path / name}{message}" in str(caught.value)
+
+
+def test_a_list_takes_no_more_memory_than_lines(tmp_path: Path) -> None:
+    """Every rank reads all files; a list as one JSON value takes several times its size."""
+    text = {"from": "gpt", "value": "This. " * 500}
+    rows = [record(id=f"r{number}", conversations=[HUMAN, text]) for number in range(2000)]
+    paths = [written(tmp_path, rows, suffix) for suffix in (".jsonl", ".json")]
+    peaks = []
+    for path in paths:
+        tracemalloc.start()
+        found = read_records(path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(found) == len(rows)
+        del found
+    assert peaks[1] < peaks[0] + 3 * 2**20  # windows of 2^18 characters; the file has 6 MB, its value another 6
 
 
 def test_missing_file(tmp_path: Path) -> None:

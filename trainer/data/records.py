@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.data.raw_json import Damage, elements
 from trainer.errors import UserError, first
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -103,11 +104,11 @@ def _raw_records(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{path}, line {number}", line
         return
-    data = _loads(path.read_bytes(), str(path))
-    if not isinstance(data, list):
-        raise RecordError(f"{path}: expected a JSON list of records, got {type(data).__name__}")
-    for position, raw in enumerate(data):
-        yield f"{path}, record {position}", raw
+    for element in elements(path, "list"):  # every rank reads: the whole file as one value takes several times its size
+        if isinstance(element.value, Damage):
+            reason = f"at {element.where}, {element.value.reason}"
+            raise RecordError(f"{path}: not a JSON list of records (JSON Lines are .jsonl): {reason}")
+        yield f"{path}, {element.where}", element.value
 
 
 def _loads(text: bytes, where: str) -> Any:

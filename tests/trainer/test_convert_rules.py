@@ -158,6 +158,22 @@ class TestRefCoco:
         assert by_id["refcoco-0-2"] == ["<image>\nrefcoco train 0 2", "[0.10,0.10,0.60,0.60]"]
         assert len(rows(manifest, "testA_refcoco")) == SENTENCES
 
+    @pytest.mark.parametrize("name", ["refcoco-bbox", "refcoco-caption"])
+    def test_training_questions_about_held_out_images(self, name, tmp_path):
+        """RefCOCOg's training images are in RefCOCO's validation and test sets, which split COCO's images otherwise."""
+        files, shared = RAW[name](), SENTENCES
+        assert convert_raw(tmp_path, name, files).content["notes"] == {}
+        for entry in (files["refcocog/refs(umd).p"][0], files["refcocog/instances.json"]["annotations"][0]):
+            entry["image_id"] = files["refcoco/instances.json"]["annotations"][3]["image_id"]  # testA's
+        kept = convert_raw(tmp_path, name, files, merge=True)
+        assert kept.content["notes"] == {"training questions about images of validation or test": shared}
+        dropped = convert_raw(tmp_path, name, files, merge=True, shared_images="drop")
+        assert dropped.rejected == {"shared image": shared}
+        assert dropped.content["notes"] == {}
+        images = {split: {row["image"] for row in rows(dropped, split)} for split in dropped.outputs}
+        assert all(images["train"].isdisjoint(images[split]) for split in images if split != "train")
+        assert kept.outputs["train"]["questions"] - dropped.outputs["train"]["questions"] == shared
+
     @pytest.mark.parametrize(
         ("box", "size", "space", "text"),
         [

@@ -43,6 +43,7 @@ class Options:
         prompt_turns: which questions of a conversation carry it.
         references: ``all``: every annotator's answer is a reference; ``consensus``: the most common answer only.
         boxes: coordinates relative to the ``image``, or to the square that LLaVA's ``pad`` transform makes of it.
+        shared_images: training questions about an image that validation or a test set has too are kept, or dropped.
         tokenizer: folder with ``tokenizer.json``, for ``max_tokens``.
         max_tokens: longest conversation; whole turns past it are dropped, a first answer is cut.
         blocked_words: a dialogue with one of them is dropped.
@@ -63,6 +64,7 @@ class Options:
     prompt_turns: Literal["first", "every"] = "first"
     references: Literal["all", "consensus"] = "all"
     boxes: Literal["image", "pad"] = "image"
+    shared_images: Literal["keep", "drop"] = "keep"
     tokenizer: str | None = None
     max_tokens: int | None = None
     blocked_words: tuple[str, ...] = ()
@@ -88,6 +90,7 @@ _LITERALS = {
     "prompt_turns": ("first", "every"),
     "references": ("all", "consensus"),
     "boxes": ("image", "pad"),
+    "shared_images": ("keep", "drop"),
     "system": ("prepend", "drop"),
 }
 

@@ -24,6 +24,7 @@ from trainer.data.converters.staging import (
     read_source,
     rejected_rows,
     settle_duplicates,
+    settle_shared_images,
 )  # fmt: skip
 from trainer.data.converters.writing import OutputFile, Writer
 from trainer.errors import UserError
@@ -140,6 +141,7 @@ class _Conversion:
             self._read([number for number in range(len(parts)) if number not in done], parts)
             merge_parts(database, parts)
             settle_duplicates(database, self.converter)
+            shared = settle_shared_images(database, self.options.shared_images == "drop")
             found = [pool for (pool,) in database.execute("SELECT DISTINCT pool FROM items ORDER BY pool")]
             names = list(dict.fromkeys([source.pool for source in self.sources if source.pool] + found))
             writer = Writer(database, self.output, self.options, self.workers)
@@ -150,14 +152,14 @@ class _Conversion:
             for row in rejected_rows(database, [self._relative(source.path) for source in self.sources]):
                 rejected.write(row)
             rejected.finish()
-            content = key | {"fingerprint": fingerprint} | self._accounts(database, outputs, writer)
+            content = key | {"fingerprint": fingerprint} | self._accounts(database, outputs, writer, shared)
         partial = self.manifest.with_name("manifest.json.partial")
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(self.manifest)
         shutil.rmtree(self.staging, ignore_errors=True)
         return Manifest(content, self.manifest)
 
-    def _accounts(self, database: Any, outputs: list[dict[str, Any]], writer: Writer) -> dict[str, Any]:
+    def _accounts(self, database: Any, outputs: list[dict[str, Any]], writer: Writer, shared: int) -> dict[str, Any]:
         progress = database.execute("SELECT file, consumed, items, damaged, notes FROM progress ORDER BY file")
         read: list[dict[str, Any]] = []
         notes: dict[str, int] = {}
@@ -167,6 +169,8 @@ class _Conversion:
             read.append({"file": self._relative(self.sources[file].path), "records": consumed, "items": items})
             for note, count in json.loads(text).items():
                 notes[note] = notes.get(note, 0) + count
+        if shared:
+            notes["training questions about images of validation or test"] = shared
         kinds = dict(database.execute("SELECT kind, count(*) FROM rejected GROUP BY kind ORDER BY kind"))
         return {
             "complete": complete,

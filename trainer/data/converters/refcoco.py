@@ -57,7 +57,7 @@ def box_text(box: list[float], width: int, height: int, space: str) -> str:
 
 class _RefCoco(Converter):
     files = "refcoco, refcoco+, refcocog, each with refs(unc|google|umd).p and instances.json"
-    option_names = ("merge", "max_turns", "train", "validation", "prompt", "prompt_turns", "boxes")
+    option_names = ("merge", "max_turns", "train", "validation", "prompt", "prompt_turns", "boxes", "shared_images")
     paper_size = 41_000
 
     def sources(self, folder: Path, options: Options) -> list[Source]:

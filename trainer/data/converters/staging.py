@@ -242,6 +242,22 @@ def settle_duplicates(database: sqlite3.Connection, converter: Converter) -> Non
     database.commit()
 
 
+def settle_shared_images(database: sqlite3.Connection, drop: bool) -> int:
+    """Counts the training items about an image that another pool has too; with `drop` they are rejected instead."""
+    database.execute("CREATE TEMP TABLE held_out (image TEXT PRIMARY KEY)")
+    database.execute(
+        "INSERT OR IGNORE INTO held_out SELECT json_extract(body, '$.image') FROM items "
+        "WHERE pool <> 'train' AND json_extract(body, '$.image') IS NOT NULL"
+    )
+    shared = "(SELECT image FROM held_out WHERE i.pool = 'train' AND image = json_extract(i.body, '$.image'))"
+    if drop:
+        _drop(database, shared, "shared image", "validation or test has the image too: '")
+        database.commit()
+        return 0
+    (count,) = database.execute(f"SELECT count(*) FROM items i WHERE {shared} IS NOT NULL").fetchone()
+    return int(count)
+
+
 def _drop(database: sqlite3.Connection, partner: str, kind: str, reason: str) -> None:
     """Moves every item that has a `partner` (an SQL expression over ``items i``) to the rejected ones."""
     database.execute("DROP TABLE IF EXISTS temp.repeated")

@@ -141,16 +141,22 @@ def check_images(task: Task) -> TaskImages:
     """
     root = task.config.image_root
     first_use: dict[str, str] = {}
-    by_split: dict[str, int] = {}
+    by_split: dict[str, set[str]] = {}
     for split in SPLITS:
         for part, records in task.sets(split).items():
             for record in records:
                 for image in record.images:
                     first_use.setdefault(image, task.config.record_title(split, part, record.id))
-        by_split[split] = len({image for record in task.split(split) for image in record.images})
+        by_split[split] = {image for record in task.split(split) for image in record.images}
     warnings = []
     if first_use and not by_split["train"]:
         warnings.append(f"task '{task.name}': validation or test records have images, training records have none")
+    shared = by_split["train"] & (by_split["validation"] | by_split["test"])
+    if shared:
+        warnings.append(
+            f"task '{task.name}': {len(shared):,} images of training records are in validation or test records too, "
+            f"such as {min(shared)}: scores may be too good"
+        )
 
     def check(found: tuple[str, ImageLook]) -> None:
         use, look = found
@@ -163,4 +169,4 @@ def check_images(task: Task) -> TaskImages:
         looks = pool.map(partial(look_at_image, root), first_use)
         found = zip(first_use.values(), looks, strict=True)
         each(check, watched(found, task.name, "image", len(first_use)), shown=SHOWN)
-    return TaskImages(len(first_use), by_split, warnings)
+    return TaskImages(len(first_use), {split: len(images) for split, images in by_split.items()}, warnings)

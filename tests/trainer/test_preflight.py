@@ -408,3 +408,11 @@ def test_each_image_is_opened_once_and_links_may_lead_elsewhere(data: dict[str, 
     change_record(folder, "box_train", 0, lambda row: row.update(image="images/box_train_1.png"))
     images = check_images(load_task(TaskConfig(**data["tasks"][1])))
     assert (images.count, images.by_split) == (15, {"train": 7, "validation": 4, "test": 4})
+    assert not images.warnings
+    for split, image in (("validation", "box_train_3"), ("test", "box_train_1")):
+        change_record(folder, f"box_{split}", 0, lambda row, image=image: row.update(image=f"images/{image}.png"))
+    (warning,) = check_images(load_task(TaskConfig(**data["tasks"][1]))).warnings
+    assert warning.startswith(
+        "task 'box': 2 images of training records are in validation or test records too, such as "
+    )
+    assert "images/box_train_1.png" in warning

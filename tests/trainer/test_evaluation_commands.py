@@ -137,6 +137,8 @@ class TestCommand:
         assert "holds another evaluation: model is '" in refused.err
         refused = run("--limit", 5, "--batch-size", 2, task=1)
         assert "sets.predictions.records is '" in refused.err
+        refused = run("--limit", 5, "--batch-size", 2, "--metric", "vqa_accuracy")  # known before anything is generated
+        assert f"record '{found[0]['id']}': it has one answer; VQA accuracy compares annotators" in refused.err
         assert (out / "predictions.jsonl").read_bytes() == before
         again = run("--limit", 5, "--batch-size", 2)  # the same one: nothing to do
         assert json.loads(again.out) == metrics

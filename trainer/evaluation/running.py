@@ -23,7 +23,7 @@ from trainer.evaluation.parts import Claims, Finished, Tail, busy_seconds, colle
 from trainer.evaluation.planning import Batch, read_plan, write_plan
 from trainer.evaluation.progress import Meter
 from trainer.evaluation.ranks import RankProcesses, load_encoder, run_rank
-from trainer.evaluation.scoring import compute, entry, read_predictions, score_key
+from trainer.evaluation.scoring import check_references, compute, entry, read_predictions, score_key
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.files import write_json
 
@@ -104,7 +104,7 @@ def _run_ranks(spec: EvaluationSpec, processes: RankProcesses, todo: list[int], 
 
 
 def prepare(spec: EvaluationSpec) -> Work:
-    """Claims the folder, checks records and images, and says what is left to do.
+    """Claims the folder, checks records, their references and images, and says what is left to do.
 
     Raises:
         UserError: as :func:`evaluate`.
@@ -112,6 +112,7 @@ def prepare(spec: EvaluationSpec) -> Work:
     records = [chosen.load() for chosen in spec.sets]
     for chosen, own in zip(spec.sets, records, strict=True):
         _ = chosen.teacher_forced  # metrics that exclude each other
+        check_references(chosen, own)
         _check_images(chosen, own)
     total = sum(map(len, records))
     claim_folder(spec, describe(spec, records))

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError
+from trainer.data.records import Record
+from trainer.errors import SHOWN, UserError, each
 from trainer.evaluation.spec import EvaluationSet
-from trainer.metrics import MetricResult, get_metric, perplexity, takes_losses
+from trainer.metrics import MetricResult, VqaAccuracy, get_metric, perplexity, takes_losses
+from trainer.metrics.vqa import too_few_annotators
 
 Row = dict[str, Any]
 
@@ -20,6 +22,22 @@ def compute(metric: str, rows: Sequence[Row]) -> MetricResult:
     if takes_losses(metric):
         return perplexity([row["loss_sum"] for row in rows], [row["tokens"] for row in rows])
     return get_metric(metric).compute([row["prediction"] for row in rows], [row["references"] for row in rows])
+
+
+def check_references(chosen: EvaluationSet, records: Sequence[Record]) -> None:
+    """Before anything is generated, or trained for it: whether the set's metrics can score its records.
+
+    Raises:
+        UserError: the first records of which they cannot.
+    """
+
+    def check(record: Record) -> None:
+        problem = too_few_annotators(record.answers)
+        if problem is not None:
+            raise UserError(f"{chosen.title}, record '{record.id}': it {problem}")
+
+    if any(isinstance(get_metric(name), VqaAccuracy) for name in chosen.metrics):
+        each(check, records, shown=SHOWN)
 
 
 def entry(metric: str, result: MetricResult) -> dict[str, Any]:

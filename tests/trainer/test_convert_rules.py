@@ -82,6 +82,14 @@ class TestVqav2:
             assert row["references"] == ["other"] + [f"a{row['id']}"] * 9
         assert all(text.endswith("\nBe brief.") for row in rows(manifest, "train") for text in values(row)[::2])
 
+    def test_an_annotator_who_wrote_nothing_is_one_of_the_ten(self, tmp_path):
+        files = vqav2()
+        files["v2_mscoco_val2014_annotations.json"]["annotations"][0]["answers"][0]["answer"] = " "
+        manifest = convert_raw(tmp_path, "vqav2", files)
+        assert not manifest.rejected
+        last = rows(manifest, "validation")[-1]
+        assert last["references"] == ["", *[f"a{last['id']}"] * 9]
+
     def test_a_question_without_an_answer_or_about_another_image(self, tmp_path):
         files = vqav2()
         annotations = files["v2_mscoco_train2014_annotations.json"]["annotations"]

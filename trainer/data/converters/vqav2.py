@@ -41,7 +41,7 @@ class Vqav2(Converter):
 
     def side_rows(self, side: Side, value: Any) -> Iterator[tuple[str, Any]]:
         raw = as_object(value)
-        answers = [get_text(as_object(answer), "answer") for answer in get_list(raw, "answers")]
+        answers = [get_text(as_object(answer), "answer", empty=True) for answer in get_list(raw, "answers")]
         if len(answers) != _ANNOTATORS:
             raise Rejected("malformed", f"'answers' must be of {_ANNOTATORS} annotators, got {len(answers)}")
         # The published consensus is kept: it breaks ties between answers in a way of its own.

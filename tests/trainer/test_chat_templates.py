@@ -174,6 +174,8 @@ def test_a_prompt_is_what_stood_before_the_answer(kind: Kind, encoder: Conversat
     assert prompt.input_ids == encoded.input_ids[:length]
     assert encoder.tokenizer.decode(prompt.input_ids).endswith(kind.asks)
     assert encoder.tokenizer.decode(encoded.input_ids[length:]).startswith(record.turns[-1].answer)
+    unanswered = replace(record, turns=(*record.turns[:-1], replace(record.turns[-1], answer="")))
+    assert encoder.prompt(unanswered, Path).input_ids == prompt.input_ids
 
 
 def test_generation_ends_where_answers_do(kind: Kind, encoder: ConversationEncoder) -> None:

@@ -90,6 +90,27 @@ class TestVqav2:
         last = rows(manifest, "validation")[-1]
         assert last["references"] == ["", *[f"a{last['id']}"] * 9]
 
+    def test_questions_whose_answers_are_secret(self, tmp_path):
+        asked = [{"image_id": 262144 + i // 2, "question": f"Is it {i}?", "question_id": 2000 + i} for i in range(4)]
+        names = {name: f"v2_OpenEnded_mscoco_{name}2015_questions.json" for name in ("test", "test-dev")}
+        files = vqav2() | {names["test"]: {"questions": asked}}
+        manifest = convert_raw(tmp_path, "vqav2", files, preset=PAPER)
+        assert [entry["questions"] for entry in manifest.outputs.values()] == [9, 6, 4]
+        path = manifest.path.with_name("test2015.jsonl")
+        for number, row in enumerate(rows(manifest, "test2015")):
+            assert row == {
+                "id": str(2000 + number), "image": f"test2015/COCO_test2015_{262144 + number // 2:012d}.jpg",
+                "conversations": [{"from": "human", "value": f"<image>\nIs it {number}?\n{ONE_WORD}"}],
+            }  # fmt: skip
+        assert [len(record.turns) for record in read_records(path, answered=False)] == [1] * 4
+        with pytest.raises(ValueError, match="must be a list with at least one human and one gpt turn"):
+            read_records(path)
+        # Test-dev is part of test, with the same ids.
+        manifest = convert_raw(tmp_path, "vqav2", files | {names["test-dev"]: {"questions": asked[1:3]}})
+        assert not manifest.rejected
+        assert set(manifest.outputs) == {"train", "validation", "test-dev2015"}
+        assert [row["id"] for row in rows(manifest, "test-dev2015")] == ["2001", "2002"]
+
     def test_a_question_without_an_answer_or_about_another_image(self, tmp_path):
         files = vqav2()
         annotations = files["v2_mscoco_train2014_annotations.json"]["annotations"]

@@ -177,7 +177,6 @@ class TestCommand:
         ("options", "message"),
         [
             ((), "takes either --records FILE"),
-            (("--records", "r.json"), "--records has no metric of its own"),
             (("--records", "r.json", "--metric", "cidr"), "unknown metric 'cidr' (did you mean 'cider'?)"),
             (("--records", "no.json", "--metric", "cider"), "no.json does not exist"),
             (("--config", "CONFIG"), "--config needs --task, one of colour, box, chat"),
@@ -195,6 +194,33 @@ class TestCommand:
         outcome = cotbal("evaluate", pixel_model, "--output", tmp_path / "out", "--device", "cpu", *given)
         assert (outcome.code, outcome.out) == (2, "")
         assert message in outcome.err
+
+    def test_questions_without_answers_get_the_same_predictions(
+        self, run: Command, cotbal: Command, tiny_tasks: list[TaskConfig], pixel_model: Path, tmp_path: Path
+    ) -> None:
+        """As of VQAv2's test-dev: nothing to score with, and nothing is scored."""
+        rows = [json.loads(line) for line in tiny_tasks[0].train.read_text().splitlines()[:3]]
+        for row in rows:
+            del row["conversations"][1:]
+        secret = tmp_path / "secret.jsonl"
+        secret.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = (
+            "evaluate", pixel_model, "--records", secret, "--image-root", tiny_tasks[0].image_root, "--output",
+            tmp_path / "secret", "--device", "cpu", "--threads", 1, "--precision", "fp32", "--max-new-tokens", 6,
+        )  # fmt: skip
+        outcome = cotbal(*options)
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out)["metrics"] == {}
+        assert run("--limit", 3).code == 0
+        found, scored = (
+            [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]
+            for name in ("secret", "out")
+        )
+        assert [row.pop("references") for row in found] == [[]] * 3
+        assert all(row.pop("references") for row in scored)
+        assert found == scored
+        outcome = cotbal(*options, "--metric", "exact_match")
+        assert "line 1 (id 'colour-train-0'): 'conversations' must be a list with at least one human and" in outcome.err
 
     def test_bad_material(self, run: Command, tiny_tasks: list[TaskConfig], tmp_path: Path) -> None:
         assert "is not a model folder" in run(model=tmp_path).err

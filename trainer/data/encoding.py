@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -146,6 +146,9 @@ class ConversationEncoder:
 
     def prompt(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
         """What stands before the last answer of a record, ready for generation; never cut."""
+        *before, last = record.turns
+        if not last.answer.strip():  # it may be secret, and some templates take no empty text
+            record = replace(record, turns=(*before, replace(last, answer="?")))
         encoded = self._encode(record, self._parts(record)[:-1], image_path)
         encoded.labels = [IGNORE_INDEX] * len(encoded.input_ids)
         return encoded

@@ -51,20 +51,27 @@ class Record:
         return list(self.references) or [self.turns[-1].answer]
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, answered: bool = True) -> list[Record]:
     """Reads every record of a ``.json`` list or a ``.jsonl`` file, in file order.
+
+    Args:
+        answered: the last question of every record has its answer, without which nothing can be trained or scored. If
+            False it may be missing, as in test sets whose answers are kept secret; it is empty then.
 
     Raises:
         RecordError: the file is missing, is not JSON, or records are malformed or repeat an id, a line for each.
     """
-    records, problems = scan_records(path)
+    records, problems = scan_records(path, answered)
     if problems:
         raise RecordError("\n".join(first(problems)))
     return records
 
 
-def scan_records(path: Path) -> tuple[list[Record], list[str]]:
+def scan_records(path: Path, answered: bool = True) -> tuple[list[Record], list[str]]:
     """The records of a file that can be used, in file order, and what is wrong with the others.
+
+    Args:
+        answered: as in :func:`read_records`.
 
     Raises:
         RecordError: the file is missing, or is not a JSON list.
@@ -74,7 +81,7 @@ def scan_records(path: Path) -> tuple[list[Record], list[str]]:
     seen: dict[str, str] = {}
     for where, raw in _raw_records(path):
         try:
-            record = _parse(_loads(raw, where) if isinstance(raw, bytes) else raw, where)
+            record = _parse(_loads(raw, where) if isinstance(raw, bytes) else raw, where, answered)
         except RecordError as error:
             problems.append(str(error))
             continue
@@ -118,7 +125,7 @@ def _loads(text: bytes, where: str) -> Any:
         raise RecordError(f"{where}: not valid JSON ({error})") from error
 
 
-def _parse(raw: Any, where: str) -> Record:
+def _parse(raw: Any, where: str, answered: bool = True) -> Record:
     if not isinstance(raw, dict):
         raise RecordError(f"{where}: expected an object, got {type(raw).__name__}")
     if "id" not in raw:
@@ -127,7 +134,7 @@ def _parse(raw: Any, where: str) -> Record:
         raise RecordError(f"{where}: 'id' must be a string or a number, got {raw['id']!r}")
     where = f"{where} (id '{raw['id']}')"
     images = _parse_images(raw, where)
-    system, turns = _parse_conversation(raw.get("conversations"), where)
+    system, turns = _parse_conversation(raw.get("conversations"), where, answered)
     placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
     if images and not placeholders:  # LLaVA's own files always carry it; plain exports often do not
         first = turns[0]
@@ -168,7 +175,7 @@ def _parse_images(raw: dict[str, Any], where: str) -> list[str]:
     return images
 
 
-def _parse_conversation(conversation: Any, where: str) -> tuple[str, tuple[Turn, ...]]:
+def _parse_conversation(conversation: Any, where: str, answered: bool) -> tuple[str, tuple[Turn, ...]]:
     """The system message, empty if there is none, and the turns."""
     messages = conversation if isinstance(conversation, list) else []
     system, start = "", 0
@@ -179,8 +186,9 @@ def _parse_conversation(conversation: Any, where: str) -> tuple[str, tuple[Turn,
                 f"{where}: turn 0 is a system message: its 'value' must be a text without '{IMAGE_PLACEHOLDER}', got "
                 f"{system!r}"
             )
-    if len(messages) < start + 2:
-        raise RecordError(f"{where}: 'conversations' must be a list with at least one human and one gpt turn")
+    if len(messages) < start + 1 + answered:
+        least = "one human and one gpt turn" if answered else "one human turn"
+        raise RecordError(f"{where}: 'conversations' must be a list with at least {least}")
     values: list[str] = []
     for index, message in enumerate(messages[start:], start):
         side = _side(message)
@@ -197,9 +205,11 @@ def _parse_conversation(conversation: Any, where: str) -> tuple[str, tuple[Turn,
                 f"{where}: turn {index} is an answer with '{IMAGE_PLACEHOLDER}' in it; images belong to questions"
             )
         values.append(message["value"])
-    if len(values) % 2:
+    if len(values) % 2 and answered:
         raise RecordError(f"{where}: the last turn must be a gpt answer")
-    if not any(answer.strip() for answer in values[1::2]):
+    if len(values) % 2:
+        values.append("")
+    if answered and not any(answer.strip() for answer in values[1::2]):
         raise RecordError(f"{where}: no supervised token: every gpt turn is empty")
     return system, tuple(Turn(question, answer) for question, answer in zip(values[::2], values[1::2], strict=True))
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from trainer.evaluation.spec import EvaluationSet
 
 _NAME = "predictions"
-Metrics = Annotated[list[str] | None, typer.Option("--metric", help="of docs/data.md; may be given again")]
+_METRIC = "of docs/data.md; may be given again"
+Metrics = Annotated[list[str] | None, typer.Option("--metric", help=_METRIC)]
 
 
 def evaluate(
@@ -27,7 +28,9 @@ def evaluate(
     task: Annotated[str | None, typer.Option(help="the task of CONFIG")] = None,
     split: Annotated[str, typer.Option(help="validation | test, of the task")] = "test",
     test_set: Annotated[str | None, typer.Option(help="which of the task's test sets, where it has several")] = None,
-    metric: Metrics = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help=f"{_METRIC}; none: RECORDS are answered and not scored")
+    ] = None,
     image_root: Annotated[Path | None, typer.Option(help="folder of the records' images")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first so many records, in file order")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="records at once; default 32")] = None,
@@ -64,8 +67,6 @@ def evaluate(
         launch, options, training, own_model = whole.launch, whole.evaluation, whole.training, whole.model
         chosen, features = _of_task(whole, task, split, test_set)
     else:
-        if not metric:
-            raise UserError("--records has no metric of its own; name one with --metric")
         chosen = EvaluationSet(_NAME, tuple(records or ()), Path("."), (), 32)
     launch = launch.model_copy(
         update={

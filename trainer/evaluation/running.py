@@ -146,9 +146,8 @@ def finish(spec: EvaluationSpec) -> dict[str, Any]:
     throughput = read_throughput(spec)
     metrics: dict[str, Any] = {}
     for chosen in spec.sets:
-        rows = read_predictions(
-            spec.predictions(chosen), answers=not chosen.teacher_forced, losses=chosen.teacher_forced
-        )
+        generated = bool(chosen.metrics) and not chosen.teacher_forced
+        rows = read_predictions(spec.predictions(chosen), answers=generated, losses=chosen.teacher_forced)
         results = {name: compute(name, rows) for name in chosen.metrics}
         scores = {name: entry(name, result) for name, result in results.items()}
         if not spec.by_task:
@@ -185,7 +184,7 @@ def _row(record: Record) -> dict[str, Any]:
         "id": record.id,
         "image": record.images[0] if record.images else None,
         "question": record.turns[-1].question.replace(IMAGE_PLACEHOLDER, "").strip(),
-        "references": record.answers,
+        "references": [] if record.answers == [""] else record.answers,
     }
 
 

@@ -20,7 +20,8 @@ class EvaluationSet:
         name: ``<name>.jsonl`` gets the predictions; of the task, where tasks are scored.
         files: record files, read one after the other.
         image_root: folder that the records' image paths start from.
-        metrics: names; with ``perplexity`` the given answers are scored and nothing is generated.
+        metrics: names; with ``perplexity`` the given answers are scored and nothing is generated. Without any, answers
+            are generated only, and records need none of their own.
         max_new_tokens: longest generated answer.
         limit: the first so many records of the files in their order; None is all.
         label: how errors call it; empty is by its name.
@@ -74,7 +75,7 @@ class EvaluationSet:
         records: list[Record] = []
         origin: dict[str, Path] = {}
         for path in self.files:
-            for record in read_records(path):
+            for record in read_records(path, answered=bool(self.metrics)):
                 if record.id in origin:
                     raise RecordError(f"{path}: id '{record.id}' is already used in {origin[record.id]}")
                 origin[record.id] = path

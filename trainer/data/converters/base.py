@@ -148,6 +148,7 @@ class Source:
 class Item:
     """What one raw record gives: a question-answer pair or a conversation, with its images.
 
+    An empty last answer is one that the data set keeps secret: the record ends with its question.
     In a pool that merges, items of the same ``group`` become one conversation. ``pool`` is for files that hold
     several splits; otherwise it is the source's. ``placed``: the questions say themselves where images go.
     """
@@ -266,5 +267,7 @@ def conversation(item: Item, prompt: str, prompt_turns: str) -> list[dict[str, s
             question = f"{question}\n{prompt}"
         if index == 0 and not item.placed:
             question = f"{IMAGE_PLACEHOLDER}\n" * len(item.images) + question
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        turns.append({"from": "human", "value": question})
+        if answer:
+            turns.append({"from": "gpt", "value": answer})
     return turns

@@ -134,7 +134,7 @@ class _Reader:
         if item.references:
             body["references"] = list(item.references)
         try:
-            _parse({"id": item.id, **body}, place)
+            _parse({"id": item.id, **body}, place, answered=bool(item.turns[-1][1]))
             grouped = self.merging[pool] and item.group is not None
             if grouped:
                 body["conversations"] = [list(turn) for turn in item.turns]

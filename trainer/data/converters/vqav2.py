@@ -14,14 +14,18 @@ from trainer.errors import UserError
 
 _ANNOTATORS = 10
 _YEARS = {"train": "train2014", "validation": "val2014"}
+_UNANSWERED = ("test-dev2015", "test2015")  # the first is part of the second
 
 
 class Vqav2(Converter):
-    """Training questions of an image in one conversation; validation questions one by one."""
+    """Training questions of an image in one conversation; validation and test questions one by one."""
 
     name = "vqav2"
     summary = "VQAv2 questions, with the answers of ten annotators as references"
-    files = "v2_OpenEnded_mscoco_{train,val}2014_questions.json and v2_mscoco_{train,val}2014_annotations.json"
+    files = (
+        "v2_OpenEnded_mscoco_{train,val}2014_questions.json and v2_mscoco_{train,val}2014_annotations.json; "
+        "v2_OpenEnded_mscoco_{test-dev,test}2015_questions.json, which have no answers"
+    )
     option_names = ("merge", "max_turns", "train", "validation", "prompt", "prompt_turns", "references")
     # The authors' exact match compares with one answer; any of ten would be another, higher number.
     paper = {"merge": True, "prompt": ONE_WORD, "validation": 20_000, "references": "consensus"}  # noqa: RUF012
@@ -35,6 +39,11 @@ class Vqav2(Converter):
                 answers = find_file(folder, [f"v2_mscoco_{year}_annotations.json"], f"answers to {questions.name}")
                 side = Side(answers, "list", "annotations", "annotation")
                 found.append(Source(questions, pool, "list", "questions", (side,), year))
+        for name in _UNANSWERED:
+            questions = folder / f"v2_OpenEnded_mscoco_{name}_questions.json"
+            if questions.is_file():
+                found.append(Source(questions, name, "list", "questions", (), "test2015"))
+                break
         if not found:
             raise UserError(f"{folder} has no VQAv2 questions: expected {self.files}")
         return found
@@ -52,11 +61,13 @@ class Vqav2(Converter):
         raw = as_object(element.value)
         question_id, image_id = get_id(raw, "question_id"), get_number(raw, "image_id")
         question = get_text(raw, "question")
+        year = context.source.label
+        image = image_path(context.options.image_folder or year, f"COCO_{year}_{image_id:012d}.jpg")
+        if context.source.pool in _UNANSWERED:
+            return [Item(question_id, ((question, ""),), (image,))]
         answered_image, consensus, answers = context.lookup("annotation", question_id)
         if answered_image != image_id:
             raise Rejected("no partner", f"the question is about image {image_id}, its answers about {answered_image}")
-        year = context.source.label
-        image = image_path(context.options.image_folder or year, f"COCO_{year}_{image_id:012d}.jpg")
         references = tuple(answers) if context.options.references == "all" else (consensus,)
         if context.source.pool == "train":
             references = ()

@@ -39,7 +39,7 @@ class OutputFile:
         self._file.write(line)
         self.digest.update(line)
         self.records += 1
-        self.turns += len(row.get("conversations", ())) // 2
+        self.turns += -(-len(row.get("conversations", ())) // 2)  # the last answer may be missing
 
     def finish(self) -> dict[str, Any]:
         """Gives the file its name; returns what the manifest says of it."""

@@ -362,7 +362,9 @@ class TestCollator:
             else:
                 torch.testing.assert_close(gradient, plain_gradients[name], rtol=1e-5, atol=1e-6)
 
-    def test_mixture_dataset(self, encoder: ConversationEncoder, tiny_tasks: list[TaskConfig]) -> None:
+    def test_mixture_dataset(
+        self, encoder: ConversationEncoder, tiny_tasks: list[TaskConfig], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         tasks = [load_task(config) for config in tiny_tasks]
         dataset = MixtureDataset(encoder, tasks, [tasks[0].train[:2], [], tasks[2].train[3:4]])
         assert [dataset[index]["task_id"] for index in range(len(dataset))] == [0, 0, 2]
@@ -372,3 +374,9 @@ class TestCollator:
         assert [dataset[index]["encoded"].input_ids for index in range(3)] == [sample.input_ids for sample in expected]
         assert dataset[2] is dataset[2]  # text is kept
         assert dataset[0] is not dataset[0]  # pixels are not: a data set of them would fill the memory
+        lengths = [len(encoder.training_sample(record, Path).input_ids) for record in tasks[2].train[:3]]
+        monkeypatch.setattr("trainer.data.collator.MOST_KEPT_TOKENS", sum(lengths) - 1)
+        dataset = MixtureDataset(encoder, tasks, [[], [], tasks[2].train[:3]])  # nor is text without end
+        again = [dataset[index] is dataset[index] for index in range(3)]
+        assert again == [True, True, False]
+        assert [len(dataset[index]["encoded"].input_ids) for index in range(3)] == lengths

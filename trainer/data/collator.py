@@ -17,15 +17,20 @@ from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded, jo
 from trainer.data.records import Record
 from trainer.tasks import Task
 
+# Of all samples that a data set keeps. A token takes 44 bytes, as a Python number in two lists, and every rank and
+# every worker of its data loader has a data set of its own.
+MOST_KEPT_TOKENS = 2**21
+
 
 class MixtureDataset(Dataset[dict[str, Any]]):
-    """The records of one training with their task ids; encoded when asked for, and kept when they carry no pixels."""
+    """The records of one training with their task ids; encoded when asked for. The first without pixels are kept."""
 
     def __init__(self, encoder: ConversationEncoder, tasks: Sequence[Task], records: Sequence[list[Record]]) -> None:
         self.encoder = encoder
         self.tasks = tasks
         self.items = [(k, record) for k, chosen in enumerate(records) for record in chosen]
         self._kept: dict[int, dict[str, Any]] = {}
+        self._room = MOST_KEPT_TOKENS
 
     def __len__(self) -> int:
         return len(self.items)
@@ -34,12 +39,14 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         if index in self._kept:
             return self._kept[index]
         task_id, record = self.items[index]
-        sample = {
+        sample: dict[str, Any] = {
             "encoded": self.encoder.training_sample(record, self.tasks[task_id].image_path),
             "task_id": task_id,
         }
         if not record.images or self.encoder.features is not None:
-            self._kept[index] = sample
+            self._room -= len(sample["encoded"].input_ids)
+            if self._room >= 0:
+                self._kept[index] = sample
         return sample
 
 

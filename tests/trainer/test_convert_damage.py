@@ -23,6 +23,7 @@ from trainer.data.converters import staging
 from trainer.data.converters.conversion import convert
 from trainer.data.converters.pickles import load_plain
 from trainer.data.records import read_records
+from trainer.locks import holding
 
 PLAIN_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -297,6 +298,9 @@ class TestInterrupted:
         monkeypatch.setattr(
             staging._Reader, "_take", lambda self, element: (taken.append(element.where), original(self, element))
         )
+        for lock, busy in ((".lock", "another process is conv"), (".staging/0.lock", "a process of an earlier conv")):
+            with holding(tmp_path / "out" / lock, "the test"), pytest.raises(ValueError, match=busy):
+                convert("llava-mix665k", source, tmp_path / "out")
         resumed = convert("llava-mix665k", source, tmp_path / "out")
         assert taken[25:] == [f"record {i}" for i in range(20, 40)]  # the last commit was after 20
         assert resumed.content == whole.content

@@ -28,6 +28,7 @@ from trainer.data.converters.staging import (
 )  # fmt: skip
 from trainer.data.converters.writing import OutputFile, Writer
 from trainer.errors import UserError
+from trainer.locks import holding
 
 FORMAT = 1
 AGREES = 0.02  # Table 1 gives thousands: 2 % of the smallest entry (18k) is more than the rounding
@@ -82,7 +83,8 @@ def convert(
         progress: show a bar on stderr.
 
     Raises:
-        UserError: an unknown name or option, raw files that are missing or in `output`, or anything else in `output`.
+        UserError: an unknown name or option, raw files that are missing or in `output`, anything else in `output`, or
+            another process at work there.
     """
     converter = get_converter(name)
     chosen = converter.options(options or {}, preset)
@@ -100,7 +102,10 @@ def convert(
     sources = [found for found in converter.sources(source, chosen) if not found.path.resolve().is_relative_to(whole)]
     if not sources:
         raise UserError(f"{output} holds the raw data of '{name}'; records need a folder of their own")
-    return _Conversion(converter, sources, source, output, chosen, preset, workers, progress).run(overwrite)
+    conversion = _Conversion(converter, sources, source, output, chosen, preset, workers, progress)
+    output.mkdir(parents=True, exist_ok=True)
+    with holding(output / ".lock", f"another process is converting into {output}"):
+        return conversion.run(overwrite)
 
 
 class _Conversion:

@@ -20,6 +20,7 @@ from typing import Any
 from trainer.data.converters.base import Context, Converter, Item, Options, Rejected, Source, conversation
 from trainer.data.raw_json import Damage, Element, elements
 from trainer.data.records import IMAGE_PLACEHOLDER, RecordError, _parse
+from trainer.locks import holding
 
 BATCH = 2000  # raw records between commits
 
@@ -68,8 +69,13 @@ class Reading:
 
 
 def read_source(work: Reading, on_progress: Any = None) -> None:
-    """Reads a raw file into its part database, from where an earlier attempt stopped."""
-    with closing(connect(work.database)) as database:
+    """Reads a raw file into its part database, from where an earlier attempt stopped.
+
+    Raises:
+        UserError: a worker process that has outlived an earlier attempt is still at it.
+    """
+    busy = f"a process of an earlier conversion still reads {work.source.path}"
+    with holding(work.database.with_suffix(".lock"), busy), closing(connect(work.database)) as database:
         _Reader(work, database).run(on_progress)
 
 

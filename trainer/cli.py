@@ -58,7 +58,7 @@ Master = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="where node 0 listens; default: as for --node-rank, port 29400")
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="delete finished work that the configuration or data no longer fits")
+    bool, typer.Option("--overwrite", help="delete work already done that the configuration or data no longer fits")
 ]
 
 

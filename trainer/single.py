@@ -23,7 +23,7 @@ from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
 from trainer.pipeline.trainings import Training
-from trainer.training import TrainingSpec
+from trainer.training import TrainingSpec, complete_checkpoints
 
 # What a training leaves beside its model.
 LEAVES = (
@@ -85,12 +85,12 @@ def train_once(
     Args:
         method: name; None is CoTBal when there are `weights`, else the configuration's.
         weights: for CoTBal.
-        overwrite: delete a finished training of another configuration, other records or another model.
+        overwrite: delete a finished training, or checkpoints, of another configuration, other records or another model.
         node: this machine, which leads the others of ``launch.nodes``; None is a training of this machine alone.
 
     Raises:
         UserError: an unknown method, missing weights, tasks and a model that only a pipeline run can make, records,
-            images or options that cannot be used, a finished training that would be lost, `output` is a run's, another
+            images or options that cannot be used, a training that would be lost, `output` is a run's, another
             process works in it, or a machine of several cannot take part.
     """
     method = method or ("cotbal" if weights else config.balancing.method)
@@ -155,6 +155,7 @@ def train_once(
             after=("check",),
             costly=True,
             leaves=tuple(folder / name for name in (*LEAVES, *other_logs)),
+            half_done=partial(_has_checkpoint, folder),
         )
         for folder, training in trainings.items()
     ]
@@ -173,6 +174,10 @@ def train_once(
                 file=sys.stderr,
             )
         print(f"model: {folder / 'model'}")
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return bool(complete_checkpoints(folder))
 
 
 def _stood_still(table: Path, tasks: Sequence[str]) -> bool:

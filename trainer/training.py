@@ -85,21 +85,27 @@ class TrainingSpec(BaseModel):
         return self.config.seed if self.seed is None else self.seed
 
 
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a training's folder, the newest last. Cut-off ones are passed over."""
+    found = [mark.parent for mark in (directory / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
 def newest_checkpoint(directory: Path, world_size: int) -> Path | None:
-    """The newest complete checkpoint, or none. Cut-off ones are passed over.
+    """The newest complete checkpoint of a training's folder, or none.
 
     Raises:
         UserError: the checkpoint was written by another number of processes, whose shards cannot be loaded.
     """
-    found = [path for path in directory.glob("checkpoint-*") if (path / COMPLETE).exists()]
+    found = complete_checkpoints(directory)
     if not found:
         return None
-    newest = max(found, key=lambda path: int(path.name.split("-")[1]))
+    newest = found[-1]
     written_by = len(list(newest.glob("rng_state*.pth")))
     if written_by != world_size:
         raise UserError(
             f"{newest} was written by {written_by} process(es) and this run has {world_size}; "
-            f"run with {written_by}, or delete {directory} to start this training again"
+            f"run with {written_by}, or delete {newest.parent} to start this training again"
         )
     return newest
 
@@ -325,7 +331,7 @@ def train(spec: TrainingSpec) -> None:
         trainer.add_callback(PackingProbe(trainer, packer, dataset))
     if not trainer.is_deepspeed_enabled:
         raise RuntimeError("DeepSpeed is off although it was configured; unset ACCELERATE_* environment variables")
-    checkpoint = newest_checkpoint(spec.output_dir / "checkpoints", args.world_size)
+    checkpoint = newest_checkpoint(spec.output_dir, args.world_size)
     if checkpoint:
         weighting.load(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -319,7 +319,7 @@ def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
     else:
         run_data[group] = run_data.get(group, {}) | {key: values[key]}
     if told:
-        with pytest.raises(UserError, match=rf"finished work does not fit .* \({told}\): .*; --overwrite deletes it"):
+        with pytest.raises(UserError, match=rf"already done does not fit .* \({told}\): .*; --overwrite deletes it"):
             run(comparisons=["stl", "ew"])
         assert runs.trained == []
     scored_again = key in ("validation", "max_new_tokens")
@@ -344,6 +344,13 @@ def test_results_of_other_settings_are_gone_before_anything_runs(
     found = RunDirectory(run_dir)
     assert {"ew", "mini"} < set(found.trainings)
     assert "coba" not in found.trainings  # still there, for the day when it is wanted again
+    mark = run_dir / "trainings" / "cotbal" / "checkpoints" / "checkpoint-4" / "COMPLETE"
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    run_data["cotbal"]["temperature"] = 0.06
+    with pytest.raises(UserError, match=r"\(cotbal.temperature 0.05 -> 0.06\): train-cotbal; --overwrite deletes it"):
+        run(comparisons=["stl", "ew"])
+    assert mark.exists()
     assert "train-coba" not in {stage["stage"] for stage in found.stages}
     assert (run_dir / "trainings" / "coba").exists()
 

@@ -130,10 +130,16 @@ def test_a_used_folder(
     monkeypatch.setattr("trainer.nodes.machine.run_training", run_training)
     options = ["train", write_config(run_data), "--output", tmp_path / "s", "--method", "stl"]
     cotbal(*options)
+    mark = tmp_path / "s" / "colour" / "checkpoints" / "checkpoint-8" / "COMPLETE"
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    outcome = cotbal(*options, "--set", "launch.processes=3")
+    assert (outcome.code, mark.exists()) == (2, True)
+    assert "(processes of a training 1 -> 3): train-colour; --overwrite deletes it" in outcome.err
     fails.clear()
     assert cotbal(*options).code == 0
     assert cotbal(*options).out.count("model: ") == 2
-    assert ran == [("colour", []), ("colour", ["log.jsonl"]), ("box", [])]
+    assert ran == [("colour", []), ("colour", ["checkpoints", "log.jsonl"]), ("box", [])]
 
     ran.clear()
     options += ["--set", "training.learning_rate=0.5"]

@@ -144,7 +144,7 @@ class TestCostlyStages:
         runner = work.runner(*changed)
         assert runner.summary().splitlines() == [
             "1 of 4 stages are finished",
-            "finished for other inputs (inputs null -> 1), and deleted by a run with --overwrite: b, c",
+            "done for other inputs (inputs null -> 1), and deleted by a run with --overwrite: b, c",
         ]
         with pytest.raises(UserError, match=r"does not fit .* \(inputs null -> 1\): b, c; --overwrite deletes it"):
             work.run(*changed)
@@ -200,6 +200,28 @@ class TestCostlyStages:
         manifest = work.folder / "stages" / "c.json"
         manifest.write_text(manifest.read_text().replace('"done"', '"running"'))
         assert work.run(*self.graph(work, c=1, d=1)) == ["c", "d"]
+
+    def test_an_unfinished_one_with_a_checkpoint_does(self, work: Work) -> None:
+        """Hours of a training are not to go because it starts again on another number of GPUs."""
+        checkpoint = work.folder / "checkpoint"
+
+        def train(context: StageContext) -> None:
+            checkpoint.write_text("step 4500")
+            raise KeyboardInterrupt
+
+        def stage(ranks: int, run: Any = None) -> Stage:
+            options = {"costly": True, "leaves": (checkpoint,), "half_done": checkpoint.exists}
+            return work.stage("s", {"ranks": ranks}, run=run, **options)
+
+        with pytest.raises(KeyboardInterrupt):
+            work.run(stage(8, train))
+        with pytest.raises(UserError, match=r"does not fit .* \(ranks 8 -> 16\): s; --overwrite deletes it"):
+            work.run(stage(16))
+        assert checkpoint.exists()
+        assert work.run(stage(8)) == ["s"]
+        assert checkpoint.exists()
+        assert work.run(stage(16), overwrite=True) == ["s"]
+        assert not checkpoint.exists()
 
     def test_what_no_stage_has_made_is_left_alone(self, work: Work) -> None:
         (work.folder / "b.txt").write_text("somebody's")

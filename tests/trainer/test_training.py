@@ -215,7 +215,7 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(run_data: dict[str,
         pytest.fail("the training ended before it could be interrupted: give it more epochs")
     except KeyboardInterrupt:
         pass
-    newest = newest_checkpoint(interrupted / "checkpoints", world_size=1)
+    newest = newest_checkpoint(interrupted, world_size=1)
     assert newest is not None
     (newest / COMPLETE).unlink()
     for file in newest.glob("*.safetensors"):
@@ -233,8 +233,8 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(run_data: dict[str,
 
 
 def test_another_number_of_processes_is_refused_before_loading(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint-4"
-    checkpoint.mkdir()
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
     (checkpoint / COMPLETE).touch()
     for rank in range(2):
         (checkpoint / f"rng_state_{rank}.pth").touch()

@@ -43,7 +43,7 @@ from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
 from trainer.pipeline.trainings import Training, few_steps, list_trainings, plan, weight_variants
 from trainer.report import build_report
 from trainer.task_config import TaskConfig
-from trainer.training import TrainingSpec
+from trainer.training import TrainingSpec, complete_checkpoints
 
 
 class Pipeline:
@@ -119,11 +119,11 @@ class Pipeline:
         """Runs what is not done yet and returns the path of the report.
 
         Args:
-            overwrite: delete finished trainings and evaluations that do not fit the configuration, the records or the
-                model any more.
+            overwrite: delete finished trainings and evaluations, and checkpoints, that do not fit the configuration,
+                the records or the model any more.
 
         Raises:
-            UserError: bad input, found before any training starts; finished work would be deleted unasked; another
+            UserError: bad input, found before any training starts; work already done would be deleted unasked; another
                 process works on this run; or a machine of several cannot take part.
             TrainingFailedError: a training process ended with an error.
         """
@@ -233,6 +233,7 @@ class Pipeline:
             lambda context: self._train(training, context),
             after,
             costly=True,
+            half_done=lambda: bool(complete_checkpoints(self.places.training(training))),
         )
 
     def _score_stage(self, training: Training, split: str) -> Stage:

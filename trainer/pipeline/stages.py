@@ -7,7 +7,7 @@ while it runs, and when it is done. Run again:
 - done, same fingerprint, outputs present: skipped;
 - running, same fingerprint: run again on what it left (a training goes on from its newest checkpoint);
 - anything else: its outputs belong to other inputs and are deleted before any stage runs. What was costly and is
-  finished is deleted only if asked for.
+  finished, or has come as far as a checkpoint, is deleted only if asked for.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Stage:
         after: names of stages that must be done before, although the outputs do not depend on theirs.
         costly: whether finished outputs are worth asking for before they are deleted.
         leaves: what it may leave besides, deleted with the outputs.
+        half_done: whether an unfinished one has left work that is worth asking for too.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Stage:
     after: tuple[str, ...] = ()
     costly: bool = False
     leaves: tuple[Path, ...] = ()
+    half_done: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,14 @@ class StageRunner:
         ]
 
     def would_lose(self) -> list[str]:
-        """Costly stages whose outputs were finished on other inputs, or are there although no stage has made them."""
+        """Costly stages whose outputs were made on other inputs, or are there although no stage has made them."""
         lost = []
         for stage in self.stages.values():
             manifest = self._manifest(stage)
-            other = manifest.get("fingerprint") != self.fingerprints[stage.name] and manifest.get("status") == "done"
-            if stage.costly and (other or not manifest) and any(path.exists() for path in stage.outputs):
+            if not stage.costly or manifest.get("fingerprint") == self.fingerprints[stage.name]:
+                continue
+            whole = manifest.get("status", "done") == "done" and any(path.exists() for path in stage.outputs)
+            if whole or stage.half_done():
                 lost.append(stage.name)
         return lost
 
@@ -194,15 +198,15 @@ class StageRunner:
         lines = [f"{done} of {len(self.stages)} stages are finished"]
         if lost := self.would_lose():
             why = self._changes(lost)
-            lines.append(f"finished for other inputs{why}, and deleted by a run with --overwrite: {listed(lost)}")
+            lines.append(f"done for other inputs{why}, and deleted by a run with --overwrite: {listed(lost)}")
         return "\n".join(lines)
 
     def refuse_to_lose(self, overwrite: bool) -> None:
-        """Raise :class:`UserError` if a run would delete finished costly outputs without being asked to."""
+        """Raise :class:`UserError` if a run would delete what :meth:`would_lose` names without being asked to."""
         lost = self.would_lose()
         if lost and not overwrite:
             raise UserError(
-                f"finished work does not fit the configuration, the records or the model{self._changes(lost)}: "
+                f"work already done does not fit the configuration, the records or the model{self._changes(lost)}: "
                 f"{listed(lost)}; --overwrite deletes it and does it again, another output folder keeps it"
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -204,11 +205,30 @@ def run_training(
                 process.terminate()
                 process.wait()
     if process.returncode:
+        if process.returncode < 0:
+            _note_killed(reason, {f"process {process.pid}": process.returncode})
         text = (reason if reason.exists() else log).read_text(errors="replace")
         tail = "\n".join("    " + line for line in text.splitlines()[-20:])
         raise TrainingFailedError(
             f"training {spec.parent.name} ended with code {process.returncode}; all its output is in {log}:\n{tail}"
         )
+
+
+def _note_killed(reason: Path, exit_codes: dict[str, int]) -> None:
+    """Adds to a training's reason which of its processes were killed: they could not, and others only saw them go.
+
+    Args:
+        reason: path of the training's ``ERROR_FILE``.
+        exit_codes: of processes by name; negative ones are signals, of which SIGTERM is torchrun's to the others.
+    """
+    for name, code in exit_codes.items():
+        if code < 0 and code != -signal.SIGTERM:
+            why = "; out of memory? The kernel does that when a machine or its share of it is full"
+            with reason.open("a") as file:
+                file.write(
+                    f"\n{name} on {socket.gethostname()} was ended by signal {-code} ({signal.strsignal(-code)})"
+                    f"{why if code == -signal.SIGKILL else ''}\n"
+                )
 
 
 def _torchrun_options(meeting: Meeting) -> list[str]:
@@ -221,12 +241,18 @@ def _torchrun_options(meeting: Meeting) -> list[str]:
 
 
 def main() -> None:
-    """torchrun that ends with the process that started it."""
+    """torchrun that ends with the process that started it; the last argument is the path of a ``TrainingSpec``."""
     die_with_parent()
     os.environ[PARENT] = str(os.getpid())  # of the processes that torchrun starts
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    torchrun(sys.argv[1:])
+    try:
+        torchrun(sys.argv[1:])
+    except ChildFailedError as error:
+        ended = {f"rank {rank}": failure.exitcode for rank, failure in error.failures.items()}
+        _note_killed(Path(sys.argv[-1]).with_name(ERROR_FILE), ended)
+        raise
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import trainer.launching as launching
-from trainer.launching import PARENT, LaunchConfig, run_training
+from trainer.launching import PARENT, LaunchConfig, TrainingFailedError, run_training
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked, and only Linux can be")
@@ -61,3 +61,36 @@ def test_trainings_at_once_share_the_gpus_that_this_process_may_use(
     launch = LaunchConfig(processes=2, parallel=2)
     run_training(tmp_path / "t" / "spec.json", launch, "cuda", 1, tmp_path / "output.log")
     assert started["env"]["CUDA_VISIBLE_DEVICES"] == expected
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_that_the_kernel_has_killed_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: int
+) -> None:
+    """It leaves no word itself, and what another rank says of it is that a connection was closed."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "reason = Path(sys.argv[1]).with_name('error.txt')\n"
+        f"if os.environ['RANK'] != '{processes - 1}':\n"
+        "    reason.write_text('Connection closed by peer')\n"
+        "    time.sleep(60)\n"
+        f"while {processes} > 1 and not (reason.exists() and reason.read_text()):\n"
+        "    time.sleep(0.01)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    popen = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> Any:
+        assert command[-3:-1] == ["-m", "trainer.training"]
+        return popen([*command[:-3], str(script), command[-1]], **options)
+
+    monkeypatch.setattr(launching.subprocess, "Popen", start)
+    with pytest.raises(TrainingFailedError) as caught:
+        run_training(tmp_path / "spec.json", LaunchConfig(processes=processes), "cpu", 0, tmp_path / "output.log")
+    said = str(caught.value).splitlines()
+    name = "rank 1" if processes > 1 else "process "
+    assert said[-1].strip().startswith(name), said
+    assert " was ended by signal 9 (Killed); out of memory?" in said[-1]
+    assert ("Connection closed by peer" in str(caught.value)) == (processes > 1)

@@ -36,7 +36,7 @@ from trainer.data.packing import PackedCollator, PackedDataset, pack
 from trainer.data.records import Record
 from trainer.data.whole_batches import WholeBatches
 from trainer.errors import UserError
-from trainer.files import write_json
+from trainer.files import put_in_place, write_json
 from trainer.launching import ERROR_FILE, connect_on_cpu, die_with_parent
 from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, StopWhenDiverged
 from trainer.loop.packing_probe import PackingProbe
@@ -344,8 +344,7 @@ def train(spec: TrainingSpec) -> None:
     if trainer.is_world_process_zero():
         processor.save_pretrained(partial)
         stop_generation_at(partial, end_marks)
-        shutil.rmtree(spec.output_dir / "model", ignore_errors=True)
-        partial.rename(spec.output_dir / "model")
+        put_in_place(partial, spec.output_dir / "model")  # before the checkpoints go
         shutil.rmtree(spec.output_dir / "checkpoints", ignore_errors=True)
 
 

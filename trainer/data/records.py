@@ -16,6 +16,7 @@ from typing import Any
 
 from trainer.data.raw_json import Damage, elements
 from trainer.errors import UserError, first
+from trainer.files import write_whole
 
 IMAGE_PLACEHOLDER = "<image>"
 # Where other exports have their images: passed over, they would train a model blind.
@@ -95,10 +96,7 @@ def scan_records(path: Path, answered: bool = True) -> tuple[list[Record], list[
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes `rows` as JSON lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _raw_records(path: Path) -> Iterator[tuple[str, Any]]:

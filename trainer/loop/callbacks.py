@@ -12,6 +12,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.errors import UserError
+from trainer.files import force_to_disk, write_whole
 
 COMPLETE = "COMPLETE"  # written last into a checkpoint folder: one without it was cut off
 
@@ -32,7 +33,7 @@ class RunLog(TrainerCallback):
             return
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in map(_parsed, lines) if line and line["step"] <= state.global_step]
-        self.path.write_text("".join(map(_line, kept)))
+        write_whole(self.path, "".join(map(_line, kept)))
         self._started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -62,14 +63,17 @@ class RunLog(TrainerCallback):
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint once every file of it is on disk."""
+    """Marks a checkpoint once every file of it is on disk: each machine sees to what its processes have written."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if dist.is_initialized():
-            dist.barrier()
+        assert args.output_dir is not None
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        _meet()
+        if state.is_local_process_zero:
+            force_to_disk(checkpoint)
+        _meet()
         if state.is_world_process_zero:
-            assert args.output_dir is not None
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            (checkpoint / COMPLETE).touch()
 
 
 class StopWhenDiverged(TrainerCallback):
@@ -94,6 +98,11 @@ def diverged(sign: str, state: TrainerState) -> UserError:
         f"the training has diverged: {sign} at step {state.global_step} of {state.max_steps}; "
         "lower training.learning_rate, or look for the task whose loss grew first in log.jsonl"
     )
+
+
+def _meet() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _line(content: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ Shapes: K tasks of the run in their order, N of them balanced.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from cotbal_kernels.huggingface import set_task_weights
 from cotbal_kernels.per_task import task_normalizer
 from trainer.balancing.method import BalancingMethod, StepReport, TaskLosses
 from trainer.errors import UserError
+from trainer.files import write_whole
 from trainer.loop.callbacks import diverged
 from trainer.loop.measuring import HeadTap, forward_only, summed
 from trainer.loop.validation import ValidationBatches
@@ -205,8 +207,9 @@ class TaskWeighting(TrainerCallback):
         if self._csv_path.exists():
             with self._csv_path.open(newline="") as file:
                 rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
-        with self._csv_path.open("w", newline="") as file:
-            csv.writer(file).writerows([["step", *self.tasks.names], *rows])
+        kept = io.StringIO(newline="")
+        csv.writer(kept).writerows([["step", *self.tasks.names], *rows])
+        write_whole(self._csv_path, kept.getvalue())
 
     def _flush(self, state: TrainerState) -> None:
         """Writes the steps since the last time; until then their weights stay on the device."""

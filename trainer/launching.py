@@ -121,9 +121,14 @@ def rank_devices(device: str, ranks: int, first: int = 0) -> tuple[str, ...]:
     return tuple(f"cuda:{first + rank}" for rank in range(ranks))
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use: a scheduler gives a job a part of a machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads_per_process(launch: LaunchConfig) -> int:
     """CPU threads of one process: as configured, else the cores shared evenly."""
-    return launch.threads or max(1, (os.cpu_count() or 1) // (launch.processes * launch.parallel))
+    return launch.threads or max(1, usable_cores() // (launch.processes * launch.parallel))
 
 
 @dataclass(frozen=True)

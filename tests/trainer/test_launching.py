@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import trainer.launching as launching
-from trainer.launching import PARENT, LaunchConfig, TrainingFailedError, run_training
+from trainer.launching import PARENT, LaunchConfig, TrainingFailedError, run_training, threads_per_process
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked, and only Linux can be")
@@ -61,6 +61,14 @@ def test_trainings_at_once_share_the_gpus_that_this_process_may_use(
     launch = LaunchConfig(processes=2, parallel=2)
     run_training(tmp_path / "t" / "spec.json", launch, "cuda", 1, tmp_path / "output.log")
     assert started["env"]["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_cores_are_those_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More threads than a scheduler gives cores would wait for each other."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6, 18)), raising=False)
+    found = [threads_per_process(LaunchConfig(processes=processes, parallel=2)) for processes in (1, 2, 12)]
+    assert found == [6, 3, 1]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

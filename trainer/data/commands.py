@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +31,7 @@ def convert(
     """Convert a raw data set to records. Run it again after an interruption: it continues where it was."""
     from trainer.data.converters.conversion import convert as run
     from trainer.data.converters.registry import CONVERTERS, get_converter
+    from trainer.launching import usable_cores
 
     if name == "list":
         width = max(map(len, CONVERTERS))
@@ -47,7 +47,7 @@ def convert(
         options["image_root"] = str(image_root)
     with writing(output):
         manifest = run(
-            name, source, output, options, preset=preset, workers=workers or os.cpu_count() or 1, overwrite=overwrite,
+            name, source, output, options, preset=preset, workers=workers or usable_cores(), overwrite=overwrite,
             progress=not quiet,
         )  # fmt: skip
     typer.echo(summary(manifest.content))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,7 +110,7 @@ def write_image_features(
     """Runs the frozen vision tower once over every image of `tasks`."""
     import torch
 
-    from trainer.launching import resolve_device
+    from trainer.launching import resolve_device, usable_cores
     from trainer.models.features import write_features
     from trainer.models.loading import load_model, load_processor, vision_tower
 
@@ -128,6 +127,6 @@ def write_image_features(
         list(images),
         tower.to(device),
         load_processor(str(model_path), config.model.images).image_processor,
-        workers=(os.cpu_count() or 1) if device == "cpu" else 1,
+        workers=usable_cores() if device == "cpu" else 1,
         progress=lambda done: context.report(done, len(images), "image"),
     )

@@ -295,8 +295,9 @@ def main() -> None:
     """Console entry point: a user's mistake, or a path that cannot be used, is one line on stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from trainer.launching import TrainingFailedError
+    from trainer.launching import TrainingFailedError, save_on_signal
 
+    save_on_signal()
     try:
         app()
     except (UserError, TrainingFailedError) as error:

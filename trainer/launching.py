@@ -20,8 +20,10 @@ from trainer.errors import UserError
 from trainer.options import Options
 
 ERROR_FILE = "error.txt"  # where a training process leaves the reason of its end
+SAVE_FILE = "save_now"  # in a training's folder: asks it for a checkpoint
 PARENT = "COTBAL_PARENT"  # environment of a process that is to end with its parent: the parent's process id
 _PR_SET_PDEATHSIG = 1
+_saves_asked = 0  # how often this process was sent SIGUSR1
 
 
 class LaunchConfig(Options):
@@ -73,13 +75,27 @@ def connect_on_cpu() -> None:
     deepspeed.init_distributed("gloo")
 
 
+def save_on_signal() -> None:
+    """Makes SIGUSR1, which schedulers send some time before a job's end, ask every training for a checkpoint."""
+
+    def ask(*_: object) -> None:
+        global _saves_asked
+        _saves_asked += 1
+
+    signal.signal(signal.SIGUSR1, ask)
+
+
 def die_with_parent(parent: int | None = None) -> None:
-    """Asks the kernel to end this process when its parent ends, however that happens (Linux; else does nothing).
+    """Asks the kernel to end this process when its parent ends, however that happens (Linux only).
+
+    SIGUSR1 is the parent's to hear (:func:`save_on_signal`): where a scheduler sends it to all processes of a job, this
+    one goes on.
 
     Args:
         parent: its process id, for ending now if it is gone already: a process takes seconds to get here. None:
             what ``PARENT`` in the environment says, if anything.
     """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if parent is None:
@@ -199,16 +215,21 @@ def run_training(
     reason = spec.parent / ERROR_FILE
     if meeting is None or meeting.rank == 0:
         reason.unlink(missing_ok=True)
+    heard, save_now = _saves_asked, spec.parent / SAVE_FILE
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None:
                 poll()
+                if heard != _saves_asked:
+                    heard = _saves_asked
+                    save_now.touch()
                 time.sleep(0.5)
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
+            save_now.unlink(missing_ok=True)
     if process.returncode:
         if process.returncode < 0:
             _note_killed(reason, {f"process {process.pid}": process.returncode})

@@ -14,7 +14,7 @@ from trainer.config import BUILT_IN, RunConfig
 from trainer.data.mixtures import Mixture
 from trainer.errors import UserError, unknown_name
 from trainer.files import write_json
-from trainer.launching import ERROR_FILE, LaunchConfig, resolve_device
+from trainer.launching import ERROR_FILE, SAVE_FILE, LaunchConfig, resolve_device
 from trainer.nodes import Cluster, Membership
 from trainer.nodes.machine import log_of
 from trainer.pipeline.identity import Identity
@@ -28,6 +28,7 @@ from trainer.training import TrainingSpec, complete_checkpoints
 # What a training leaves beside its model.
 LEAVES = (
     "model.partial", "checkpoints", "log.jsonl", "weights.csv", "samples.json", "tensorboard", "output.log", ERROR_FILE,
+    SAVE_FILE,
 )  # fmt: skip
 
 

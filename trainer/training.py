@@ -37,8 +37,8 @@ from trainer.data.records import Record
 from trainer.data.whole_batches import WholeBatches
 from trainer.errors import UserError
 from trainer.files import put_in_place, write_json
-from trainer.launching import ERROR_FILE, connect_on_cpu, die_with_parent
-from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, StopWhenDiverged
+from trainer.launching import ERROR_FILE, SAVE_FILE, connect_on_cpu, die_with_parent
+from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, SaveWhenAsked, StopWhenDiverged
 from trainer.loop.packing_probe import PackingProbe
 from trainer.loop.tracking import prepare_trackers
 from trainer.loop.trainer import TaskWeightedTrainer
@@ -324,6 +324,7 @@ def train(spec: TrainingSpec) -> None:
         callbacks=[
             RunLog(spec.output_dir / "log.jsonl", weighting.tasks.names),
             StopWhenDiverged(),
+            SaveWhenAsked(spec.output_dir / SAVE_FILE),
             CompleteCheckpoints(),
         ],
     )

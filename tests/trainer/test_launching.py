@@ -1,6 +1,7 @@
 """What a training process gets from the one that starts it, and that it does not outlive it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import trainer.launching as launching
-from trainer.launching import PARENT, LaunchConfig, TrainingFailedError, run_training, threads_per_process
+from trainer.launching import PARENT, SAVE_FILE, LaunchConfig, TrainingFailedError, run_training, threads_per_process
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked, and only Linux can be")
@@ -19,7 +20,10 @@ def test_a_process_whose_parent_is_gone_ends_at_once(parent: str) -> None:
     if parent != "not said":
         # Not the parent: the process that started this one.
         environment[PARENT] = str(os.getpid() if parent == "here" else os.getppid())
-    script = "from trainer.launching import die_with_parent; die_with_parent(); print('lives')"
+    script = (
+        "import os, signal; from trainer.launching import die_with_parent; die_with_parent(); "
+        "os.kill(os.getpid(), signal.SIGUSR1); print('lives')"
+    )
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == ((1, "") if parent == "gone" else (0, "lives\n")), found.stderr
 
@@ -61,6 +65,41 @@ def test_trainings_at_once_share_the_gpus_that_this_process_may_use(
     launch = LaunchConfig(processes=2, parallel=2)
     run_training(tmp_path / "t" / "spec.json", launch, "cuda", 1, tmp_path / "output.log")
     assert started["env"]["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_a_scheduler_s_warning_asks_a_training_for_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Once for every signal, and a training that ends leaves no wish behind."""
+    popen, asked, save_now = subprocess.Popen, list[bool](), tmp_path / SAVE_FILE
+    waits = "import sys\nwhile sys.stdin.read(1) == 'x': pass"
+
+    def start(command: list[str], **options: Any) -> Any:
+        process = popen([sys.executable, "-c", waits], stdin=subprocess.PIPE, **options)
+        started.append(process)
+        return process
+
+    started: list[Any] = []
+    monkeypatch.setattr(launching.subprocess, "Popen", start)
+    monkeypatch.setattr(launching.time, "sleep", lambda seconds: None)
+
+    def poll() -> None:
+        asked.append(save_now.exists())
+        if len(asked) == 2:
+            save_now.unlink()  # the training has seen it
+        if len(asked) in (1, 4):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if len(asked) == 6:
+            started[0].stdin.close()
+
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        launching.save_on_signal()
+        run_training(tmp_path / "spec.json", LaunchConfig(), "cpu", 0, tmp_path / "output.log", poll)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert asked[:6] == [False, True, False, False, True, True]
+    assert not save_now.exists()
 
 
 def test_cores_are_those_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

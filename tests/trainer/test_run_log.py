@@ -1,4 +1,4 @@
-"""``log.jsonl`` of a training: its lines, its rates, and a loss that is no number."""
+"""``log.jsonl`` of a training: its lines, its rates, and a loss that is no number; checkpoints between others."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from tiny_training import NAMES, make_trainer
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainer.loop.callbacks import RunLog
+from trainer.loop.callbacks import COMPLETE, RunLog, SaveWhenAsked
 
 
 def strict(text: str) -> list[Any]:
@@ -71,3 +71,19 @@ def test_a_warm_up_of_less_than_a_step_is_none(tmp_path: Path, steps: int, share
         for step in range(steps)
     ]
     assert [line["learning_rate"] for line in lines] == pytest.approx([0.5 * rate for rate in expected], abs=1e-12)
+
+
+def test_a_checkpoint_is_saved_when_it_is_asked_for(tmp_path: Path) -> None:
+    """At the next step that is logged, once, and the training goes on."""
+
+    class AskAt3(TrainerCallback):
+        def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                (tmp_path / "now").touch()
+
+    asking = [AskAt3(), SaveWhenAsked(tmp_path / "now")]
+    trainer = make_trainer("ew", tmp_path, callbacks=asking, max_steps=9, logging_steps=4, save_steps=100)
+    trainer.train()
+    found = {path.parent.name for path in (tmp_path / "checkpoints").glob(f"*/{COMPLETE}")}
+    assert found == {"checkpoint-4", "checkpoint-9"}
+    assert trainer.state.global_step == 9

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -74,6 +75,28 @@ class CompleteCheckpoints(TrainerCallback):
         _meet()
         if state.is_world_process_zero:
             (checkpoint / COMPLETE).touch()
+
+
+class SaveWhenAsked(TrainerCallback):
+    """Saves a checkpoint when a file asks for it, at the next step that is logged, where ranks wait anyway.
+
+    Args:
+        path: of the file, which goes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step % args.logging_steps:
+            return
+        asked = torch.tensor(int(state.is_world_process_zero and self.path.exists()), device=args.device)
+        if dist.is_initialized():
+            dist.broadcast(asked, 0)  # a checkpoint is every rank's work, and they may not see the file at once
+        if asked.item():
+            control.should_save = True
+            if state.is_world_process_zero:
+                self.path.unlink(missing_ok=True)
 
 
 class StopWhenDiverged(TrainerCallback):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from trainer.evaluation.ranks import RankProcesses
 from trainer.task_config import TaskConfig
 
 Command = Callable[..., Any]
@@ -221,6 +224,18 @@ class TestCommand:
         assert found == scored
         outcome = cotbal(*options, "--metric", "exact_match")
         assert "line 1 (id 'colour-train-0'): 'conversations' must be a list with at least one human and" in outcome.err
+
+    def test_a_rank_that_the_kernel_has_killed_is_one_line(self, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+        def submit(*_: Any) -> Future[Any]:
+            gone: Future[Any] = Future()
+            gone.set_exception(BrokenProcessPool("terminated abruptly"))
+            return gone
+
+        monkeypatch.setattr(RankProcesses, "submit", submit)
+        outcome = run("--processes", 2)
+        assert outcome.code == 2
+        assert "was ended from outside (out of memory?); lower evaluation.batch_size" in outcome.err
+        assert len(outcome.err.splitlines()) == 1
 
     def test_bad_material(self, run: Command, tiny_tasks: list[TaskConfig], tmp_path: Path) -> None:
         assert "is not a model folder" in run(model=tmp_path).err

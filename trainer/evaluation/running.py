@@ -53,8 +53,8 @@ def evaluate(
             the batches that are on the devices; what is done is kept.
 
     Raises:
-        UserError: bad records, images or model, too little memory, or a folder that holds another evaluation.
-        RuntimeError: a rank was ended from outside.
+        UserError: bad records, images or model, too little memory, a folder that holds another evaluation, or a rank
+            that was ended from outside.
     """
     if processes is None and len(spec.devices) != 1:
         raise ValueError(f"{len(spec.devices)} ranks need processes to run in")
@@ -82,7 +82,7 @@ def evaluate(
                     _run_ranks(spec, processes, work.todo, poll)
             return call(finish, spec)
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise UserError(
             f"the evaluation into {spec.output_dir} was ended from outside (out of memory?); "
             "lower evaluation.batch_size or launch.processes and run again: what is done is kept"
         ) from error

@@ -29,7 +29,7 @@ from trainer.balancing.method import MethodContext
 from trainer.balancing.registry import method_class, read_options
 from trainer.config import RunConfig, TrainingConfig
 from trainer.data.collator import Collator, MixtureDataset
-from trainer.data.encoding import ConversationEncoder
+from trainer.data.encoding import ConversationEncoder, padding_token
 from trainer.data.lengths import SampleLength, counter_of, measure_all, sample_length
 from trainer.data.mixtures import Mixture, MixtureKind, select
 from trainer.data.packing import PackedCollator, PackedDataset, pack
@@ -292,7 +292,7 @@ def train(spec: TrainingSpec) -> None:
     features = FeatureStore(spec.features) if spec.features else None
     encoder = ConversationEncoder(processor, spec.config.model.max_length, features)
     collator = Collator(
-        encoder.tokenizer.pad_token_id,
+        padding_token(encoder.tokenizer),
         encoder.blank_image() if any(record.images for task in tasks for record in task.train) else None,
     )
     if spec.config.training.packing:

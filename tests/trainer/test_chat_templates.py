@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import make_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
+from trainer.data.collator import Collator
+from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, padding_token
 from trainer.data.records import Record, Turn
 from trainer.errors import UserError
+from trainer.evaluation.generation import BatchScorer
+from trainer.evaluation.spec import EvaluationSet
 
 ONE = Record("one", (), (Turn("How much is 2 plus one?", "It is 3."),), ())
 TWO = Record("two", (), (Turn("How much is 2 plus one?", "It is 3."), Turn("What colour is it?", "red")), ())
@@ -222,3 +227,48 @@ def test_a_system_message_may_stand_in_the_last_question() -> None:
     whole = tokenizer.apply_chat_template(messages(KINDS["ChatML"], BRIEF_TWO), tokenize=False)
     assert tokenizer.decode(encoder.training_sample(BRIEF_TWO, Path).input_ids) == whole
     assert f"user\n{BRIEF}\n\n{TWO.turns[1].question}" in whole
+
+
+@pytest.mark.parametrize("begins", ["", "<s>"], ids=["no first token", "first token"])
+@pytest.mark.parametrize("named", [True, False], ids=["named", "nameless"])
+def test_a_text_model_has_the_tokens_of_apply_chat_template(begins: str, named: bool) -> None:
+    """Its tokenizer puts ``<s>`` before a text, and before a conversation only what the template writes. GLM-4's first
+    tokens are nobody's ``bos_token``, and in its template."""
+    tokenizer = make_tokenizer(SPECIAL, {}, bos="<s>")
+    tokenizer.chat_template = begins + KINDS["ChatML"].template
+    if not named:
+        tokenizer.bos_token = None
+    encoder = ConversationEncoder(tokenizer, 500)
+    for record in RECORDS:
+        said = messages(KINDS["ChatML"], record)
+        whole = tokenizer.apply_chat_template(said, tokenize=True)["input_ids"]
+        asked = tokenizer.apply_chat_template(said[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
+        assert encoder.training_sample(record, Path).input_ids == whole
+        assert encoder.prompt(record, Path).input_ids == asked
+
+
+def test_a_tokenizer_without_a_token_for_padding() -> None:
+    """Llama 3, Mistral: losses and answers of a batch are those of its records one by one."""
+    tokenizer = make_tokenizer(SPECIAL, {})
+    tokenizer.chat_template, tokenizer.pad_token = KINDS["ChatML"].template, None
+    encoder = ConversationEncoder(tokenizer, 500)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=None, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).double().eval()
+    samples, prompts = zip(
+        *((encoder.training_sample(record, Path), encoder.prompt(record, Path)) for record in RECORDS), strict=True
+    )
+    batch = Collator(padding_token(tokenizer), None)([{"encoded": one, "task_id": 0} for one in samples])
+    del batch["loss_task_ids"]
+    alone = [model(torch.tensor([one.input_ids]), labels=torch.tensor([one.labels])).loss for one in samples]
+    summed = sum(loss * one.supervised for loss, one in zip(alone, samples, strict=True))
+    assert model(**batch).loss.item() == pytest.approx(summed.item() / sum(one.supervised for one in samples), rel=1e-6)
+    found = BatchScorer(model, tokenizer, 4)(EvaluationSet("x", (), Path(), ("exact_match",), 8), prompts)
+    for result, prompt in zip(found.results, prompts, strict=True):
+        out = model.generate(torch.tensor([prompt.input_ids]), max_new_tokens=8, do_sample=False)
+        answer = tokenizer.decode(out[0, len(prompt.input_ids) :], skip_special_tokens=True)
+        assert result["prediction"] == answer.strip()

@@ -100,12 +100,10 @@ def test_the_whole_conversation_in_one_go(kind: str, template: str) -> None:
         for turn in TURNS.turns
         for role, text in (("user", turn.question), ("assistant", turn.answer))
     ]
-    whole = encoder.tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = encoder.tokenizer(whole, add_special_tokens=template != MISTRAL)["input_ids"]
-    assert encoder.training_sample(TURNS, Path).input_ids == ids
-    asked = encoder.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    ids = encoder.tokenizer(asked, add_special_tokens=template != MISTRAL)["input_ids"]
-    assert encoder.prompt(TURNS, Path).input_ids == ids
+    whole = encoder.tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+    assert encoder.training_sample(TURNS, Path).input_ids == whole
+    asked = encoder.tokenizer.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True)["input_ids"]
+    assert encoder.prompt(TURNS, Path).input_ids == asked
 
 
 @KINDS
@@ -114,10 +112,9 @@ def test_llava_15_is_trained_on_what_its_authors_trained_it_on(kind: str) -> Non
     encoder = make_encoder(kind, LLAVA_15.replace("m.content if part", "[{'type': 'text', 'text': m.content}] if part"))
     text = "USER: How much is 2 plus one? ASSISTANT: It is 3.</s>USER: What colour? ASSISTANT: red</s>"
     ids = encoder.training_sample(TURNS, Path).input_ids
-    assert (
-        ids[: ids.index(encoder.tokenizer.eos_token_id)]
-        == (encoder.tokenizer(text)["input_ids"][: ids.index(encoder.tokenizer.eos_token_id)])
-    )
+    whole = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    first_answer = ids.index(encoder.tokenizer.eos_token_id)
+    assert ids[:first_answer] == whole[:first_answer]
     assert supervised(encoder, TURNS)[-2:] == ["▁red", "</s>"]
     assert supervised(encoder, TURNS)[0] == "▁It"
 

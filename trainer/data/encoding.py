@@ -94,6 +94,14 @@ class _Piece:
         return _Piece(self.ids[count:], self.image_inputs, types)
 
 
+def padding_token(tokenizer: Any) -> int:
+    """What fills batches up: the end of a text where a tokenizer has no token for it (Llama 3, Mistral).
+
+    Any would do, since padding is masked and has no loss.
+    """
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def join(parts: Sequence[Tensor]) -> Tensor:
     """Image inputs one after the other along the first dimension.
 
@@ -251,7 +259,8 @@ class ConversationEncoder:
     def _tokenize(self, texts: list[str], images: list[list[Path]]) -> list[_Piece]:
         """Token ids and image inputs of consecutive pieces of one conversation."""
         bos = self.tokenizer.bos_token
-        special = not (bos and texts[0].startswith(bos))  # a template may write the first token itself
+        # As `apply_chat_template`: a processor adds the first token where the template has not, a tokenizer adds none.
+        special = self.reads_images and not (bos and texts[0].startswith(bos))
         last = self.chat.last_written
         before = list(itertools.accumulate(texts[:-1], lambda written, text: last(written + text), initial=""))
         ids = self.tokenizer([*before, *map(operator.add, before, texts)], add_special_tokens=False)["input_ids"]

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trainer.data.collator import pad, stack_images
-from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded
+from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded, padding_token
 from trainer.data.records import Record
 from trainer.errors import UserError
 from trainer.evaluation.spec import EvaluationSet
@@ -96,7 +96,7 @@ class BatchScorer:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=padding_token(self.tokenizer),
             **self._images(encoded),
         )[:, text["input_ids"].shape[1] :].cpu()
         texts = self.tokenizer.batch_decode(generated_BN, skip_special_tokens=True)
@@ -132,7 +132,7 @@ class BatchScorer:
         """Token ids, attention mask and token types, each ``[B, S]`` int64 on the model's device."""
         width = max(len(one.input_ids) for one in encoded)
         rows = {
-            "input_ids": pad([one.input_ids for one in encoded], self.tokenizer.pad_token_id, width, side),
+            "input_ids": pad([one.input_ids for one in encoded], padding_token(self.tokenizer), width, side),
             "attention_mask": pad([[1] * len(one.input_ids) for one in encoded], 0, width, side),
         }
         for name in encoded[0].token_types:

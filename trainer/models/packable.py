@@ -13,7 +13,7 @@ from trainer.errors import UserError
 from trainer.models.loading import load_config, model_class, reads_images
 
 # Attention that transformers confines to a sample when positions start again.
-_CONFINED = {"full_attention", "sliding_attention", "chunked_attention"}
+_CONFINED = {"full_attention", "sliding_attention"}
 _PER_TOKEN_INPUTS = {
     "token_type_ids": "its image tokens attend in both directions",
     "mm_token_type_ids": "its image tokens have positions or attention of their own",
@@ -43,6 +43,8 @@ def unpackable_because(config: Any) -> str | None:
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
     layers = set(getattr(text, "layer_types", None) or ()) - _CONFINED
+    if "chunked_attention" in layers:  # Llama 4
+        return "its attention is cut into chunks at places of the sequence"
     if getattr(chosen, "_is_stateful", False) or layers:
         named = f" ({', '.join(sorted(layers))})" if layers else ""
         return f"it has layers that carry a state from token to token{named}"

@@ -18,6 +18,7 @@ from families import CHATML, FAMILIES, SIDE, make, make_image_processor, make_to
 from PIL import Image
 
 from cotbal_kernels.huggingface import apply_fused_loss
+from trainer.config import ModelConfig
 from trainer.data.collator import Collator
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
 from trainer.data.lengths import ImageLengths, token_counter
@@ -26,6 +27,7 @@ from trainer.errors import UserError
 from trainer.evaluation.generation import BatchScorer
 from trainer.evaluation.spec import EvaluationSet
 from trainer.models.images import vision_input
+from trainer.models.loading import load_model, sees_images_both_ways
 
 SIZES = {"a": (60, 40), "b": (200, 50), "c": (48, 130)}  # of the images in pixels
 WIDE = Record("wide", ("a",), (Turn("<image>\nWhat colour is it?", "red"),), ())
@@ -197,6 +199,23 @@ def test_patches_of_images_are_counted_for_the_dry_run(family: Family) -> None:
             assert images.values([family.image(name) for name in record.images]) == sum(seen) * patch, record.id
     finally:
         handle.remove()
+
+
+def test_images_that_see_both_ways_are_refused_flash_attention(family: Family, tmp_path: Path) -> None:
+    """It takes no masks, and would be causal without a word."""
+    family.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = family.model(**family.processed(WIDE), output_attentions=True)
+    family.model.set_attn_implementation("sdpa")
+    ahead = any(bool(layer.triu(1).any()) for layer in out.attentions)
+    assert ahead == (family.name == "gemma3")
+    assert sees_images_both_ways(family.model.config) == ahead
+    family.model.config.save_pretrained(tmp_path)
+    options = ModelConfig(path=str(tmp_path), attention="flash_attention_2", freeze=[])
+    # Others are refused as well: flash attention is not installed.
+    message = r"model\.attention: with flash attention the image tokens of .* 'gemma3'" if ahead else "could be loaded"
+    with pytest.raises(UserError, match=message):
+        load_model(str(tmp_path), options, torch.float32)
 
 
 def test_images_that_count_less_among_others_stand_in_one_turn(folder: Path) -> None:

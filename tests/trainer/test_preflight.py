@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import BlipConfig
 
 from trainer.config import parse_config
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
@@ -21,7 +22,7 @@ from trainer.data.mixtures import mini_size
 from trainer.errors import UserError
 from trainer.models.loading import load_processor
 from trainer.pipeline.algorithm1 import Pipeline
-from trainer.pipeline.preflight import check_config, check_run, token_counter
+from trainer.pipeline.preflight import check_config, check_model, check_run, token_counter
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import StageContext
 from trainer.task_config import TaskConfig
@@ -266,6 +267,15 @@ def test_bad_input_in_the_library(
         Pipeline(parse_config(data, "x")).run()
     for part in message:
         assert part in str(caught.value)
+
+
+def test_a_model_with_a_loss_of_its_own_is_found_before_it_is_loaded(data: dict[str, Any], tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BlipConfig(text_config=small, vision_config=small).save_pretrained(tmp_path)
+    data["model"] = {"path": str(tmp_path), "freeze": []}
+    message = "cannot be trained with task weights: model BlipForConditionalGeneration computes its loss in a way of"
+    with pytest.raises(UserError, match=message):
+        check_model(parse_config(data, "x"), str(tmp_path))
 
 
 def test_every_problem_is_named_at_once(data: dict[str, Any], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,14 +76,36 @@ def model_class(config: Any) -> Any:
     raise UserError(f"a model of type '{config.model_type}' is no image-text-to-text and no causal language model")
 
 
+def sees_images_both_ways(config: Any) -> bool:
+    """Whether tokens of an image attend to those behind them too, as those of Gemma 3 and of some of Gemma 4."""
+    chosen = model_class(config)
+    told = "token_type_ids" in inspect.signature(chosen.forward).parameters
+    own_masks = hasattr(chosen, "create_masks_for_generate")  # Gemma 3n is told too, and makes nothing of it
+    named = getattr(config.get_text_config(), "use_bidirectional_attention", None) == "vision"  # Gemma 4
+    return reads_images(config) and (named or (told and own_masks))
+
+
+def refuse_attention(config: Any, options: ModelConfig) -> None:
+    """Refuses ``model.attention`` where it would silently be another attention than the model's.
+
+    Raises:
+        UserError: flash attention, which takes no masks, of a model whose images need one.
+    """
+    if options.attention == "flash_attention_2" and sees_images_both_ways(config):
+        raise UserError(
+            f"model.attention: with flash attention the image tokens of a model of type '{config.model_type}' would no "
+            "longer see those behind them, as they were trained to; choose sdpa or eager"
+        )
+
+
 def load_model(path: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The model with its weights in `dtype`, and the parameters that ``model.freeze`` names frozen.
 
     Raises:
-        UserError: nothing loadable is there, or a ``freeze`` entry matches no parameter.
+        UserError: nothing loadable is there, a ``freeze`` entry matches no parameter, or as :func:`refuse_attention`.
     """
     found = load_config(path)
-    model_class(found)
+    refuse_attention(found, config)
     images = reads_images(found)
     loader: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
     try:

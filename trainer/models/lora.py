@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.config import ModelConfig, RunConfig
 from trainer.errors import UserError
-from trainer.models.loading import empty_model, load_config, load_model
+from trainer.models.loading import load_model
 
 
 def add_lora(model: nn.Module, config: ModelConfig) -> Any:
@@ -41,15 +41,14 @@ def add_lora(model: nn.Module, config: ModelConfig) -> Any:
     return adapted
 
 
-def check_lora(path: str, config: ModelConfig) -> list[str]:
-    """Checks what LoRA adapts from the model's configuration alone; returns the names of what is trained.
+def check_lora(model: nn.Module, config: ModelConfig) -> list[str]:
+    """Checks what LoRA adapts in a model, with weights or without; returns the names of what is trained.
 
     Raises:
-        UserError: as :func:`add_lora`, or ``freeze`` matches nothing.
+        UserError: as :func:`add_lora`.
     """
     if importlib.util.find_spec("peft") is None:
         raise UserError("model.lora needs the package 'peft': pip install 'cotbal[trainer]'")
-    model = empty_model(load_config(path), config)
     updates = [f"{name}.lora_{side}" for name in adapted_layers(model, config) for side in "AB"]
     return [*updates, *whole_parameters(model, config)]
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cotbal_kernels.huggingface import apply_fused_loss
 from trainer.balancing.registry import method_class
 from trainer.bars import watched
 from trainer.config import BUILT_IN, RunConfig
@@ -23,7 +24,7 @@ from trainer.loop.learning_rates import own_rates
 from trainer.loop.tracking import check_trackers
 from trainer.metrics import AccuracyIoU, get_metric, parse_box
 from trainer.models.images import refuse_cropped_boxes
-from trainer.models.loading import empty_model, load_config, load_processor
+from trainer.models.loading import empty_model, load_config, load_processor, refuse_attention
 from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
 from trainer.pipeline.evaluations import check_scoring, evaluation_sets
@@ -95,17 +96,23 @@ def check_model(config: RunConfig, model_path: str) -> None:
     """Checks that the model can be trained as configured, from its config.json.
 
     Raises:
-        UserError: it cannot be packed although ``training.packing`` is on, or ``freeze``, LoRA or
-            ``training.learning_rates`` names nothing in it.
+        UserError: it cannot have the loss of Eq. 2, or not the attention that is asked for; it cannot be packed
+            although ``training.packing`` is on, or ``freeze``, LoRA or ``training.learning_rates`` names nothing in it.
     """
+    found = load_config(model_path)
+    refuse_attention(found, config.model)
     if config.training.packing:
         refuse_unpackable(model_path)
+    model = empty_model(found, config.model)
     if config.model.lora is not None:
-        trained = check_lora(model_path, config.model)
+        trained = check_lora(model, config.model)
     else:
-        model = empty_model(load_config(model_path), config.model)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     own_rates(trained, config.training.learning_rates)
+    try:
+        apply_fused_loss(model)
+    except ValueError as error:
+        raise UserError(f"model.path '{model_path}': it cannot be trained with task weights: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,8 @@ def _patched_forward(model: Any) -> Callable[..., Any]:
         try:
             out = call(**kwargs, return_dict=True)
             result = state.result
+            if normalizer is not None and result is not None and out.get("aux_loss") is not None:
+                out.loss = result.loss + state.router_share * (out.loss - result.loss)
         finally:
             state.leave()
             state.end()

@@ -136,6 +136,8 @@ class TaskWeightedTrainerMixin:
             if hasattr(trainer, f"get_{kind}_size")
         )
         normalizer = self.step_normalizer(batch_samples)
+        # Losses are summed over micro-batches and ranks, and a router loss is a mean of one of them.
+        fused_loss(trainer.model).router_share = copies / (len(batch_samples) * trainer.args.world_size)
         return normalizer / copies if copies > 1 else normalizer
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

@@ -18,6 +18,7 @@ pytest.importorskip("accelerate")  # Trainer needs it
 
 from hf_models import build, one_thread  # noqa: E402, F401
 
+from cotbal_kernels import global_normalizer  # noqa: E402
 from cotbal_kernels.huggingface import TaskWeightedTrainerMixin, apply_fused_loss, set_task_weights  # noqa: E402
 from cotbal_kernels.reference import reference_task_cross_entropy  # noqa: E402
 
@@ -136,6 +137,46 @@ def test_accumulation_equals_one_large_batch(kind: str, aggregation: str, tmp_pa
         optimizer.step()
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert float((one - expected).abs().max()) <= 1e-6
+
+
+def test_a_router_loss_is_a_mean_over_the_micro_batches_of_a_step(tmp_path: Path) -> None:
+    """Eq. 2 over the step, and the model's coefficient times the mean of its router loss; in evaluation too."""
+    changes = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
+    lam = torch.tensor(LAM)
+    trainer = WeightedTrainer(
+        model=apply_fused_loss(build("mixtral", **changes), LAM),
+        args=arguments(tmp_path, 2, 4, steps=2, per_device_eval_batch_size=2),
+        train_dataset=records(16),
+        eval_dataset=records(2, seed=1),
+        data_collator=collate,
+    )
+    trainer.train()
+    model = build("mixtral", **changes).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(2):
+        data = records(16)[8 * step : 8 * step + 8]
+        batches = [collate(data[first : first + 2]) for first in range(0, 8, 2)]
+        tasks = [batch.pop("loss_task_ids") for batch in batches]
+        norm = global_normalizer([batch["labels"] for batch in batches], tasks, lam, shift=True)
+        optimizer.zero_grad()
+        total = 0.0
+        for batch, ids in zip(batches, tasks, strict=True):
+            labels = batch.pop("labels")
+            out = model(**batch)
+            own = reference_task_cross_entropy(out.logits, labels, ids, lam, shift=True, normalizer=norm).loss
+            loss = own + 0.3 * out.aux_loss / 4
+            loss.backward()
+            total += float(loss.detach())
+        optimizer.step()
+        assert trainer.state.log_history[step]["loss"] == pytest.approx(total, rel=1e-5)
+    expected = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert float((parameters(trainer) - expected).abs().max()) <= 1e-6
+    batch = collate(records(2, seed=1))
+    ids, labels = batch.pop("loss_task_ids"), batch.pop("labels")
+    with torch.no_grad():
+        out = model.eval()(**batch)
+    own = reference_task_cross_entropy(out.logits, labels, ids, lam, shift=True).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(own + 0.3 * out.aux_loss), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from trainer.data.commands import add_commands
 from trainer.errors import UserError, writing
 from trainer.evaluation.commands import add_commands as add_evaluation_commands
+from trainer.parsing import parse_json
 from trainer.settings import parse_settings
 
 _CONTINUE = ("demo", "run", "train", "evaluate", "convert")  # commands that go on where they were
@@ -282,7 +283,7 @@ def _final_trainings(methods: str | None, seeds: int | None) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except OSError as error:

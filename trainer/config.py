@@ -22,6 +22,7 @@ from trainer.errors import UserError, nearest
 from trainer.launching import LaunchConfig
 from trainer.models.config import BUILT_IN, ImageConfig, LoraConfig, ModelConfig, TinyLlavaConfig
 from trainer.options import Options
+from trainer.parsing import parse_yaml
 from trainer.task_config import BuiltInTasksConfig, TaskConfig
 
 _TASKS_WORD = "literal['built_in']"
@@ -208,7 +209,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
         UserError: the file is missing, is not YAML, or a key or value is not valid; every problem is listed.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"configuration {path} does not exist") from error
     except OSError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from trainer.errors import UserError
+from trainer.parsing import parse_yaml
 
 
 def parse_settings(items: Sequence[str] | None) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def parse_settings(items: Sequence[str] | None) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--set takes KEY=VALUE, got '{item}'")
         try:
-            parsed[key] = yaml.safe_load(value)
+            parsed[key] = parse_yaml(value)
         except yaml.YAMLError as error:
             raise UserError(f"--set {item}: the value is not valid YAML ({' '.join(str(error).split())})") from error
     return parsed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from trainer.files import write_json
 from trainer.launching import ERROR_FILE, SAVE_FILE, LaunchConfig, resolve_device
 from trainer.nodes import Cluster, Membership
 from trainer.nodes.machine import log_of
+from trainer.parsing import parse_json
 from trainer.pipeline.identity import Identity
 from trainer.pipeline.places import PLAN, last_step
 from trainer.pipeline.preflight import check_all, check_run, check_validation
@@ -39,7 +39,7 @@ def read_weights(path: Path, tasks: list[str]) -> dict[str, float]:
         UserError: the file is missing or malformed, or its tasks are not the balanced ones of the configuration.
     """
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # no file, not UTF-8, not JSON
         raise UserError(f"weights file {path} cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -116,7 +116,13 @@ class TestWeights:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [(None, "does not exist"), ("{", "is not valid JSON"), ("[]", "scores must be an object"), ("\xff", "")],
+        [
+            (None, "does not exist"),
+            ("{", "is not valid JSON"),
+            ("[]", "scores must be an object"),
+            ("\xff", ""),
+            ('{"tasks": ["a"], "x": {"a": 1, "a": 2}}', "is not valid JSON: the key 'a' is there twice in one object"),
+        ],
     )
     @pytest.mark.parametrize("command", ["weights", "compare"])
     def test_files_that_cannot_be_used(

@@ -208,6 +208,8 @@ class TestFiles:
             (b"", "must be a mapping of options, got NoneType"),
             (b"tasks: \xff", "is not valid YAML"),
             (b"1: 2\noutput_dir: o\ntasks: built_in\n", "1: Keys should be strings"),
+            (b"training: {epochs: 2}\nseed: 1\ntraining: {batch_size: 4}\n", r"'training' is there twice\s.*line 3"),
+            (b"training:\n  epochs: 2\n  epochs: 3\n", r"'epochs' is there twice\s.*line 3"),
         ],
     )
     def test_a_file_that_is_no_configuration(self, tmp_path: Path, content: bytes, message: str) -> None:
@@ -215,6 +217,17 @@ class TestFiles:
         with pytest.raises(UserError, match=message) as caught:
             load_config(tmp_path / "c.yaml")
         assert "c.yaml" in str(caught.value)
+
+    def test_what_a_mapping_takes_over_may_be_overridden(self, tmp_path: Path) -> None:
+        """``<<`` is no key that is there twice, whichever mapping is made first."""
+        (tmp_path / "c.yaml").write_text(
+            "output_dir: o\ntasks: built_in\ncomparisons:\n"
+            "- &a {name: a, method: rlw, options: &o {aggregation: task}}\n"
+            "- &b {<<: *a, name: b, options: {<<: *o, aggregation: task_sum}}\n- {<<: *b, name: c}\n"
+        )
+        found = [(own.name, own.method, own.options) for own in load_config(tmp_path / "c.yaml").comparisons]
+        sums = {"aggregation": "task_sum"}
+        assert found == [("a", "rlw", {"aggregation": "task"}), ("b", "rlw", sums), ("c", "rlw", sums)]
 
     def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"configuration .*none\.yaml does not exist"):

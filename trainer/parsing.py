@@ -1,0 +1,52 @@
+"""JSON and YAML in which no key counts twice."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+
+def parse_json(text: str) -> Any:
+    """JSON in which no object has a key twice: ``json`` alone keeps the last of them without a word.
+
+    Raises:
+        ValueError: it is not JSON, or repeats a key.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key '{key}' is there twice in one object")
+            found[key] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice: PyYAML alone keeps the last of them without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        found = set()
+        for key, _ in node.value:  # not yet those that `<<` brings, which may be overridden
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in found:
+                raise yaml.composer.ComposerError(
+                    "while reading a mapping", node.start_mark, f"the key '{key.value}' is there twice", key.start_mark
+                )
+            found.add((key.tag, key.value))
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML in which no mapping has a key twice.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or repeats a key.
+    """
+    return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader

@@ -85,6 +85,16 @@ class TestScore:
     ) -> None:
         assert message in cotbal("score", write(row), "--metric", "perplexity").err
 
+    def test_correct_answers_that_a_metric_cannot_count(self, cotbal: Command, write: Callable[..., Path]) -> None:
+        """Boxes of another notation would be a score of 0; a single one among good ones stays one that is missed."""
+        box, other = "[0.1, 0.2, 0.5, 0.6]", "<box>(100,200),(500,600)</box>"
+        good, bad = ({"prediction": box, "references": [reference]} for reference in (box, other))
+        outcome = cotbal("score", write(bad, bad), "--metric", "accuracy_iou")
+        assert (outcome.code, outcome.out) == (2, "")
+        assert f"prediction 1: its correct answer '{other}' itself scores 0 under accuracy_iou, and so" in outcome.err
+        outcome = cotbal("score", write(good, bad), "--metric", "accuracy_iou")
+        assert json.loads(outcome.out)["accuracy_iou"]["value"] == 50.0
+
     def test_usage(self, cotbal: Command, write: Callable[..., Path], tmp_path: Path) -> None:
         assert "did you mean 'exact_match'?" in cotbal("score", write(self.GOOD), "--metric", "exactmatch").err
         assert "at least one --metric" in cotbal("score", write(self.GOOD)).err
@@ -103,6 +113,12 @@ class TestCommand:
             )  # fmt: skip
 
         return run
+
+    def test_answers_of_one_annotator_are_refused_before_the_model_answers(self, run: Command, tmp_path: Path) -> None:
+        outcome = run(metric="vqa_accuracy")
+        assert outcome.code == 2
+        assert "set 'predictions': record 'colour-train-0': references[0] has one answer; VQA accuracy" in outcome.err
+        assert not (tmp_path / "out" / "manifest.json").exists()
 
     def test_limit_score_refusal_and_overwrite(
         self, run: Command, cotbal: Command, tiny_tasks: list[TaskConfig], pixel_model: Path, tmp_path: Path
@@ -140,8 +156,6 @@ class TestCommand:
         assert "holds another evaluation: model is '" in refused.err
         refused = run("--limit", 5, "--batch-size", 2, task=1)
         assert "sets.predictions.records is '" in refused.err
-        refused = run("--limit", 5, "--batch-size", 2, "--metric", "vqa_accuracy")  # known before anything is generated
-        assert f"record '{found[0]['id']}': it has one answer; VQA accuracy compares annotators" in refused.err
         assert (out / "predictions.jsonl").read_bytes() == before
         again = run("--limit", 5, "--batch-size", 2)  # the same one: nothing to do
         assert json.loads(again.out) == metrics

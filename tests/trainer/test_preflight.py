@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import shutil
@@ -127,13 +126,6 @@ def longer(row: dict[str, Any]) -> None:
     row["conversations"][0]["value"] += 200 * " what"
 
 
-def one_annotator(data: dict[str, Any], folder: Path) -> None:
-    data["tasks"][0]["metric"] = "vqa_accuracy"
-    for split, number in itertools.product(("validation", "test"), range(4)):
-        answers = ["red", "blue"] if (split, number) != ("test", 2) else ["red"]
-        change_record(folder, f"colour_{split}", number, lambda row, answers=answers: row.update(references=answers))
-
-
 def perplexity(data: dict[str, Any], folder: Path) -> None:
     data["tasks"][0]["metric"] = "perplexity"
 
@@ -177,6 +169,14 @@ def two_questions_to_score(data: dict[str, Any], folder: Path) -> None:
     change_record(folder, "box_test", 0, lambda row: row["conversations"].extend(more))
 
 
+def words_in_place_of_boxes(data: dict[str, Any], folder: Path) -> None:
+    data["tasks"][0] |= {"metric": "accuracy_iou", "test_metrics": ["exact_match"]}
+
+
+def one_annotator(data: dict[str, Any], folder: Path) -> None:
+    data["tasks"][0]["test_metrics"] = ["exact_match", "vqa_accuracy"]
+
+
 def missing_file(data: dict[str, Any], folder: Path) -> None:
     (folder / "box_train.jsonl").unlink()
 
@@ -213,7 +213,9 @@ BAD = [
     (tracker_that_is_not_installed, ["training.report_to: the package of 'clearml' is not installed"]),
     (empty_validation, ["task 'box': the validation set ", "box_validation.jsonl has no records"]),
     (two_questions_to_score, ["task 'box', test record 'box-test-0': scoring takes one question per record, got 2"]),
-    (one_annotator, ["task 'colour', test set ", "record 'colour-test-2': it has one answer; VQA accuracy compares"]),
+    (words_in_place_of_boxes, ["task 'colour', validation set ", "record 'colour-validation-0': its correct answer "
+     "'red' itself scores 0 under accuracy_iou, and so do all others; docs/data.md says what accuracy_iou takes"]),
+    (one_annotator, ["task 'colour', test set ", "record 'colour-test-0': references[0] has one answer; VQA accurac"]),
     (missing_file, ["record file ", "box_train.jsonl does not exist"]),
     (no_model, ["model.path '", "no processor could be loaded"]),
     (no_gpu, ["launch.device is 'cuda' but torch sees no GPU here"]),
@@ -385,16 +387,16 @@ def test_what_is_odd_is_a_warning(
         transparent.save(folder / "images" / f"{name}.png")
     change_record(folder, "chat_train", 3, lambda row: row["conversations"][1].update(value="It is </s> 3 <|user|>."))
     change_record(folder, "chat_train", 5, lambda row: row["conversations"][3].update(value=" "))
-    change_record(folder, "box_train", 3, lambda row: row["conversations"][1].update(value="(1,2),(3,4)"))
-    change_record(folder, "box_validation", 3, lambda row: row["conversations"][1].update(value="[0.3,0.4,0.3,0.6]"))
+    flat = "[0.5, 0.5, 0.5, 0.9]"  # a box without area, as rounding makes them
+    change_record(folder, "box_validation", 2, lambda row: row["conversations"][1].update(value=flat))
     config = parse_config(data, "x")
     told = [line for line in check_config(config).splitlines() if line.startswith("warning: ")]
     hidden = "has transparent pixels, seen in the colour that they hide; flatten it onto a background"
     image = folder / "images"
     assert told == [
         "warning: task 'colour': validation or test records have images, training records have none",
-        "warning: task 'box', validation record 'box-validation-3': '[0.3,0.4,0.3,0.6]' is no box [x1,y1,x2,y2] with "
-        "an area: every prediction scores 0",
+        f"warning: task 'box', validation set {folder / 'box_validation.jsonl'}: record 'box-validation-2': its "
+        f"correct answer '{flat}' itself scores 0 under accuracy_iou",
         f"warning: task 'box', train record 'box-train-2': image {image / 'box_train_2.png'} {hidden}",
         f"warning: task 'box', test record 'box-test-1': image {image / 'box_test_1.png'} {hidden}",
         "warning: task 'chat', train record 'chat-train-3': its text has '</s>', '<|user|>', which the tokenizer takes "

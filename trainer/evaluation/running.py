@@ -104,7 +104,7 @@ def _run_ranks(spec: EvaluationSpec, processes: RankProcesses, todo: list[int], 
 
 
 def prepare(spec: EvaluationSpec) -> Work:
-    """Claims the folder, checks records, their references and images, and says what is left to do.
+    """Claims the folder, checks records and images, and says what is left to do.
 
     Raises:
         UserError: as :func:`evaluate`.
@@ -112,7 +112,7 @@ def prepare(spec: EvaluationSpec) -> Work:
     records = [chosen.load() for chosen in spec.sets]
     for chosen, own in zip(spec.sets, records, strict=True):
         _ = chosen.teacher_forced  # metrics that exclude each other
-        check_references(chosen, own)
+        check_references(chosen.metrics, {f"record '{record.id}'": record.answers for record in own}, chosen.title)
         _check_images(chosen, own)
     total = sum(map(len, records))
     claim_folder(spec, describe(spec, records))

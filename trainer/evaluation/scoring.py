@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.data.records import Record
-from trainer.errors import SHOWN, UserError, each
+from trainer.errors import UserError
 from trainer.evaluation.spec import EvaluationSet
-from trainer.metrics import MetricResult, VqaAccuracy, get_metric, perplexity, takes_losses
-from trainer.metrics.vqa import too_few_annotators
+from trainer.metrics import Bleu, Cider, MetricResult, get_metric, perplexity, takes_losses
 
 Row = dict[str, Any]
 
@@ -24,22 +22,6 @@ def compute(metric: str, rows: Sequence[Row]) -> MetricResult:
     return get_metric(metric).compute([row["prediction"] for row in rows], [row["references"] for row in rows])
 
 
-def check_references(chosen: EvaluationSet, records: Sequence[Record]) -> None:
-    """Before anything is generated, or trained for it: whether the set's metrics can score its records.
-
-    Raises:
-        UserError: the first records of which they cannot.
-    """
-
-    def check(record: Record) -> None:
-        problem = too_few_annotators(record.answers)
-        if problem is not None:
-            raise UserError(f"{chosen.title}, record '{record.id}': it {problem}")
-
-    if any(isinstance(get_metric(name), VqaAccuracy) for name in chosen.metrics):
-        each(check, records, shown=SHOWN)
-
-
 def entry(metric: str, result: MetricResult) -> dict[str, Any]:
     """A metric's value as a JSON object; the standard error of a single sample is unknown: null."""
     error = result.standard_error
@@ -49,6 +31,40 @@ def entry(metric: str, result: MetricResult) -> dict[str, Any]:
         "standard_error": error if math.isfinite(error) else None,
         "samples": len(result.per_sample),
     }
+
+
+def check_references(metrics: Sequence[str], references: Mapping[str, Sequence[str]], title: str) -> list[str]:
+    """Looks for correct answers that a metric cannot count, before a model answers anything.
+
+    Not for CIDEr and BLEU, which are of a whole set, and perplexity, which takes no answers.
+
+    Args:
+        references: the correct answers by sample, under the name that errors call it.
+        title: what errors start with.
+
+    Returns:
+        A sentence for each sample in which nothing can be right: its correct answers score 0 themselves.
+
+    Raises:
+        UserError: a metric refuses a sample's answers, or nothing can be right in any sample.
+    """
+    lost: list[str] = []
+    for name in metrics:
+        metric = get_metric(name)
+        if takes_losses(name) or isinstance(metric, (Bleu, Cider)):
+            continue
+        own: list[str] = []
+        for sample, answers in references.items():
+            try:
+                right = any(metric.compute([answer], [answers]).value > 0 for answer in answers)
+            except UserError as error:
+                raise UserError(f"{title}: {sample}: {error}") from error
+            if not right:
+                own.append(f"{title}: {sample}: its correct answer {answers[0]!r} itself scores 0 under {name}")
+        if own and len(own) == len(references):
+            raise UserError(f"{own[0]}, and so do all others; docs/data.md says what {name} takes")
+        lost += own
+    return lost
 
 
 def score_name(part: str, metric: str) -> str:
@@ -80,6 +96,9 @@ def score_file(path: Path, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
     """
     losses = {name: takes_losses(name) for name in metrics}
     rows = read_predictions(path, answers=not all(losses.values()), losses=any(losses.values()))
+    if not all(losses.values()):
+        answers = {f"prediction {number}": row["references"] for number, row in enumerate(rows, 1)}
+        check_references(metrics, answers, str(path))
     return {name: entry(name, compute(name, rows)) for name in losses}
 
 

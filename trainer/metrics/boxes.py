@@ -50,7 +50,7 @@ class AccuracyIoU:
     """Percentage of predicted boxes whose IoU with a reference box is strictly above the threshold.
 
     A box that is missing or malformed scores 0, in the prediction and in the reference alike: a model's
-    output must not stop an evaluation. Check reference boxes beforehand with `parse_box`.
+    output must not stop an evaluation. References are looked at before one (`check_references`).
     """
 
     threshold: float = 0.5

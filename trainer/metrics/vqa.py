@@ -72,16 +72,6 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def too_few_annotators(answers: Sequence[str]) -> str | None:
-    """What is wrong with the references of a sample, None if nothing is."""
-    if len(answers) >= 2:
-        return None
-    return (
-        "has one answer; VQA accuracy compares annotators with each other and needs all of theirs (VQAv2 has ten). "
-        "Score single answers with 'exact_match'"
-    )
-
-
 @dataclass(frozen=True)
 class VqaAccuracy:
     """VQAv2 accuracy in percent. The references of a sample are its annotators' answers, ten in VQAv2."""
@@ -93,9 +83,11 @@ class VqaAccuracy:
     def compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> MetricResult:
         check_samples(predictions, references)
         for index, answers in enumerate(references):
-            problem = too_few_annotators(answers)
-            if problem is not None:
-                raise UserError(f"references[{index}] {problem}")
+            if len(answers) < 2:
+                raise UserError(
+                    f"references[{index}] has one answer; VQA accuracy compares annotators with each other and needs "
+                    "all of theirs (VQAv2 has ten). Score single answers with 'exact_match'"
+                )
         return MetricResult.from_samples(
             [
                 100.0 * vqa_score(prediction, answers)

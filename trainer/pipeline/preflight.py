@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,12 @@ from trainer.data.oddities import oddities
 from trainer.data.records import Record
 from trainer.errors import SHOWN, UserError, each, first
 from trainer.evaluation.scoring import check_references
+from trainer.evaluation.spec import EvaluationSet
 from trainer.files import write_json
 from trainer.launching import resolve_device
 from trainer.loop.learning_rates import own_rates
 from trainer.loop.tracking import check_trackers
-from trainer.metrics import AccuracyIoU, get_metric, parse_box
+from trainer.metrics import AccuracyIoU, get_metric
 from trainer.models.images import refuse_cropped_boxes
 from trainer.models.loading import empty_model, load_config, load_processor, refuse_attention
 from trainer.models.lora import check_lora
@@ -136,20 +137,23 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
     """
     task, problems = scan_task(task_config)  # what can be used is checked further, whatever is wrong with the rest
     checks: list[Callable[[], Any]] = [partial(refuse, problems), partial(check_images, task)]
-    scored = {split: evaluation_sets(task_config, split) for split in ("validation", "test")}
     if encoder is not None:
         checks.append(partial(check_tokens, task, encoder, "train", config.training.overlong))
+    if not task_config.auxiliary:
+        for split in ("validation", "test"):
+            checks += [
+                partial(_check_answers, own, task.sets(split)[own.part]) for own in evaluation_sets(task_config, split)
+            ]
     if encoder is not None and not task_config.auxiliary:
         if _answers_boxes(task_config) and config.model.images.aspect_ratio is None:
             images_of = (image for split in SPLITS for record in task.split(split) for image in record.images)
             paths = map(task.image_path, images_of)
             checks.append(partial(refuse_cropped_boxes, encoder.processor, paths, f"task '{task.name}'"))
-        for split, sets in scored.items():
-            checks += [partial(check_scoring, own, split, task.sets(split)[own.part], encoder) for own in sets]
+        for split in ("validation", "test"):
+            scored = evaluation_sets(task_config, split)
+            checks += [partial(check_scoring, own, split, task.sets(split)[own.part], encoder) for own in scored]
         if _validates(config):
             checks.append(partial(check_tokens, task, encoder, "validation", config.training.overlong))
-    for split, sets in scored.items():
-        checks += [partial(check_references, own, task.sets(split)[own.part]) for own in sets]
     _, images, *found = each(lambda check: check(), checks)
     chat = encoder.chat if encoder is not None else None
     odd = [
@@ -159,23 +163,18 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
         for record in records
         for oddity in oddities(record, chat)
     ]
-    odd += [
-        f"{task_config.record_title(split, own.part, record.id)}: {record.answers[0]!r} is no box [x1,y1,x2,y2] with "
-        "an area: every prediction scores 0"
-        for split, sets in scored.items()
-        for own in sets
-        if _takes_boxes(own.metrics)
-        for record in task.sets(split)[own.part]
-        if not any(map(parse_box, record.answers))
-    ]
-    return CheckedTask(task, images, found[0] if found else None, first(odd) + first(images.warnings))
+    counts = [result for result in found if isinstance(result, TokenCount)]
+    lost = [sentence for result in found if isinstance(result, list) for sentence in result]
+    warnings = first(odd) + first(lost) + first(images.warnings)
+    return CheckedTask(task, images, counts[0] if counts else None, warnings)
+
+
+def _check_answers(scored: EvaluationSet, records: Sequence[Record]) -> list[str]:
+    return check_references(scored.metrics, {f"record '{own.id}'": own.answers for own in records}, scored.title)
 
 
 def _answers_boxes(task: TaskConfig) -> bool:
-    return _takes_boxes({*task.scored_with("validation"), *task.scored_with("test")})
-
-
-def _takes_boxes(metrics: Iterable[str]) -> bool:
+    metrics = {*task.scored_with("validation"), *task.scored_with("test")}
     return any(isinstance(get_metric(metric), AccuracyIoU) for metric in metrics)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from trainer.data.converters.conversion import Manifest, convert
 
+PAPER = "cotbal-paper"
 Files = dict[str, Any]  # relative path -> data; .jsonl: a list of rows, .p: pickled, else JSON
 
 
@@ -201,6 +202,11 @@ def convert_raw(
 def rows(manifest: Manifest, split: str) -> list[dict[str, Any]]:
     path = manifest.path.with_name(f"{split}.jsonl")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def values(row: dict[str, Any]) -> list[str]:
+    """What a record's turns say."""
+    return [turn["value"] for turn in row["conversations"]]
 
 
 def questions(manifest: Manifest) -> Mapping[tuple[Any, ...], int]:

@@ -8,20 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
-from raw_data import RAW, SENTENCES, convert_raw, llava, questions, rows, vqav2, write_raw
+from PIL import Image
+from raw_data import PAPER, RAW, convert_raw, llava, questions, rows, values, vqav2, write_raw
 
 from trainer.data.converters.conversion import convert
-from trainer.data.converters.refcoco import box_text
 from trainer.data.converters.registry import CONVERTERS
 from trainer.data.records import read_records
 from trainer.metrics import get_metric
 
 ONE_WORD = "Answer the question using a single word or phrase."
-PAPER = "cotbal-paper"
-
-
-def values(row):
-    return [turn["value"] for turn in row["conversations"]]
 
 
 @pytest.mark.parametrize("name", list(CONVERTERS))
@@ -157,80 +152,23 @@ class TestOcrVqa:
         assert manifest.outputs["train"]["questions"] == 6
         assert manifest.outputs["validation"]["questions"] == 1
 
-
-class TestRefCoco:
-    @pytest.mark.parametrize("name", ["refcoco-caption", "refcoco-bbox"])
-    def test_conversations_have_fewer_than_ten_turns(self, name, tmp_path):
-        manifest = convert_raw(tmp_path, name, preset=PAPER)
-        train = rows(manifest, "train")
-        lengths = sorted(len(row["conversations"]) // 2 for row in train)
-        assert sum(lengths) == 2 * 2 * SENTENCES  # two references in each of two data sets
-        assert lengths == [2, 9, 9]
-        assert len({row["id"] for row in train}) == 3
-        assert all(values(row)[0].startswith("<image>\n") for row in train)
-
-    def test_captions(self, tmp_path):
-        manifest = convert_raw(tmp_path, "refcoco-caption", preset=PAPER)
-        # 200 x 100 padded to 200 x 200 with 50 pixels above: (20, 10 + 50) to (120, 60 + 50) over 200.
-        first = values(rows(manifest, "train")[0])
-        assert first[0].endswith("\nProvide a short description for this region.")
-        assert first[0].split("\n")[1] in ("[0.10,0.30,0.60,0.55]", "[0.10,0.30,0.61,0.55]", "[0.11,0.30,0.61,0.55]")
-        (record,) = (row for row in rows(manifest, "testB_refcoco"))
-        assert record["references"] == [f"refcoco testB 4 {i}" for i in range(SENTENCES)]
-        assert set(manifest.outputs) == {
-            "train", "validation", "testA_refcoco", "testB_refcoco", "test_refcocog",
+    def test_gifs_that_are_called_jpg(self, tmp_path):
+        """As LLaVA saved them; the addresses of the published file answer no longer."""
+        files = RAW["ocrvqa"]()
+        for number in (0, 1, 2):
+            files["dataset.json"][f"{number:010d}"]["imageURL"] = "http://images.example/I/x.gif"
+        (tmp_path / "images").mkdir()
+        for name in ("0000000000.jpg", "0000000001.gif", "0000000003.jpg"):
+            Image.new("P", (4, 4)).save(tmp_path / "images" / name, "GIF")
+        plain = convert_raw(tmp_path, "ocrvqa", files)
+        assert {row["image"] for row in rows(plain, "train")} == {
+            "0000000000.gif", "0000000001.gif", "0000000002.gif", "0000000003.jpg",
         }  # fmt: skip
-
-    def test_boxes(self, tmp_path):
-        manifest = convert_raw(tmp_path, "refcoco-bbox")
-        by_id = {row["id"]: values(row) for row in rows(manifest, "train")}
-        assert by_id["refcoco-0-2"] == ["<image>\nrefcoco train 0 2", "[0.10,0.10,0.60,0.60]"]
-        assert len(rows(manifest, "testA_refcoco")) == SENTENCES
-
-    @pytest.mark.parametrize("name", ["refcoco-bbox", "refcoco-caption"])
-    def test_training_questions_about_held_out_images(self, name, tmp_path):
-        """RefCOCOg's training images are in RefCOCO's validation and test sets, which split COCO's images otherwise."""
-        files, shared = RAW[name](), SENTENCES
-        assert convert_raw(tmp_path, name, files).content["notes"] == {}
-        for entry in (files["refcocog/refs(umd).p"][0], files["refcocog/instances.json"]["annotations"][0]):
-            entry["image_id"] = files["refcoco/instances.json"]["annotations"][3]["image_id"]  # testA's
-        kept = convert_raw(tmp_path, name, files, merge=True)
-        assert kept.content["notes"] == {"training questions about images of validation or test": shared}
-        dropped = convert_raw(tmp_path, name, files, merge=True, shared_images="drop")
-        assert dropped.rejected == {"shared image": shared}
-        assert dropped.content["notes"] == {}
-        images = {split: {row["image"] for row in rows(dropped, split)} for split in dropped.outputs}
-        assert all(images["train"].isdisjoint(images[split]) for split in images if split != "train")
-        assert kept.outputs["train"]["questions"] - dropped.outputs["train"]["questions"] == shared
-
-    @pytest.mark.parametrize(
-        ("box", "size", "space", "text"),
-        [
-            ([0, 0, 100, 50], (100, 50), "image", "[0.00,0.00,1.00,1.00]"),
-            ([0, 0, 100, 50], (100, 50), "pad", "[0.00,0.25,1.00,0.75]"),
-            ([0, 0, 50, 100], (50, 100), "pad", "[0.25,0.00,0.75,1.00]"),
-            ([10, 20, 30, 40], (100, 100), "pad", "[0.10,0.20,0.40,0.60]"),
-            # 201 - 100 = 101 missing rows: 50 before the image, 51 after it.
-            ([0, 0, 201, 100], (201, 100), "pad", "[0.00,0.25,1.00,0.75]"),
-            ([0, 1, 21, 10], (21, 12), "pad", "[0.00,0.24,1.00,0.71]"),
-        ],
-    )
-    def test_box_text(self, box, size, space, text):
-        assert box_text(box, *size, space) == text
-
-    @pytest.mark.parametrize(
-        "box", [[0, 0, 0, 5], [0, 0, 5, -1], [190, 0, 20, 5], [10**400, 0, 5, 5], [-3, 0, 20, 5], [0, 0, 0.2, 50],
-                [0, 99, 9, 9], None, "x",
-                [1, 2, 3], [1, 2, 3, float("nan")], [True, 0, 5, 5]]
-    )  # fmt: skip
-    def test_wrong_boxes_are_rejected_with_their_place(self, box, tmp_path):
-        files = RAW["refcoco-bbox"]()
-        files["refcoco/instances.json"]["annotations"][1]["bbox"] = box
-        manifest = convert_raw(tmp_path, "refcoco-bbox", files)
-        assert manifest.rejected == {"wrong box": 1}
-        (row,) = rows(manifest, "rejected")
-        assert (row["file"], row["position"]) == ("refcoco/refs(unc).p", "record 1")
-        assert manifest.outputs["train"]["records"] == 3 * SENTENCES
+        files["dataset.json"]["9" * 300] = files["dataset.json"].pop("0000000004")
+        manifest = convert_raw(tmp_path, "ocrvqa", files, image_root=str(tmp_path / "images"))
+        found = {row["image"] for row in rows(manifest, "train")}
+        assert found == {"0000000000.jpg", "0000000001.gif", "0000000003.jpg"}
+        assert manifest.rejected == {"missing image": 6, "unreadable image": 2}
 
 
 class TestConversations:

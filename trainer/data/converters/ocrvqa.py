@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from os.path import isfile, join
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -39,6 +40,9 @@ class OcrVqa(Converter):
         if not _EXTENSION.fullmatch(extension):
             raise Rejected("malformed", f"'imageURL' has no file extension: {raw['imageURL']!r}")
         image = image_path(context.options.image_folder, element.key + extension)
+        root, jpg = context.options.image_root, str(PurePosixPath(image).with_suffix(".jpg"))
+        if root and not isfile(join(root, image)) and isfile(join(root, jpg)):
+            image = jpg  # the images are passed on as LLaVA has them, with GIFs under this name
         questions, answers = get_list(raw, "questions"), get_list(raw, "answers")
         if len(questions) != len(answers) or not questions:
             raise Rejected("malformed", f"{len(questions)} question(s) but {len(answers)} answer(s)")

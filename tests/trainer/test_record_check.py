@@ -102,14 +102,15 @@ class TestCheck:
         rows = [json.loads(line) for line in lines]
         rows[1]["image"] = "images/none.png"
         rows[2]["image"] = "../secret.png"
-        rows[3]["id"] = rows[0]["id"]
+        rows[3] = rows[0]
         del rows[4]["conversations"]
+        rows[5]["id"] = rows[0]["id"]
         path = tmp_path / "bad.jsonl"
         path.write_text("\n".join([*map(json.dumps, rows), '{"id": ']))
         result = run(app, "check", path, "--image-root", task.image_root)
         assert result.exit_code == 1
-        for line, text in [(2, "none.png does not exist"), (3, "outside"), (4, "already used"), (5, "conversations"),
-                           (9, "not valid JSON")]:  # fmt: skip
+        for line, text in [(2, "none.png does not exist"), (3, "outside"), (4, "all else is the same"),
+                           (5, "conversations"), (6, "warning: "), (9, "not valid JSON")]:  # fmt: skip
             assert any(f"line {line}" in row and text in row for row in result.output.splitlines()), text
         assert check_files([path], task.image_root).files[0].records == 4
 

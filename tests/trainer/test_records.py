@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.records import Record, RecordError, Turn, read_records, write_jsonl
+from trainer.task_config import TaskConfig
+from trainer.tasks import scan_task
 
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}
 # As in llava_v1_5_mix665k.json (Liu et al. 2023): extra keys, image-less chats, integer ids, several turns.
@@ -192,6 +194,25 @@ def test_duplicate_ids_name_both_places(tmp_path: Path, first: Any, again: Any) 
     with pytest.raises(RecordError) as caught:
         read_records(path)
     assert str(caught.value).startswith(f"{path}, line 3: id '{again}' is already used by {path}, line 1")
+
+
+def test_ids_may_repeat_where_nothing_is_scored(tmp_path: Path) -> None:
+    """LLaVA-1.5's mixture has several conversations with the id of their image."""
+    rows = [record(), record(conversations=[HUMAN, {"from": "gpt", "value": "That."}]), record(), LLAVA[1]]
+    path = written(tmp_path, rows, ".jsonl")
+    config = TaskConfig(name="a", train=path, validation=path, metric="cider", image_root=tmp_path)
+    task, problems = scan_task(config)
+    assert [turn.answer for found in task.train for turn in found.turns] == [
+        "This.",
+        "That.",
+        LLAVA[1]["conversations"][1]["value"],
+    ]
+    assert [len(task.train), len(task.validation)] == [3, 2]
+    same, *unlike = problems
+    assert same == f"{path}, line 3: id 'r7' and all else is the same as in {path}, line 1; take one of the two out"
+    assert [line.partition(": ")[2] for line in unlike] == [
+        f"id 'r7' is already used by {path}, line 1; ids must be unique"
+    ] * 2
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def check_files(
             raise UserError(f"record file {path} does not exist")
         file = FileCheck(path)
         result.files.append(file)
-        seen: set[bytes] = set()
+        seen: set[bytes] = set()  # digests of ids and of whole records
         found = _records(path)
         found = _with_looks(found, image_root, looks) if image_root else found
         odd_images: set[str] = set()
@@ -132,10 +132,13 @@ def check_files(
             try:
                 if isinstance(record, RecordError):
                     raise record
-                digest = hashlib.blake2b(record.id.encode(), digest_size=12).digest()
-                if digest in seen:
-                    raise RecordError(f"{where}: id '{record.id}' is already used in this file")
-                seen.add(digest)
+                own_id, whole = (
+                    hashlib.blake2b(text.encode(), digest_size=12).digest() for text in (record.id, repr(record))
+                )
+                if whole in seen:
+                    raise RecordError(f"{where}: id '{record.id}' and all else is the same as in an earlier record")
+                again = own_id in seen
+                seen |= {own_id, whole}
                 seen_images = {image: looks[image] for image in record.images if image in looks}
                 problem = next((look.problem for look in seen_images.values() if look.problem), None)
                 if problem is not None:
@@ -156,7 +159,8 @@ def check_files(
             file.images += len(record.images)
             new = {image: look.warning for image, look in seen_images.items() if image not in odd_images}
             odd_images |= {image for image, warning in new.items() if warning}
-            for warning in [*filter(None, new.values()), *oddities(record, chat)]:
+            used = ["its id is already used in this file: it can be trained on, not scored"] if again else []
+            for warning in [*used, *filter(None, new.values()), *oddities(record, chat)]:
                 file.warnings += 1
                 if len(result.warned) < _SHOWN:
                     result.warned.append(f"{where} (id '{record.id}'): {warning}")

@@ -68,28 +68,33 @@ def read_records(path: Path, answered: bool = True) -> list[Record]:
     return records
 
 
-def scan_records(path: Path, answered: bool = True) -> tuple[list[Record], list[str]]:
+def scan_records(path: Path, answered: bool = True, unique_ids: bool = True) -> tuple[list[Record], list[str]]:
     """The records of a file that can be used, in file order, and what is wrong with the others.
 
     Args:
         answered: as in :func:`read_records`.
+        unique_ids: no two records have the same id, as scoring needs. If False they may, as in LLaVA's own files, and
+            only records that are the same in everything are wrong.
 
     Raises:
         RecordError: the file is missing, or is not a JSON list.
     """
     records: list[Record] = []
     problems: list[str] = []
-    seen: dict[str, str] = {}
+    seen: dict[str | Record, str] = {}
     for where, raw in _raw_records(path):
         try:
             record = _parse(_loads(raw, where) if isinstance(raw, bytes) else raw, where, answered)
         except RecordError as error:
             problems.append(str(error))
             continue
-        if record.id in seen:
-            problems.append(f"{where}: id '{record.id}' is already used by {seen[record.id]}; ids must be unique")
+        key = record.id if unique_ids else record
+        if key in seen:
+            again = "is already used by" if unique_ids else "and all else is the same as in"
+            remedy = "ids must be unique" if unique_ids else "take one of the two out"
+            problems.append(f"{where}: id '{record.id}' {again} {seen[key]}; {remedy}")
             continue
-        seen[record.id] = where
+        seen[key] = where
         records.append(record)
     return records, problems
 

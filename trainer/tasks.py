@@ -73,7 +73,7 @@ def scan_task(config: TaskConfig) -> tuple[Task, list[str]]:
     for split, part, path in files:
         records: list[Record] = []
         try:
-            records, wrong = scan_records(path, unique_ids=split != "train")
+            records, wrong = scan_records(path, unique_ids=split != "train", task=config.name)
         except RecordError as error:
             wrong = [str(error)]
         if not records and not wrong and not (config.auxiliary and split != "train"):

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.records import Record, RecordError, Turn, read_records, write_jsonl
+from trainer.pipeline.evaluations import evaluation_sets
 from trainer.task_config import TaskConfig
 from trainer.tasks import scan_task
 
@@ -213,6 +214,26 @@ def test_ids_may_repeat_where_nothing_is_scored(tmp_path: Path) -> None:
     assert [line.partition(": ")[2] for line in unlike] == [
         f"id 'r7' is already used by {path}, line 1; ids must be unique"
     ] * 2
+
+
+def test_a_file_of_several_tasks_gives_each_its_own(tmp_path: Path) -> None:
+    """VisATB's authors train on one file whose records name their tasks."""
+    rows = [record(id=f"{task}{n}", task=task) for n in range(3) for task in ("GQA", "VQAv2")] + [LLAVA[1]]
+    rows += [record(id="GQA0", task="VQAv2")]  # ids repeat between tasks
+    path = written(tmp_path, rows, ".json")
+    config = TaskConfig(name="GQA", train=path, validation=path, metric="exact_match", image_root=tmp_path)
+    task, problems = scan_task(config)
+    assert problems == []
+    (scored,) = evaluation_sets(config, "validation")
+    for found in (task.train, task.validation, scored.load()):
+        assert [own.id for own in found] == ["GQA0", "GQA1", "GQA2"]
+    _, problems = scan_task(config.model_copy(update={"name": "gqa"}))
+    (problem,) = set(problems)
+    assert problem.startswith(
+        f"{path}: its records name the tasks GQA, VQAv2 in 'task', and none 'gqa'; name the task as"
+    )
+    one = written(tmp_path, rows[:1] + rows[6:7], ".jsonl")  # a single name says nothing more than the file
+    assert len(scan_task(TaskConfig(name="a", train=one, auxiliary=True))[0].train) == 2
 
 
 @pytest.mark.parametrize(

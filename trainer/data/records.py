@@ -4,6 +4,7 @@ One record is ``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "valu
 JSON list or a JSONL file (Liu et al., "Visual Instruction Tuning", 2023). ``image`` (or ``images``) is a path relative
 to the task's image root, or a list of them; ``<image>`` in the human turns says where they go. Only "gpt" turns are
 supervised. A first turn from "system" is the system message. ``references`` lists further correct answers for scoring.
+``task`` is looked at where the records of a file name several.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.raw_json import Damage, elements
-from trainer.errors import UserError, first
+from trainer.errors import UserError, first, listed
 from trainer.files import write_whole
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -52,42 +53,56 @@ class Record:
         return list(self.references) or [self.turns[-1].answer]
 
 
-def read_records(path: Path, answered: bool = True) -> list[Record]:
+def read_records(path: Path, answered: bool = True, task: str = "") -> list[Record]:
     """Reads every record of a ``.json`` list or a ``.jsonl`` file, in file order.
 
     Args:
         answered: the last question of every record has its answer, without which nothing can be trained or scored. If
             False it may be missing, as in test sets whose answers are kept secret; it is empty then.
+        task: as in :func:`scan_records`.
 
     Raises:
         RecordError: the file is missing, is not JSON, or records are malformed or repeat an id, a line for each.
     """
-    records, problems = scan_records(path, answered)
+    records, problems = scan_records(path, answered, task=task)
     if problems:
         raise RecordError("\n".join(first(problems)))
     return records
 
 
-def scan_records(path: Path, answered: bool = True, unique_ids: bool = True) -> tuple[list[Record], list[str]]:
+def scan_records(
+    path: Path, answered: bool = True, unique_ids: bool = True, task: str = ""
+) -> tuple[list[Record], list[str]]:
     """The records of a file that can be used, in file order, and what is wrong with the others.
 
     Args:
         answered: as in :func:`read_records`.
         unique_ids: no two records have the same id, as scoring needs. If False they may, as in LLaVA's own files, and
             only records that are the same in everything are wrong.
+        task: of a file whose records name several tasks in ``task``, those of this one; of another file, all.
 
     Raises:
         RecordError: the file is missing, or is not a JSON list.
     """
-    records: list[Record] = []
+    found: list[tuple[str, Record, Any]] = []
     problems: list[str] = []
-    seen: dict[str | Record, str] = {}
     for where, raw in _raw_records(path):
         try:
-            record = _parse(_loads(raw, where) if isinstance(raw, bytes) else raw, where, answered)
+            value = _loads(raw, where) if isinstance(raw, bytes) else raw
+            found.append((where, _parse(value, where, answered), value.get("task")))
         except RecordError as error:
             problems.append(str(error))
-            continue
+    names = {name for *_, name in found if isinstance(name, str)}
+    if task and len(names) > 1:
+        found = [item for item in found if item[2] == task]
+        if not found:
+            problems.append(
+                f"{path}: its records name the tasks {listed(sorted(names))} in 'task', and none '{task}'; name the "
+                "task as they do, or take 'task' out of them"
+            )
+    records: list[Record] = []
+    seen: dict[str | Record, str] = {}
+    for where, record, _ in found:
         key = record.id if unique_ids else record
         if key in seen:
             again = "is already used by" if unique_ids else "and all else is the same as in"

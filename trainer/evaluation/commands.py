@@ -82,6 +82,7 @@ def evaluate(
         tuple(dict.fromkeys(metric or chosen.metrics)),
         max_new_tokens or chosen.max_new_tokens,
         limit,
+        task=chosen.task,
     )
     spec = EvaluationSpec(
         model_path=model.absolute(),
@@ -151,7 +152,8 @@ def _of_task(
         raise unknown_name("test set", test_set, files)
     features = run_dir / "features" if config.model.path == BUILT_IN else None
     metrics = task.scored_with(split)
-    return EvaluationSet(_NAME, (files[test_set],), task.image_root, metrics, task.max_new_tokens), features
+    own = EvaluationSet(_NAME, (files[test_set],), task.image_root, metrics, task.max_new_tokens, task=task.name)
+    return own, features
 
 
 def _check_choice(option: str, value: str | None, valid: tuple[str, ...]) -> None:

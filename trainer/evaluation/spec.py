@@ -25,6 +25,7 @@ class EvaluationSet:
         max_new_tokens: longest generated answer.
         limit: the first so many records of the files in their order; None is all.
         label: how errors call it; empty is by its name.
+        task: whose records they are, where those of a file name several tasks.
         part: which of several sets of the task it is; ``<name>@<part>.jsonl`` then gets the predictions.
     """
 
@@ -36,6 +37,7 @@ class EvaluationSet:
     limit: int | None = None
     label: str = ""
     part: str = ""
+    task: str = ""
 
     @property
     def key(self) -> str:
@@ -75,7 +77,7 @@ class EvaluationSet:
         records: list[Record] = []
         origin: dict[str, Path] = {}
         for path in self.files:
-            for record in read_records(path, answered=bool(self.metrics)):
+            for record in read_records(path, answered=bool(self.metrics), task=self.task):
                 if record.id in origin:
                     raise RecordError(f"{path}: id '{record.id}' is already used in {origin[record.id]}")
                 origin[record.id] = path

@@ -21,7 +21,14 @@ def evaluation_sets(task: TaskConfig, split: str) -> list[EvaluationSet]:
     metrics = task.scored_with(split)
     return [
         EvaluationSet(
-            task.name, (path,), task.image_root, metrics, task.max_new_tokens, label=task.title(split, part), part=part
+            task.name,
+            (path,),
+            task.image_root,
+            metrics,
+            task.max_new_tokens,
+            label=task.title(split, part),
+            part=part,
+            task=task.name,
         )
         for part, path in task.record_files(split).items()
     ]

@@ -8,9 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import yaml
-from tiny_training import make_trainer, read_csv, resume
+from tiny_training import collate, make_trainer, read_csv, resume, samples, tiny_model
 
+from cotbal_kernels import ConvergenceBalancer
 from trainer.balancing.registry import METHODS, Entry, read_options
 from trainer.config import parse_config
 
@@ -27,7 +29,7 @@ def method_rows() -> list[str]:
 
 def test_the_example_of_a_new_method_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The class as printed, registered by the line as printed."""
-    (code,) = blocks("python")
+    _, code = blocks("python")
     module = ModuleType("trainer.balancing.focus")
     exec(code, module.__dict__)
     monkeypatch.setitem(sys.modules, "trainer.balancing.focus", module)
@@ -46,6 +48,43 @@ def test_the_example_of_a_new_method_trains_and_resumes(tmp_path: Path, monkeypa
     expected = read_csv(tmp_path / "whole")
     assert read_csv(tmp_path / "cut") == expected
     assert len({tuple(row[1:]) for row in expected}) == 6
+
+
+def test_coba_in_a_loop_of_one_s_own() -> None:
+    """As printed; L_i(0) and the weights against CoBa fed with the losses of the unpatched model."""
+    code, _ = blocks("python")
+    validation, training = ([collate(samples(9, seed)) for seed in range(first, first + 6)] for first in (0, 6))
+    plain, model = tiny_model(), tiny_model()
+    names = {"torch": torch, "model": model, "K": 3, "M": 2, "device": "cpu", "training": training}
+    names |= {"validation": validation[:2], "optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}
+    used = []
+
+    def losses(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        batch = {key: torch.cat([one[key] for one in batches]) for key in batches[0]}
+        logits = plain(batch["input_ids"]).logits[:, :-1].transpose(1, 2)
+        entropy = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:], reduction="none")
+        own = [batch["loss_task_ids"] == k for k in range(3)]
+        return torch.stack([entropy[rows].sum() / (batch["labels"][rows, 1:] != -100).sum() for rows in own])
+
+    reference = ConvergenceBalancer(3, window=4, warmup=2)
+    reference.start(losses(validation[:2]).detach())
+    step = ConvergenceBalancer.step
+
+    def checked(balancer: ConvergenceBalancer, val_losses: torch.Tensor) -> torch.Tensor:
+        plain.load_state_dict(model.state_dict())
+        expected = losses([validation[len(used) % 2]]).detach()
+        torch.testing.assert_close(val_losses, expected, rtol=1e-5, atol=1e-6)
+        used.append((step(balancer, val_losses), step(reference, expected)))
+        return used[-1][0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConvergenceBalancer, "step", checked)
+        exec(code, names)
+    assert len(used) == 6
+    for weights, expected in used:
+        # Slopes of six losses near each other, which differ by 1e-6.
+        torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-3)
+    assert (used[-1][0] - 1).abs().max() > 0.1
 
 
 def test_the_configurations_are_valid() -> None:

@@ -227,7 +227,7 @@ def _run(
     from trainer.nodes import find_membership, follow
     from trainer.pipeline.algorithm1 import Pipeline
     from trainer.pipeline.built_in import planned_records
-    from trainer.pipeline.trainings import few_steps, plan
+    from trainer.pipeline.trainings import few_steps, plan, still_methods
 
     config = load_config(path, overrides)
     node = None if dry_run else find_membership(config.launch, node_rank, master)
@@ -240,17 +240,20 @@ def _run(
         from trainer.pipeline.planned_data import planned_data
 
         data = planned_data(config, pipeline.tasks)
-        records = {name: len(found) for name, found in data.tasks.items()}
+        records, validation = {name: len(found) for name, found in data.tasks.items()}, data.validation
         rows = plan(config, pipeline.trainings, records, data)
         typer.echo(f"{_plan_table(rows)}\n{report(config, rows, data, tflops, mfu)}")
     elif dry_run:
         rows = plan(config, pipeline.trainings, planned_records(config.built_in, pipeline.tasks))
+        balanced = [task for task in pipeline.tasks if not task.auxiliary]
+        validation = planned_records(config.built_in, balanced, "validation")
         typer.echo(_plan_table(rows))
     else:
         with writing(config.output_dir):
             typer.echo(f"report: {pipeline.run(overwrite)}")
         return
-    if warning := few_steps(rows):
+    still = still_methods(config, pipeline.trainings, [row["steps"] for row in rows], validation)
+    for warning in filter(None, (few_steps(rows), still)):
         typer.echo(warning)
     if (pipeline.run_dir / "stages").is_dir():
         typer.echo(pipeline.runner().summary())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer.balancing.registry import METHODS, SINGLE_TASK, check_name, is_cotbal, method_class
 from trainer.config import BUILT_IN, RunConfig
-from trainer.data.mixtures import Mixture
+from trainer.data.mixtures import Mixture, optimizer_steps
 from trainer.errors import UserError, unknown_name
 from trainer.files import write_json
 from trainer.launching import ERROR_FILE, SAVE_FILE, LaunchConfig, resolve_device
@@ -22,7 +22,7 @@ from trainer.pipeline.places import PLAN, last_step
 from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
-from trainer.pipeline.trainings import Training
+from trainer.pipeline.trainings import Training, counted_sequences, still_methods
 from trainer.training import TrainingSpec, complete_checkpoints
 
 # What a training leaves beside its model.
@@ -120,6 +120,13 @@ def train_once(
         check_run(config, config.model.path, output / "tasks.json", context)
         if validates:
             check_validation(config, config.model.path, context)
+        checked = json.loads((output / "tasks.json").read_text())["tasks"]
+        training, window = config.training, config.training.batch_size * config.launch.ranks
+        samples = sum(counted_sequences(config, checked).values())
+        steps = optimizer_steps(samples, window, training.epochs, training.gradient_accumulation_steps)
+        validation = {row["name"]: row["validation_records"] for row in checked if not row["auxiliary"]}
+        if warning := still_methods(config, list(trainings.values()), [steps] * len(trainings), validation):
+            progress.say(warning)
 
     def train(folder: Path, training: Training, context: StageContext) -> None:
         spec = TrainingSpec(

@@ -371,6 +371,20 @@ def test_ratios_of_validation_losses_are_over_those_of_the_start() -> None:
         np.testing.assert_allclose(weights, expected.numpy(), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("dwa", {"window": 4}, 8), ("igbv1", {"base_start": 3, "base_steps": 2}, 5), ("coba", {}, 5),
+        ("coba", {"warmup": 2, "window": 3}, 3), ("coba", {"warmup": 3, "variant": "mftcoder"}, 3), ("rlw", {}, 0),
+    ],
+)  # fmt: skip
+def test_steps_of_equal_weights_are_foreseen(name: str, options: dict[str, Any], expected: int) -> None:
+    assert method_class(name).equal_steps(read_options(name, options), validation_batches=4, interval=1) == expected
+    found = Recording(14, seed=1).play(make(name, options))
+    assert (found[:expected] == 1).all()
+    assert not (found[expected] == 1).all()
+
+
 class TestRlw:
     def draws(self, distribution: str, steps: int = 4000, seed: int = 0) -> Array:
         method = make("rlw", {"distribution": distribution}, seed=seed)

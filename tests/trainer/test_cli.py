@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -269,6 +270,25 @@ class TestDryRun:
         # 6 + 12 + 12 of Algorithm 1; the precise difficulty: 2 + 2 of minis and 8 + 8 of the models that STL needs too.
         assert proxies == pytest.approx((30 + 4 + 16) / 24, abs=0.005 + 1e-9)
         assert everything == pytest.approx((30 + 4 + 2 * (16 + 3 * 24)) / 24, abs=0.005 + 1e-9)
+
+    def test_methods_that_would_not_come_to_move_their_weights(
+        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path]
+    ) -> None:
+        """24 samples in batches of 4 are 6 steps. CoBa's warm-up is the 4 validation batches; its update behind that
+        comes 5 intervals after the start."""
+
+        def warned(**balancing: Any) -> list[str]:
+            config = write_config(run_data | {"balancing": balancing})
+            outcome = cotbal("run", config, "--dry-run", "--methods", "coba,dwa,igbv1,rlw", "--seeds", "2")
+            return re.findall("\nwarning: weights that stay equal for the whole training: (.*); shorten", outcome.out)
+
+        others = "dwa (the first 50 steps of 6), igbv1 (the first 200 steps of 6)"
+        assert warned() == [others]
+        assert warned(validation={"interval": 2}) == [f"coba (the first 10 steps of 6), {others}"]
+        assert warned(validation={"samples_per_task": 2, "interval": 2}) == [f"coba (the first 6 steps of 6), {others}"]
+        options = {"dwa": {"form": "epoch"}, "igbv1": {"base_start": 2, "base_steps": 4}}
+        assert warned(options=options) == ["igbv1 (the first 6 steps of 6)"]
+        assert warned(options=options | {"igbv1": {"base_start": 2, "base_steps": 3}}) == []
 
     @pytest.mark.parametrize("command", ["run", "demo"])
     def test_a_bad_method_is_named_before_anything_starts(

@@ -95,8 +95,11 @@ def test_a_method_of_the_file_or_of_the_command_line(
     config = write_config(run_data)
     outcome = cotbal("train", config, "--output", tmp_path / "a")
     assert (outcome.code, "note: CoBa kept the same weights for the whole training" in outcome.err) == (0, True)
+    # 24 samples in batches of 4; update 4, after step 4, is the first behind the warm-up. DWA has its windows after 8.
+    assert "warning: weights that stay equal" not in outcome.err
     outcome = cotbal("train", config, "--output", tmp_path / "b", "--method", "dwa")
     assert (outcome.code, "note" in outcome.err) == (0, False)
+    assert "warning: weights that stay equal for the whole training: dwa (the first 8 steps of 6)" in outcome.err
     assert [(spec.method, spec.options, spec.mixture) for spec in ran] == [
         ("coba", {"warmup": 3}, "all"), ("dwa", {"window": 4}, "all"),
     ]  # fmt: skip

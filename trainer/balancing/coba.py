@@ -36,14 +36,18 @@ class CoBa(BalancingMethod):
     options: CobaOptions
     needs = Needs(validation=True, initial=True)
 
+    @classmethod
+    def equal_steps(cls, options: CobaOptions, validation_batches: int, interval: int) -> int:
+        # Update u, from 0 on, comes before step u * interval + 1; that of the warm-up's end is the last equal one.
+        return (_warmup(options, validation_batches) + (options.variant != "mftcoder")) * interval
+
     def __init__(self, context: MethodContext, options: MethodOptions) -> None:
         super().__init__(context, options)
-        batches = max(1, context.validation_batches)
-        window, warmup = self.options.window, self.options.warmup
+        window = self.options.window
         self._balancer = ConvergenceBalancer(
             context.num_tasks,
-            window=2 * batches if window is None else window,
-            warmup=batches if warmup is None else warmup,
+            window=2 * max(1, context.validation_batches) if window is None else window,
+            warmup=_warmup(self.options, context.validation_batches),
             temperature=self.options.temperature,
             variant=self.options.variant,
             device=context.device,
@@ -61,3 +65,7 @@ class CoBa(BalancingMethod):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._balancer.load_state_dict(state["balancer"])
+
+
+def _warmup(options: CobaOptions, validation_batches: int) -> int:
+    return max(1, validation_batches) if options.warmup is None else options.warmup

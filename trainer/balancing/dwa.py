@@ -40,6 +40,10 @@ class DynamicWeightAverage(BalancingMethod):
     needs = Needs(losses=True)
     stateful = ("history", "epochs")
 
+    @classmethod
+    def equal_steps(cls, options: DwaOptions, validation_batches: int, interval: int) -> int:
+        return 2 * options.window if options.form == "iteration" else 0
+
     def __init__(self, context: MethodContext, options: MethodOptions) -> None:
         super().__init__(context, options)
         # Rows of loss sums and tokens [., 2, N]: one per step, or one per epoch, the last one unfinished.

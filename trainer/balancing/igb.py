@@ -38,6 +38,10 @@ class ImprovableGapBalancing(BalancingMethod):
     needs = Needs(losses=True)
     stateful = ("base", "last")
 
+    @classmethod
+    def equal_steps(cls, options: IgbOptions, validation_batches: int, interval: int) -> int:
+        return options.base_start + options.base_steps
+
     def __init__(self, context: MethodContext, options: MethodOptions) -> None:
         super().__init__(context, options)
         self.base = torch.zeros(2, context.num_tasks, dtype=torch.float64, device=context.device)  # sums and tokens

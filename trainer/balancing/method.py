@@ -138,6 +138,17 @@ class BalancingMethod:
     needs: ClassVar[Needs] = Needs()
     stateful: ClassVar[tuple[str, ...]] = ()
 
+    @classmethod
+    def equal_steps(cls, options: Any, validation_batches: int, interval: int) -> int:
+        """Steps with equal weights before the first that the method chooses, as far as they are known beforehand.
+
+        Args:
+            options: an instance of ``Options``.
+            validation_batches: as in :class:`MethodContext`.
+            interval: steps between two validations.
+        """
+        return 0
+
     def __init__(self, context: MethodContext, options: MethodOptions) -> None:
         self.context = context
         self.options = options

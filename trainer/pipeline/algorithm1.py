@@ -19,7 +19,6 @@ train-<name>, test-<name>, train-stl-<i>, test-stl-<i>, results
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,15 @@ from trainer.pipeline.places import PLAN, Places, environment, last_step, weight
 from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
-from trainer.pipeline.trainings import Training, few_steps, list_trainings, plan, weight_variants
+from trainer.pipeline.trainings import (
+    Training,
+    counted_sequences,
+    few_steps,
+    list_trainings,
+    plan,
+    still_methods,
+    weight_variants,
+)
 from trainer.report import build_report
 from trainer.task_config import TaskConfig
 from trainer.training import TrainingSpec, complete_checkpoints
@@ -276,15 +283,14 @@ class Pipeline:
         self._warn_of_few_steps()
 
     def _warn_of_few_steps(self) -> None:
-        """From what the check has counted; full sequences stand for packed ones, which makes it a lower bound."""
-        sizes = {
-            row["name"]: math.ceil(row["tokens"] / self.config.model.max_length)
-            if self.config.training.packing
-            else row["train_records"] - row["dropped_records"]
-            for row in json.loads((self.run_dir / "tasks.json").read_text())["tasks"]
-        }
-        if warning := few_steps(plan(self.config, self.trainings, sizes)):
-            self.progress.say(warning)
+        """From what the check has counted."""
+        checked = json.loads((self.run_dir / "tasks.json").read_text())["tasks"]
+        rows = plan(self.config, self.trainings, counted_sequences(self.config, checked))
+        validation = {row["name"]: row["validation_records"] for row in checked if not row["auxiliary"]}
+        steps = [row["steps"] for row in rows]
+        for warning in (few_steps(rows), still_methods(self.config, self.trainings, steps, validation)):
+            if warning:
+                self.progress.say(warning)
 
     def _check_validation(self, context: StageContext) -> None:
         check_validation(self.resolved, self.model_path, context)

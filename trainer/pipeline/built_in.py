@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from trainer.config import RunConfig
 from trainer.data.built_in import BUILT_IN_TASKS, Sizes, write_built_in_tasks, write_pretraining
+from trainer.data.built_in.catalogue import Split
 from trainer.data.built_in.drawing import SIDE
 from trainer.data.records import IMAGE_PLACEHOLDER
 from trainer.task_config import BuiltInTasksConfig, TaskConfig
@@ -50,10 +51,10 @@ def task_configs(directory: Path, options: BuiltInTasksConfig) -> list[TaskConfi
     ]
 
 
-def planned_records(options: BuiltInTasksConfig, tasks: list[TaskConfig]) -> dict[str, int]:
-    """Training records of every built-in task, which are still to be written."""
+def planned_records(options: BuiltInTasksConfig, tasks: list[TaskConfig], split: Split = "train") -> dict[str, int]:
+    """Records of every built-in task, which are still to be written."""
     sizes = built_in_sizes(options)
-    return {task.name: sizes.of(task.name, "train") for task in tasks}
+    return {task.name: sizes.of(task.name, split) for task in tasks}
 
 
 def write_data(directory: Path, options: BuiltInTasksConfig, seed: int, context: StageContext) -> None:

@@ -33,10 +33,11 @@ class Planned:
 
 @dataclass(frozen=True)
 class PlannedData:
-    """Every training record of every task, and how it was counted."""
+    """Every training record of every task, how it was counted, and validation records of every balanced task."""
 
     tasks: Mapping[str, Sequence[Planned]]
     source: str
+    validation: Mapping[str, int]
 
 
 def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
@@ -59,10 +60,13 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
             except UserError:
                 pass
     planned: dict[str, list[Planned]] = {}
+    validation: dict[str, int] = {}
     sampled = False
     for task_config in tasks:
         task = load_task(task_config)
         records = task.train
+        if not task_config.auxiliary:
+            validation[task.name] = len(task.validation)
         chosen = _spread(records)
         count = len(chosen)
         sampled |= count < len(records)
@@ -86,7 +90,8 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
         f"estimated: {_CHARACTERS_PER_TOKEN:g} characters a token, {image_tokens} tokens an image (no tokenizer at "
         f"'{config.model.path}' on this machine)"
     )  # fmt: skip
-    return PlannedData(planned, how + (f", from {MEASURED:,} records of each larger task" if sampled else ""))
+    how += f", from {MEASURED:,} records of each larger task" if sampled else ""
+    return PlannedData(planned, how, validation)
 
 
 def _spread(records: Sequence[Record]) -> list[Record]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,6 +135,17 @@ def plan(
     return rows
 
 
+def counted_sequences(config: RunConfig, checked: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Training samples of every task from the rows of ``tasks.json``; full sequences stand for packed ones, which makes
+    it a lower bound."""
+    return {
+        row["name"]: math.ceil(row["tokens"] / config.model.max_length)
+        if config.training.packing
+        else row["train_records"] - row["dropped_records"]
+        for row in checked
+    }
+
+
 def few_steps(rows: Sequence[dict[str, Any]]) -> str | None:
     """A warning about the trainings of a plan that have few optimizer steps, the shortest first; None without any."""
     short = sorted((row for row in rows if row["steps"] < FEW_STEPS), key=lambda row: row["steps"])
@@ -144,4 +156,29 @@ def few_steps(rows: Sequence[dict[str, Any]]) -> str | None:
         f"warning: fewer than {FEW_STEPS} optimizer steps, which teach little: {named}; lower training.batch_size or "
         "training.gradient_accumulation_steps, or raise training.epochs or, for mini, plus-* and alone-*, "
         "cotbal.mini_ratio"
+    )
+
+
+def still_methods(
+    config: RunConfig, trainings: Sequence[Training], steps: Sequence[int], validation: Mapping[str, int]
+) -> str | None:
+    """A warning about methods that never come to weights of their own in as many steps; None without any.
+
+    Args:
+        steps: of each of the trainings.
+        validation: validation records of every balanced task.
+    """
+    options = config.balancing.validation
+    batches = -(-max(validation.values(), default=0) // options.samples_per_task)
+    named = []
+    for training, own_steps in zip(trainings, steps, strict=True):
+        method, chosen = method_class(training.method), read_options(training.method, training.options)
+        equal = method.equal_steps(chosen, batches, options.interval)
+        if equal >= own_steps > 0 and not training.repetition:
+            named.append(f"{training.name} (the first {equal} steps of {own_steps})")
+    if not named:
+        return None
+    return (
+        f"warning: weights that stay equal for the whole training: {listed(named)}; shorten the windows or the warm-up "
+        "in balancing.options, or train longer"
     )

@@ -202,11 +202,15 @@ class TaskWeighting(TrainerCallback):
         return task_normalizer(self.weights, tokens_K, self.method.options.aggregation)
 
     def _start_csv(self, step: int) -> None:
-        """Keeps the header and the steps up to `step`, the one that the training continues from."""
-        rows = []
+        """Keeps the header and the steps up to `step`, the one that the training continues from.
+
+        Of a row that a kill cut off, even the number of the step may be another one.
+        """
+        rows, columns = [], 1 + len(self.tasks.names)
         if self._csv_path.exists():
             with self._csv_path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) <= step]
+                whole = [row for row in csv.reader(file) if len(row) == columns and row[0].isdigit()]
+            rows = [row for row in whole if int(row[0]) <= step]
         kept = io.StringIO(newline="")
         csv.writer(kept).writerows([["step", *self.tasks.names], *rows])
         write_whole(self._csv_path, kept.getvalue())

@@ -175,6 +175,10 @@ def test_the_papers_setting(cotbal: Any, write_records: Any, llava_folder: Path)
     memory = {"parameters": 2 * total / 8, "gradients": 2 * trained / 8, "optimizer states": 12 * trained / 8}
     for name, size in memory.items():
         assert printed(rf"[=+] {name} ([\d.]+)", out) == pytest.approx(size / GIB, abs=0.005), name
+    disk = {"20 models": 20 * 2 * total, "3 checkpoints": 3 * (2 * total + 2 * CLIP + 12 * trained)}
+    for name, size in disk.items():
+        assert printed(rf"[=+] {name} ([\d.]+)", out) == pytest.approx(size / GIB, abs=0.005), name
+    assert printed(r"disk at most: an estimate, ([\d.]+)", out) == pytest.approx(sum(disk.values()) / GIB, abs=0.05)
     inputs = 16 * 2048 * 4096 * 2 + 32_064 * 4096 * 2  # of the loss, and the gradient of its weight
     assert printed(r"loss at most ([\d.]+)", out) == pytest.approx((512 * 2**20 + inputs) / GIB, abs=0.005)
     assert 15 * total / 8 < sum(memory.values()) < 16 * total / 8  # 16 but for the frozen encoder
@@ -209,6 +213,7 @@ def test_lora_on_one_gpu(cotbal: Any, write_records: Any, llava_folder: Path) ->
     memory = {"parameters": 2 * (total + trained), "gradients": 2 * trained, "optimizer states": 12 * trained}
     for name, size in memory.items():
         assert printed(rf"[=+] {name} ([\d.]+)", out) == pytest.approx(size / GIB, abs=0.005), name
+    assert printed(r" 3 checkpoints ([\d.]+)", out) == pytest.approx(3 * 16 * trained / GIB, abs=0.005)
     whole = printed(r"an estimate, ([\d.]+) GiB", out)
     assert 20 < whole < 80  # of the one GPU
     tokens = sum(tokens for tokens, _ in counted)
@@ -258,6 +263,9 @@ def test_several_machines(cotbal: Any, write_records: Any, llava_folder: Path) -
     hours = [float(row[3]) for row in table(four, "samples").values()]
     at_once = printed(r"at least ([\d.]+) with 2 at once", four)
     assert at_once == pytest.approx(max(sum(hours) / 2, max(hours)), abs=0.006)
+    assert printed(r" 6 checkpoints ([\d.]+)", four) == pytest.approx(
+        2 * printed(r" 3 checkpoints ([\d.]+)", one), abs=0.02
+    )
     assert "at once" not in one
     assert "on 16 GPU(s) of 100 TFLOP/s" in four
 

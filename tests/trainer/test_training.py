@@ -20,7 +20,8 @@ from trainer.errors import UserError
 from trainer.files import write_json
 from trainer.launching import LaunchConfig, TrainingFailedError, run_training
 from trainer.loop.callbacks import COMPLETE
-from trainer.models.loading import load_processor
+from trainer.models.loading import load_config, load_processor
+from trainer.pipeline.estimate import model_size, space_on_disk
 from trainer.tasks import load_task
 from trainer.training import TrainingSpec, newest_checkpoint
 
@@ -217,6 +218,10 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(run_data: dict[str,
         pass
     newest = newest_checkpoint(interrupted, world_size=1)
     assert newest is not None
+    size = model_size(load_config(run_data["model"]["path"]), parse_config(run_data, "x").model)
+    (_, three), files = space_on_disk(size, parse_config(run_data, "x"), 1).items(), newest.rglob("*")
+    written = sum(path.stat().st_size for path in files if path.name.endswith(("_states.pt", ".safetensors")))
+    assert three[1] / 3 == pytest.approx(written, rel=0.05)  # names and shapes, of a model that is small
     (newest / COMPLETE).unlink()
     for file in newest.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])

@@ -1,4 +1,4 @@
-"""What a run would need: GPU memory and hours, from the model's configuration alone (``cotbal run --dry-run``).
+"""What a run would need: memory, disk and hours, from the model's configuration alone (``cotbal run --dry-run``).
 
 Parameters are counted on the meta device, so nothing is downloaded or allocated. Everything else is arithmetic with
 the assumptions written beside it; no number here was measured.
@@ -99,11 +99,9 @@ def memory_per_gpu(size: ModelSize, config: RunConfig) -> dict[str, float]:
     """Bytes on one GPU by purpose, at the longest batch; what the allocator and the driver keep comes on top."""
     training, gpus = config.training, config.launch.ranks
     stage = training.zero_stage
-    number = 2 if training.precision == "bf16" else 4
+    number = _number(config)
     added = size.trained if config.model.lora is not None else 0  # beside the model's own parameters
     tokens = training.batch_size * config.model.max_length
-    # AdamW's two moments, and the float32 master copy that DeepSpeed keeps of what a ZeRO stage shards or bf16 rounds.
-    states = 12 if stage >= 1 or training.precision == "bf16" else 8
     layer = 8 * size.hidden + 2 * size.key_value + 4 * size.intermediate  # numbers a token leaves, with a gated MLP
     kept = size.layers * layer
     if training.gradient_checkpointing:
@@ -111,7 +109,7 @@ def memory_per_gpu(size: ModelSize, config: RunConfig) -> dict[str, float]:
     memory = {
         "parameters": (size.total + added) * number / (gpus if stage == 3 else 1),
         "gradients": size.trained * number / (gpus if stage >= 2 else 1),
-        "optimizer states": size.trained * states / (gpus if stage >= 1 else 1),
+        "optimizer states": size.trained * _states(config) / (gpus if stage >= 1 else 1),
         "activations": float(tokens * kept * number),
         "loss at most": LOSS_WORKSPACE
         + float(tokens * size.hidden * number)
@@ -133,10 +131,41 @@ def memory_of_host(size: ModelSize, config: RunConfig) -> dict[str, float]:
     training = config.training
     memory = {"optimizer states": 12.0 * size.trained, "gradients": 4.0 * size.trained}  # float32
     if training.offload == "parameters":
-        memory["parameters"] = (2.0 if training.precision == "bf16" else 4.0) * size.total
+        memory["parameters"] = float(_number(config) * size.total)
     if training.offload == "none":
         return {}
     return {purpose: size / config.launch.nodes_per_training for purpose, size in memory.items()}
+
+
+def space_on_disk(size: ModelSize, config: RunConfig, trainings: int) -> dict[str, float]:
+    """Bytes in the run's folder by purpose: the model of every training, and checkpoints of those that run at once.
+
+    A checkpoint has the model as transformers saves it, DeepSpeed's copy of it (under ZeRO-3 of frozen parameters
+    alone), and the optimizer states; with LoRA nothing of what is frozen. Two are kept, and the next one is written
+    before the older goes.
+    """
+    number, states = _number(config), _states(config)
+    if config.model.lora is not None:
+        checkpoint = (2 * number + states) * size.trained
+    else:
+        copied = size.total - size.trained if config.training.zero_stage == 3 else size.total
+        checkpoint = number * (size.total + copied) + states * size.trained
+    checkpoints = 3 * min(config.launch.slots, trainings)
+    return {
+        f"{trainings} models": float(trainings * number * size.total),
+        f"{checkpoints} checkpoints": float(checkpoints * checkpoint),
+    }
+
+
+def _number(config: RunConfig) -> int:
+    """Bytes of a parameter in training and on disk."""
+    return 2 if config.training.precision == "bf16" else 4
+
+
+def _states(config: RunConfig) -> int:
+    """Bytes of AdamW's two moments, and of the float32 master copy that DeepSpeed keeps of what a ZeRO stage shards or
+    bf16 rounds."""
+    return 12 if config.training.zero_stage >= 1 or config.training.precision == "bf16" else 8
 
 
 def training_flop(size: ModelSize, tokens: int, pixels: int, forwards: int = 0) -> float:
@@ -167,7 +196,7 @@ def peak_tflops() -> tuple[float, str]:
 def report(
     config: RunConfig, rows: Sequence[dict[str, Any]], data: PlannedData, tflops: float | None, mfu: float
 ) -> str:
-    """Tokens, memory and hours of the planned trainings, as lines to print.
+    """Tokens, memory, disk and hours of the planned trainings, as lines to print.
 
     Args:
         rows: of ``trainings.plan``, with sequences, tokens and pixels.
@@ -198,11 +227,11 @@ def report(
         lines.append(f"{row['training']:<{width}}{numbers}")
     lines.append(f"tokens are {data.source}; all epochs")
     if not size and config.model.path == BUILT_IN:
-        lines.append("memory and hours: not for the built-in model, which the run makes")
+        lines.append("memory, disk and hours: not for the built-in model, which the run makes")
         return "\n".join(lines)
     if not size:
         lines.append(
-            f"memory and hours: no config.json of '{config.model.path}' on this machine; "
+            f"memory, disk and hours: no config.json of '{config.model.path}' on this machine; "
             "give a local folder with --set model.path=FOLDER"
         )
         return "\n".join(lines)
@@ -222,6 +251,7 @@ def report(
     for place, memory in {
         where: memory_per_gpu(size, config),
         "memory of the host": memory_of_host(size, config),
+        "disk at most": space_on_disk(size, config, len(rows)),
     }.items():
         if memory:
             parts = " + ".join(f"{name} {value / GIB:.2f}" for name, value in memory.items())

@@ -86,6 +86,11 @@ class TestMembership:
         for name, value in SLURM.items():
             monkeypatch.setenv(name, value)
         assert find_membership(LaunchConfig()) == Membership()
+        monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")  # of a job of four
+        assert find_membership(LaunchConfig()) == Membership()
+        monkeypatch.setenv("SLURM_STEP_NUM_NODES", "4")
+        with pytest.raises(UserError, match=r"on 4 machines and launch\.nodes is 1: .* set launch\.nodes to 4"):
+            find_membership(LaunchConfig())
         with pytest.raises(UserError, match=r"say how many with launch\.nodes"):
             find_membership(LaunchConfig(), 0, None)
 

@@ -50,6 +50,12 @@ def find_membership(launch: LaunchConfig, rank: int | None = None, master: str |
     if launch.nodes == 1:
         if rank is not None or master is not None:
             raise UserError("--node-rank and --master are for several machines; say how many with launch.nodes")
+        started = os.environ.get("SLURM_STEP_NUM_NODES", "1")
+        if started != "1":  # a lock would not keep them apart on every shared file system
+            raise UserError(
+                f"SLURM has started this on {started} machines and launch.nodes is 1: each would do the whole run, in "
+                f"the same folder; set launch.nodes to {started}, or start it on one with srun --nodes=1"
+            )
         return Membership()
     if rank is None:
         rank = _rank(launch.nodes)

@@ -51,6 +51,8 @@ def unavailable_reason(device: torch.device | None) -> str | None:
     """Why this backend cannot run on a device (None: on none of this machine), or None."""
     if not torch.cuda.is_available():
         return "it needs a CUDA device (use backend='portable' on a CPU)"
+    if torch.version.hip is not None:  # there a "CUDA device" is one of AMD, whose capability is another number
+        return "its kernels are for NVIDIA GPUs and this torch was built for ROCm (use backend='portable')"
     capability = compute_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"

@@ -174,6 +174,7 @@ def test_errors_of_values_come_through_compile() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(use_reentrant: bool) -> None:
+    """And saved tensors that wait on the host."""
     p = make_problem()
 
     def loss(hidden, weight):
@@ -184,6 +185,10 @@ def test_checkpoint(use_reentrant: bool) -> None:
     checkpoint(loss, *inputs, use_reentrant=use_reentrant).backward()
     assert torch.equal(p.hidden.grad, wanted[0])
     assert torch.equal(p.weight.grad, wanted[1])
+    with torch.autograd.graph.save_on_cpu():
+        offloaded = loss(*inputs)
+    for a, b in zip(torch.autograd.grad(offloaded * 2, inputs), wanted, strict=True):
+        assert torch.equal(a, 2 * b)
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -285,6 +290,9 @@ def test_the_device_of_the_tensors_decides_and_not_the_current_one(monkeypatch: 
                 backends.resolve_backend(name, old)
     assert backends.resolve_backend("auto", new) == "triton"
     assert backends.resolve_backend("auto", old) == "portable"
+    monkeypatch.setattr(backends, "_ready", set())
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # a "CUDA device" of ROCm
+    assert backends.resolve_backend("auto", new) == "portable"
     asked: list[tuple[int, int]] = []
     cuda_kernels.load.cache_clear()
     monkeypatch.setattr(cuda_kernels, "_load", functools.cache(asked.append))

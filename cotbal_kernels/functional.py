@@ -316,6 +316,8 @@ def _as_tensor(number: Tensor | float, like: Tensor) -> Tensor:
     """A float32 tensor on the device of ``like``."""
     if isinstance(number, Tensor):
         return number.to(like.device, torch.float32)
+    if torch.compiler.is_compiling():  # a number that fills a tensor would be a new graph each time it changes
+        return number * torch.ones((), dtype=torch.float32, device=like.device)
     # Filled where it is used: a copy of a number to a GPU waits for the device, and no CUDA graph can capture it.
     return torch.full((), number, dtype=torch.float32, device=like.device)
 

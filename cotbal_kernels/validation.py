@@ -195,13 +195,13 @@ def check_options(
         require_integer("chunk_size", chunk_size)
     if normalizer is not None:
         _check_normalizer(normalizer, aggregation, num_tasks)
-    if not (logit_scale > 0 and math.isfinite(logit_scale)):
+    if not 0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be a finite number > 0, got {logit_scale}")
     if logit_softcap is not None and not 1e-30 <= logit_softcap <= 1e30:  # kernels multiply by its reciprocal
         raise ValueError(f"logit_softcap must be None or a number from 1e-30 to 1e30, got {logit_softcap}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-    if not (z_loss >= 0 and math.isfinite(z_loss)):
+    if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be a finite number >= 0, got {z_loss}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be None or a positive number of rows, got {chunk_size}")
@@ -231,11 +231,7 @@ def _check_normalizer(normalizer: Tensor | float, aggregation: str, num_tasks: i
             "normalizer must be a [K] tensor of denominators T_k * sum(lambda) with aggregation='task' "
             f"(see global_normalizer), got {normalizer!r}"
         )
-    if (
-        isinstance(normalizer, bool)
-        or not isinstance(normalizer, (int, float))
-        or not (normalizer >= 0 and math.isfinite(normalizer))
-    ):
+    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)) or not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer must be None, a tensor or a finite number >= 0, got {normalizer!r}")
 
 

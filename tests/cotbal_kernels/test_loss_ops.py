@@ -145,6 +145,24 @@ def test_compile_fullgraph(aggregation: str) -> None:
             assert error(a, b) <= FP32
 
 
+def test_compile_with_a_number_that_changes_from_step_to_step() -> None:
+    """The second value makes the normalizer an input of the graph; no other one compiles again."""
+    torch._dynamo.reset()
+    p = make_problem()
+    compiled = torch.compile(
+        lambda hidden, normalizer: linear_task_cross_entropy(hidden, *p.tensors[1:], normalizer=normalizer).loss,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for step, normalizer in enumerate((3.0, 5.0, 7.5, 11.25)):
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            found = compiled(p.hidden, normalizer)
+        wanted = reference_linear_task_cross_entropy(*p.tensors, normalizer=normalizer)
+        assert error(found, wanted.loss) <= FP32
+        (actual,) = torch.autograd.grad(found, p.hidden)
+        assert error(actual, torch.autograd.grad(wanted.loss, p.hidden)[0]) <= FP32
+
+
 def test_compile_of_existing_logits() -> None:
     torch._dynamo.reset()
     p = make_problem()

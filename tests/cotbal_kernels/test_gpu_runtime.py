@@ -190,6 +190,22 @@ def test_on_another_stream(backend: str, options: dict[str, Any]) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", MODES, ids=name)
+def test_on_another_device_than_the_current_one(backend: str, options: dict[str, Any]) -> None:
+    require(backend)
+    p = problem(backend)
+    moved = {name: value.detach().to("cuda:1").requires_grad_(value.requires_grad) for name, value in vars(p).items()}
+    p = Problem(**moved)
+    with torch.cuda.device(1):
+        wanted = step(p, p.labels, backend, options)
+    with torch.cuda.device(0):
+        found = step(p, p.labels, backend, options)
+        assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", MODES[:2], ids=name)
 def test_autocast_is_casting_by_hand(backend: str, options: dict[str, Any]) -> None:

@@ -109,6 +109,32 @@ def qwen3_vl() -> Made:
     return _qwen("Qwen3VL", {"head_dim": 8, "rope": {"mrope_interleaved": True}}, vision)
 
 
+def ernie4_5_vl() -> Made:
+    """A mixture of experts that is told two types of each token: images and text have experts of their own."""
+    named = {
+        f"{kind}{part}_token": f"<|{(kind + (part or '_placeholder')).upper()}|>"
+        for kind in ("image", "video") for part in ("", "_start", "_end")
+    }  # fmt: skip
+    tokenizer = make_tokenizer(["<|im_start|>", "<|im_end|>"], named)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    language = _text(
+        tokenizer, "Ernie4_5_VLMoeTextConfig", rope_parameters=rope, moe_intermediate_size=[32, 16], moe_k=2,
+        moe_num_experts=4, moe_num_shared_experts=1, mlp_layer_types=["dense", "sparse"],
+    )  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2,
+        "intermediate_size": 64, "temporal_merge_size": 2,
+    }  # fmt: skip
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
+    config = transformers.Ernie4_5_VLMoeConfig(text_config=language, vision_config=vision, **ids)
+    images = make_image_processor(
+        "ernie4_5_vl_moe", "Ernie4_5_VLMoeImageProcessorPil", size={"shortest_edge": 1024, "longest_edge": 16384},
+        patch_size=8, merge_size=2,
+    )  # fmt: skip
+    template = CHATML.replace("IMAGE", "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>")
+    return config, _processor("Ernie4_5_VLMoeProcessor", images, tokenizer, None, chat_template=template)
+
+
 def gemma3() -> Made:
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     tokenizer = make_tokenizer(["<start_of_turn>", "<end_of_turn>"], named, bos="<bos>")
@@ -208,7 +234,8 @@ def idefics3() -> Made:
 
 
 FAMILIES: dict[str, Callable[[], Made]] = {
-    make.__name__: make for make in (qwen2_5_vl, qwen3_vl, gemma3, llava_next, llava_onevision, internvl, idefics3)
+    make.__name__: make
+    for make in (qwen2_5_vl, qwen3_vl, ernie4_5_vl, gemma3, llava_next, llava_onevision, internvl, idefics3)
 }
 
 
@@ -217,7 +244,8 @@ def make(family: str) -> tuple[Any, Any]:
     config, processor = FAMILIES[family]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.AutoModelForImageTextToText.from_config(config).double().eval()
+        made = transformers.AutoModelForImageTextToText.from_config(config, experts_implementation="eager")
+        model = made.double().eval()  # other implementations of experts are not for float64
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)

@@ -181,13 +181,14 @@ def test_tokens_are_counted_without_decoding_an_image(family: Family, tmp_path: 
 def test_patches_of_images_are_counted_for_the_dry_run(family: Family) -> None:
     """As many as the model's own patch embedding makes of them, tiles and sizes included."""
     embeddings = [
-        module for module in family.model.modules()
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)) and module.kernel_size == module.stride
+        module for name, module in family.model.named_modules()
+        if (isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)) and module.kernel_size == module.stride)
+        or (isinstance(module, torch.nn.Linear) and name.endswith("patch_embed.proj"))
     ]  # fmt: skip
     assert len(embeddings) == 1
     seen: list[int] = []
     handle = embeddings[0].register_forward_hook(
-        lambda module, args, out: seen.append(out.numel() // module.out_channels)
+        lambda module, args, out: seen.append(out.numel() // module.weight.shape[0])
     )
     images = token_counter(family.processor, 4096).features
     assert isinstance(images, ImageLengths)

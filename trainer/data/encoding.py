@@ -27,12 +27,12 @@ from trainer.data.records import IMAGE_PLACEHOLDER, Record
 from trainer.errors import UserError
 
 IGNORE_INDEX = -100
-_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_TOKEN_TYPES = "token_type_ids"  # ends the names of inputs that tell tokens apart, one number for each
 _UNSUPPORTED = {
     "cross_attention_mask": "it attends to images outside of the sequence",
     "labels": "its prompts attend in both directions, and it marks them by itself",
 }
-_TEXT_INPUTS = {"input_ids", "attention_mask", *_TOKEN_TYPES}
+_TEXT_INPUTS = ("input_ids", "attention_mask")
 
 
 class TooLongError(UserError):
@@ -293,8 +293,10 @@ class ConversationEncoder:
                     "model whose images are tokens and whose attention is the same in training as in generation"
                 )
         # Some tokenizers give types of their own, all 0, which models of images know nothing of.
-        types = {name: out[name][0].tolist() for name in _TOKEN_TYPES if name in out and out[name].any()}
-        inputs = {name: value for name, value in out.items() if name not in _TEXT_INPUTS}
+        types = {name: row[0].tolist() for name, row in out.items() if name.endswith(_TOKEN_TYPES) and row.any()}
+        inputs = {
+            name: value for name, value in out.items() if name not in _TEXT_INPUTS and not name.endswith(_TOKEN_TYPES)
+        }
         return _Piece(out["input_ids"][0].tolist(), inputs, types)
 
     def _with_features(self, text: str, features: list[Tensor], special: bool = False) -> _Piece:

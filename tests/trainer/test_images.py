@@ -200,6 +200,21 @@ def test_settings_of_an_image_processor(family: str, options: dict[str, Any], wa
     assert (found, found < whole) == (wanted, True)
 
 
+@pytest.mark.parametrize(
+    ("family", "options"), [("gemma3", {"do_pan_and_scan": True}), ("internvl", {"crop_to_patches": False})]
+)
+def test_a_setting_that_the_processor_overrules(family: str, options: dict[str, Any]) -> None:
+    """Refused, since it would change nothing: a wide image has as many tokens as without it."""
+    processor = FAMILIES[family]()[1]
+    (name, value), size = next(iter(options.items())), [(2000, 300)]
+    with pytest.raises(UserError, match=rf"a {type(processor).__name__} sets {name} to {not value} whatever its image"):
+        set_image_options(processor, options, "x")
+    whole = ConversationEncoder(processor, 4096).blank_image(size).input_ids
+    setattr(processor.image_processor, name, value)
+    assert ConversationEncoder(processor, 4096).blank_image(size).input_ids == whole
+    set_image_options(processor, {name: not value}, "x")
+
+
 def test_a_setting_that_is_none(pixel_model: Path) -> None:
     with pytest.raises(
         UserError, match=r"unknown setting of CLIPImageProcessorPil .* 'do_cente_crop' \(did you mean 'do_c"

@@ -29,7 +29,8 @@ def set_image_options(processor: Any, options: Mapping[str, Any], path: str) -> 
         path: of the model, for errors.
 
     Raises:
-        UserError: the model reads no images, or its image processor has no such setting, or not with this value.
+        UserError: the model reads no images, its image processor has no such setting, or not with this value, or the
+            processor sets it to another in every call.
     """
     own = getattr(processor, "image_processor", None)
     if own is None:
@@ -38,10 +39,21 @@ def set_image_options(processor: Any, options: Mapping[str, Any], path: str) -> 
     for name in options:
         if name not in known:
             raise unknown_name(f"setting of {type(own).__name__} in model.images.options:", name, known)
+        if name in (fixed := _set_in_every_call(processor)) and fixed[name] != options[name]:
+            raise UserError(
+                f"model.images.options: a {type(processor).__name__} sets {name} to {fixed[name]} whatever its image "
+                f"processor says, so {options[name]} would change nothing; leave it out"
+            )
     try:
         processor.image_processor = type(own).from_dict(own.to_dict(), **options)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"model.images.options: {type(own).__name__} does not take {dict(options)}: {error}") from error
+
+
+def _set_in_every_call(processor: Any) -> dict[str, Any]:
+    """Settings that a processor hands to its image processor, which go before that one's own."""
+    older = getattr(getattr(processor, "valid_processor_kwargs", None), "_defaults", {})
+    return {**older.get("images_kwargs", {}), **(getattr(processor, "images_kwargs", None) or {})}
 
 
 def pad_to_square(processor: Any, path: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,10 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from trainer.data.records import IMAGE_PLACEHOLDER, Turn
 from trainer.errors import UserError
+
+# What templates that write the date take for today, or trainings of one run would differ by the day they ran on. It is
+# the one that Llama 3's templates write where they are told none.
+TODAY = datetime(2024, 7, 26)
 
 
 class Part(NamedTuple):
@@ -208,7 +213,12 @@ class ChatTemplate:
         special = self.tokenizer.special_tokens_map
         return [
             render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **special
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                strftime_now=TODAY.strftime,
+                **special,
             )
             for messages in conversations
         ]

@@ -122,6 +122,10 @@ def misspelt_freeze(data: dict[str, Any], folder: Path) -> None:
     data["model"]["freeze"] = ["visoin"]
 
 
+def freeze_of_everything(data: dict[str, Any], folder: Path) -> None:
+    data["model"]["freeze"] = ["model.", "lm_head"]
+
+
 def longer(row: dict[str, Any]) -> None:
     row["conversations"][0]["value"] += 200 * " what"
 
@@ -206,6 +210,7 @@ BAD = [
     (long_test_under_perplexity, ["task 'colour', test set ", "colour_test.jsonl: record 'colour-test-1': its images"]),
     (long_validation_for_a_method_that_trains_on_it, ["task 'colour', validation set ", "'colour-validation-2': its "]),
     (misspelt_freeze, ["model.freeze: no parameter of ", " has 'visoin' in its name"]),
+    (freeze_of_everything, ["nothing would be trained: model.freeze and model.lora leave no parameter"]),
     (rate_of_a_frozen_part, ["training.learning_rates: no parameter that is trained has 'vision_tower' in its name"]),
     (rate_of_a_part_that_lora_leaves_alone, ["training.learning_rates: no parameter ", " 'embed_tokens' in its name"]),
     (two_rates_of_a_parameter, ["learning_rates: 'linear_1' and 'projector' are both in the name of model.multi_"]),

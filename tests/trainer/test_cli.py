@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,7 @@ def test_doctor(cotbal: Command) -> None:
     outcome = cotbal("doctor")
     assert outcome.code == 0
     assert f"python {sys.version.split()[0]} on" in outcome.out
+    assert f"cotbal {version('cotbal')}" in outcome.out
     assert f"torch {torch.__version__}" in outcome.out
     assert ("GPU 0: " in outcome.out) == torch.cuda.is_available()
     assert ("GPU: none that torch can use" in outcome.out) != torch.cuda.is_available()
@@ -324,6 +326,22 @@ def test_report_without_a_run(cotbal: Command, tmp_path: Path) -> None:
     assert outcome.code == 2
     assert outcome.err == f"cotbal: there is no run directory {tmp_path / 'none'}\n"
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("package", ["typer", "matplotlib"])
+def test_a_missing_package_is_named(tmp_path: Path, package: str) -> None:
+    """One that every command imports, and one that a command imports when it needs it."""
+    (tmp_path / "config.yaml").write_text("output_dir: run\n")
+    code = f"import sys; sys.modules['{package}'] = None; from trainer.__main__ import main; main()"
+    found = subprocess.run(
+        [sys.executable, "-c", code, "report", "."], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == (
+        f"cotbal: the Python package '{package}' is missing; what the commands need comes with "
+        "pip install 'cotbal[trainer]'\n"
+    )
 
 
 def test_as_a_process(tmp_path: Path) -> None:

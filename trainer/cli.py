@@ -137,7 +137,9 @@ def train(
 
 @app.command()
 def weights(
-    scores: Annotated[Path, typer.Argument(help="SCORES.json: {tasks, mini: {j: V}, full: {i: {j: V}}}")],
+    scores: Annotated[
+        Path, typer.Argument(help="SCORES.json: {tasks, mini: {j: V}, full: {i: {j: V}}}; docs/balancing.md")
+    ],
     temperature: Annotated[float, typer.Option(help="T of Eq. 5, 7, 10")] = 0.5,
     alpha: Annotated[float, typer.Option(help="alpha of Eq. 11")] = 0.5,
     on_degenerate: Annotated[
@@ -161,7 +163,7 @@ def weights(
 
 @app.command()
 def compare(
-    results: Annotated[Path, typer.Argument(help="RESULTS.json: {tasks, baseline, methods}")],
+    results: Annotated[Path, typer.Argument(help="RESULTS.json: {tasks, baseline, methods}; docs/evaluation.md")],
 ) -> None:
     """Print Delta I% and Delta E% of every method against the baseline (equations 12-14)."""
     from trainer.comparison import compare_to_json

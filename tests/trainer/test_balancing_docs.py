@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -13,7 +15,10 @@ import yaml
 from tiny_training import collate, make_trainer, read_csv, resume, samples, tiny_model
 
 from cotbal_kernels import ConvergenceBalancer
+from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.registry import METHODS, Entry, read_options
+from trainer.balancing.scores import Scores
+from trainer.comparison import compare_to_json
 from trainer.config import parse_config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "balancing.md").read_text(encoding="utf-8")
@@ -90,6 +95,37 @@ def test_coba_in_a_loop_of_one_s_own() -> None:
 def test_the_configurations_are_valid() -> None:
     for text in blocks("yaml"):
         parse_config({"output_dir": "o", "tasks": "built_in"} | yaml.safe_load(text), "docs/balancing.md")
+
+
+def test_the_table_of_scores_gives_the_weights_that_are_told() -> None:
+    """Eq. 3-11 on two tasks by hand; the directions and the models of one task alone as the text adds them."""
+    (text,) = blocks("json")
+    table = json.loads(text)
+    c_vc, c_cv = (0.25 - 0.20) / (0.50 - 0.20), (0.30 - 0.31) / (0.60 - 0.31)
+    d_v, d_c = 1 - 0.31 / 0.60, 1 - 0.20 / 0.50
+    of_vqa = [2 / (1 + math.exp(-gap / 0.5)) for gap in (c_vc - c_cv, d_v - d_c)]  # of two tasks: Eq. 5 is Eq. 7
+    expected = sum(of_vqa) / 2
+    result = cotbal_weights(Scores.from_json(table))
+    assert result.to_json()["weights"] == pytest.approx([expected, 2 - expected], rel=1e-12)
+    assert "`weights` (Eq. 11; here {:.2f} and {:.2f})".format(*result.weights) in PAGE
+    for key in ("contribution", "difficulty", "lambda_one2all", "lambda_all2one", "lambda_c", "lambda_d", "clipped"):
+        assert key in result.to_json()
+        assert f"`{key}`" in PAGE
+    lower = Scores.from_json(table | {"higher_is_better": {"captions": False}})
+    assert lower.higher_is_better.tolist() == [True, False]
+    alone = Scores.from_json(table | {"alone": {"mini": table["mini"], "full": {"vqa": 0.62, "captions": 0.40}}})
+    assert cotbal_weights(alone, difficulty="precise").difficulty == pytest.approx([1 - 0.31 / 0.62, 1 - 0.20 / 0.40])
+
+
+def test_the_table_of_results_gives_what_is_told() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```json\n(.*?)```", page, flags=re.S)
+    (told,) = re.findall(r'in percent, `(\{"EW".*\})` with all digits', page)
+    found = compare_to_json(json.loads(text))["EW"]
+    assert found["delta_i"] == pytest.approx(100 * (78.27 - 77.73) / 77.73)
+    rounded = {"delta_i": round(found["delta_i"], 2), "delta_e": 0.0, "per_task": {"VQAv2": round(found["delta_i"], 2)}}
+    assert json.loads(told) == {"EW": rounded}
+    assert found["delta_e"] == 0.0
 
 
 def test_every_method_has_a_row() -> None:

@@ -233,7 +233,8 @@ def run_training(
     if process.returncode:
         if process.returncode < 0:
             _note_killed(reason, {f"process {process.pid}": process.returncode})
-        text = (reason if reason.exists() else log).read_text(errors="replace")
+        said = reason.read_text(errors="replace") if reason.exists() else ""  # a full disk leaves it empty
+        text = said or log.read_text(errors="replace")
         tail = "\n".join("    " + line for line in text.splitlines()[-20:])
         raise TrainingFailedError(
             f"training {spec.parent.name} ended with code {process.returncode}; all its output is in {log}:\n{tail}"

@@ -35,7 +35,7 @@ from trainer.data.mixtures import Mixture, MixtureKind, select
 from trainer.data.packing import PackedCollator, PackedDataset, pack
 from trainer.data.records import Record
 from trainer.data.whole_batches import WholeBatches
-from trainer.errors import UserError
+from trainer.errors import NO_SPACE, UserError
 from trainer.files import put_in_place, write_json
 from trainer.launching import ERROR_FILE, SAVE_FILE, connect_on_cpu, die_with_parent
 from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, SaveWhenAsked, StopWhenDiverged
@@ -349,6 +349,22 @@ def train(spec: TrainingSpec) -> None:
         shutil.rmtree(spec.output_dir / "checkpoints", ignore_errors=True)
 
 
+def explain(error: Exception, output: Path) -> str:
+    """How a training says why it ended: a sentence where the user can do something about it, else the traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return (
+            "out of GPU memory; lower training.batch_size and raise training.gradient_accumulation_steps by as much, "
+            "or see gradient_checkpointing, zero_stage, offload and model.lora in docs/configuration.md; "
+            "`cotbal run CONFIG.yaml --dry-run` estimates what each takes"
+        )
+    for code in NO_SPACE:
+        if os.strerror(code) in str(error):  # safetensors has no error with a number
+            return f"{output}: {os.strerror(code)}; make room, and the same command goes on from the newest checkpoint"
+    return "".join(traceback.format_exception(error))
+
+
 def main() -> None:
     """Entry point of the training process."""
     die_with_parent()
@@ -356,9 +372,10 @@ def main() -> None:
     try:
         train(spec)
     except Exception as error:
-        text = str(error) if isinstance(error, UserError) else traceback.format_exc()
         with suppress(FileExistsError), (spec.output_dir / ERROR_FILE).open("x") as file:
-            file.write(text)  # torchrun's own last words would bury it, and what other ranks say follows from the first
+            file.write(
+                explain(error, spec.output_dir)
+            )  # torchrun's own last words would bury it, and what other ranks say follows from the first
         raise
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """What a training process gets from the one that starts it, and that it does not outlive it."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 import trainer.launching as launching
+from trainer.errors import UserError
 from trainer.launching import PARENT, SAVE_FILE, LaunchConfig, TrainingFailedError, run_training, threads_per_process
+from trainer.training import explain
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel is asked, and only Linux can be")
@@ -141,3 +146,43 @@ def test_a_process_that_the_kernel_has_killed_is_named(
     assert said[-1].strip().startswith(name), said
     assert " was ended by signal 9 (Killed); out of memory?" in said[-1]
     assert ("Connection closed by peer" in str(caught.value)) == (processes > 1)
+
+
+def test_a_reason_that_a_full_disk_left_empty_is_looked_for_in_the_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    popen, reason = subprocess.Popen, tmp_path / "t" / launching.ERROR_FILE
+
+    def start(command: list[str], **options: Any) -> Any:
+        return popen([sys.executable, "-c", "print('last words'); exit(3)"], **options)
+
+    monkeypatch.setattr(launching.subprocess, "Popen", start)
+    monkeypatch.setattr(launching.time, "sleep", lambda _: reason.touch())
+    reason.parent.mkdir()
+    with pytest.raises(launching.TrainingFailedError, match=r"^training t ended with code 3; .*:\n    last words$"):
+        run_training(reason.parent / "spec.json", LaunchConfig(), "cpu", 0, tmp_path / "output.log")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("rename it"), "rename it"),
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total"),
+            "out of GPU memory; lower training.batch_size and raise training.gradient_accumulation_steps by as much",
+        ),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "/runs/t: Disk quota exceeded; make room, and the same"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "/runs/t: No space left on device; make room, and the same command goes on from the newest checkpoint",
+        ),
+        (RuntimeError("a defect"), "Traceback (most recent call last):\n"),
+    ],
+)
+def test_how_a_training_says_why_it_ended(error: Exception, told: str) -> None:
+    try:
+        raise error
+    except Exception as raised:
+        text = explain(raised, Path("/runs/t"))
+    assert text.startswith(told)
+    assert len(text.splitlines()) == 1 or text.endswith("RuntimeError: a defect\n")

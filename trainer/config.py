@@ -184,7 +184,7 @@ class RunConfig(Options):
     @field_validator("output_dir")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
+        return path.absolute()
 
     def method_options(self, comparison: ComparisonConfig) -> dict[str, Any]:
         """The options of a comparison's method: its own over those of the group ``balancing``."""
@@ -263,7 +263,8 @@ def reference() -> str:
         "",
         "Relative paths of tasks and of the model are taken from the folder of the configuration file; `output_dir`",
         "and what `--set` gives, from the current one. A run says where it writes; started from another folder it",
-        "would be another run, unless `output_dir` is absolute. `${NAME}` in a path is an environment variable.",
+        "would be another run, unless `output_dir` is absolute. In a path `~` is the home folder and `${NAME}` an",
+        "environment variable; inside `{...}` such a path needs quotes.",
     ]
     for prefix, model in groups:
         lines += [
@@ -302,7 +303,7 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _expand_variables(data: dict[str, Any], source: str) -> None:
-    """Puts environment variables into paths: ``${NAME}`` in tasks' files, ``model.path`` and ``output_dir``."""
+    """Puts environment variables and ``~`` into paths: those of tasks, ``model.path`` and ``output_dir``."""
     places = [*_task_paths(data), ("output_dir", data, "output_dir")]
     if isinstance(data.get("model"), dict):
         places += [("model.path", data["model"], "path")]
@@ -312,6 +313,7 @@ def _expand_variables(data: dict[str, Any], source: str) -> None:
                 if name not in os.environ:
                     raise UserError(f"{source}: {where} needs the environment variable {name}, which is not set")
                 group[key] = group[key].replace(f"${{{name}}}", os.environ[name])
+            group[key] = os.path.expanduser(group[key])
 
 
 def _task_paths(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:

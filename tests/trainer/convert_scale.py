@@ -52,6 +52,7 @@ def peak_memory() -> int:
 def main() -> None:
     count, folder = int(sys.argv[1]), Path(sys.argv[2])
     merge = "--merge" in sys.argv
+    folder.mkdir(parents=True, exist_ok=True)
     raw = folder / ("train_balanced_questions.json" if merge else "raw.json")
     (write_gqa if merge else write_llava)(raw, count)
     started = time.perf_counter()

@@ -281,6 +281,24 @@ def test_variables_in_paths(monkeypatch: pytest.MonkeyPatch, write_config: Calla
         load_config(path)
 
 
+def test_the_home_folder_in_paths(
+    monkeypatch: pytest.MonkeyPatch, write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    """In every path, as in a shell; the quotes of the command line keep ``~`` for us."""
+    home = tmp_path / "home"
+    (home / "llava").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    own = task(train="~/a.jsonl", test={"A": "~/t.jsonl", "B": "a~/t.jsonl"}, image_root="~")
+    path = write_config({"output_dir": "~/run", "tasks": [own], "model": {"path": "~/llava"}})
+    config = load_config(path)
+    assert not isinstance(config.tasks, str)
+    found = config.tasks[0]
+    assert (found.train, found.image_root, config.output_dir) == (home / "a.jsonl", home, home / "run")
+    assert found.test == {"A": home / "t.jsonl", "B": path.parent / "a~/t.jsonl"}
+    assert config.model.path == str(home / "llava")
+    assert load_config(path, {"output_dir": "~/other"}).output_dir == home / "other"
+
+
 def test_the_reference_page_is_the_code_s() -> None:
     """docs/configuration.md is what `python -m trainer.config` prints now, and it has every key."""
     page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")

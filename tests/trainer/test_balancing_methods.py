@@ -2,102 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from numpy.typing import NDArray
+from recorded_losses import (
+    FLOAT32,
+    Array,
+    N,
+    Recording,
+    first_seen,
+    forward_filled,
+    losses,
+    make,
+    normalised,
+    softmax,
+)
 
-from trainer.balancing.method import BalancingMethod, MethodContext, StepReport, TaskLosses, mean_one
-from trainer.balancing.registry import METHODS, method_class, read_options
-from trainer.errors import UserError
-
-N = 3
-Array = NDArray[np.float64]
-# Weights are float32; everything before is float64 on both sides.
-FLOAT32 = {"rtol": 2e-7, "atol": 2e-7}
-
-
-def make(name: str, options: dict[str, Any] | None = None, num_tasks: int = N, seed: int = 0) -> BalancingMethod:
-    fixed = torch.linspace(0.5, 1.5, num_tasks) if num_tasks > 1 else torch.ones(1)
-    context = MethodContext(num_tasks, torch.device("cpu"), seed, validation_batches=4, fixed_weights=fixed)
-    return method_class(name)(context, read_options(name, options))
-
-
-def losses(sums: Array, tokens: Array, norms: Array | None = None) -> TaskLosses:
-    return TaskLosses(
-        torch.from_numpy(sums), torch.from_numpy(tokens), None if norms is None else torch.from_numpy(norms)
-    )
-
-
-class Recording:
-    """Sums, tokens, losses after the step and gradient norms of a training; the first steps lack the last task."""
-
-    def __init__(self, steps: int, num_tasks: int = N, seed: int = 0) -> None:
-        random = np.random.default_rng(seed)
-        shape = (steps, num_tasks)
-        self.tokens = random.integers(1, 40, shape).astype(np.float64)
-        self.tokens[random.random(shape) < 0.2] = 0
-        self.tokens[:3, -1] = 0
-        self.tokens[:, 0] += 1  # one task is always there
-        slope = np.linspace(0.5, 3, num_tasks)
-        self.mean = 0.2 + np.exp(-slope * np.arange(steps)[:, None] / steps) * random.uniform(1, 4, shape)
-        self.sums = self.mean * self.tokens
-        self.after = self.sums * random.uniform(0.8, 1.05, shape)
-        self.norms = random.uniform(0.1, 5, shape) * (self.tokens > 0)
-
-    def lose_nothing(self, steps: slice, task: int) -> None:
-        """Losses of exactly 0 in these steps, as of tokens that the model is certain of."""
-        self.mean[steps, task] = self.sums[steps, task] = self.after[steps, task] = self.norms[steps, task] = 0
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def step(self, t: int, with_norms: bool = True) -> TaskLosses:
-        return losses(self.sums[t], self.tokens[t], self.norms[t] if with_norms else None)
-
-    def play(self, method: BalancingMethod, epoch: Callable[[int], float] = lambda t: 0.0, start: int = 0) -> Array:
-        """Weights used by every step ``[steps, N]``, and last those after the final one, as the loop calls a method.
-
-        Validation batches, where asked for, are the recorded steps too: batch t before step t.
-        """
-        used = []
-        for t in range(start, len(self)):
-            if method.needs.validation:
-                again = losses(self.after[t - 1], self.tokens[t - 1]) if t else None
-                method.validated(self.step(t), again if method.needs.validation_again else None)
-            method.before_step(self.step(t) if method.needs.losses_before else None)
-            used.append(method.weights.numpy().copy())
-            if method.needs.losses:
-                after = losses(self.after[t], self.tokens[t])
-                method.after_step(StepReport(t + 1, epoch(t), self.step(t), after))
-        return np.array([*used, method.weights.numpy()])
-
-
-def softmax(x: Array) -> Array:
-    e = np.exp(x - x.max())
-    return e / e.sum()
-
-
-def normalised(w: Array) -> Array:
-    return len(w) * w / w.sum()
-
-
-def forward_filled(record: Recording) -> Array:
-    """Loss of every step and task, an absent one's last; NaN before it was seen."""
-    out = np.where(record.tokens > 0, record.mean, np.nan)
-    for t in range(1, len(out)):
-        out[t] = np.where(np.isnan(out[t]), out[t - 1], out[t])
-    return out
-
-
-def first_seen(filled: Array) -> Array:
-    return np.array([column[column > 0][0] for column in filled.T])
+from trainer.balancing.method import TaskLosses
 
 
 def adam(gradients: list[Array], start: Array, lr: float, decay: float) -> list[Array]:
@@ -112,30 +33,11 @@ def adam(gradients: list[Array], start: Array, lr: float, decay: float) -> list[
     return out
 
 
-def test_no_weight_is_zero() -> None:
-    """The fused loss skips a task of weight 0, and its loss would read as 0 from then on."""
-    assert mean_one(torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)).tolist() == pytest.approx([1e-8, 0.75, 2.25])
-    assert mean_one(torch.zeros(3, dtype=torch.float64)).tolist() == [1, 1, 1]
-
-
 def test_fixed_weights() -> None:
     record = Recording(4)
     for name in ("ew", "tla", "uniform"):
         np.testing.assert_array_equal(record.play(make(name)), np.ones((5, N)))
     np.testing.assert_array_equal(record.play(make("cotbal")), np.tile([0.5, 1.0, 1.5], (5, 1)))
-
-
-@pytest.mark.parametrize(
-    ("name", "aggregation"),
-    [
-        ("ew", "token"), ("tla", "task"), ("uniform", "task_sum"), ("rlw", "token"), ("dwa", "token"),
-        ("igbv1", "token"), ("cotbal", "token"), ("gradnorm", "task_sum"), ("lbtw_star", "task_sum"),
-        ("famo", "task_sum"), ("coba", "task_sum"),
-    ],
-)  # fmt: skip
-def test_each_method_has_the_aggregation_of_its_paper(name: str, aggregation: str) -> None:
-    assert read_options(name).aggregation == aggregation
-    assert read_options(name, {"aggregation": "token"}).aggregation == "token"
 
 
 def test_dwa_by_iteration() -> None:
@@ -371,20 +273,6 @@ def test_ratios_of_validation_losses_are_over_those_of_the_start() -> None:
         np.testing.assert_allclose(weights, expected.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "expected"),
-    [
-        ("dwa", {"window": 4}, 8), ("igbv1", {"base_start": 3, "base_steps": 2}, 5), ("coba", {}, 5),
-        ("coba", {"warmup": 2, "window": 3}, 3), ("coba", {"warmup": 3, "variant": "mftcoder"}, 3), ("rlw", {}, 0),
-    ],
-)  # fmt: skip
-def test_steps_of_equal_weights_are_foreseen(name: str, options: dict[str, Any], expected: int) -> None:
-    assert method_class(name).equal_steps(read_options(name, options), validation_batches=4, interval=1) == expected
-    found = Recording(14, seed=1).play(make(name, options))
-    assert (found[:expected] == 1).all()
-    assert not (found[expected] == 1).all()
-
-
 class TestRlw:
     def draws(self, distribution: str, steps: int = 4000, seed: int = 0) -> Array:
         method = make("rlw", {"distribution": distribution}, seed=seed)
@@ -417,71 +305,3 @@ class TestRlw:
     def test_the_seed_decides(self) -> None:
         np.testing.assert_array_equal(self.draws("normal", 5), self.draws("normal", 5))
         assert not np.allclose(self.draws("normal", 5), self.draws("normal", 5, seed=1))
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "dwa": {"window": 2}, "igbv1": {"base_start": 1, "base_steps": 3}, "coba": {"warmup": 1, "window": 4},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", METHODS)
-@given(data=st.data())
-def test_weights_are_finite_not_negative_and_have_mean_one(name: str, data: st.DataObject) -> None:
-    """For any losses, however extreme, any pattern of absence, one task or many."""
-    num_tasks = data.draw(st.integers(1, 5))
-    steps = data.draw(st.integers(1, 9))
-    record = Recording(steps, num_tasks, seed=data.draw(st.integers(0, 10)))
-    scale = data.draw(st.sampled_from([1e-6, 1.0, 1e4]))
-    factors = data.draw(st.lists(st.sampled_from([0.0, 1e-3, 1.0, 1e3]), min_size=num_tasks, max_size=num_tasks))
-    record.sums *= scale * np.array(factors)
-    record.after *= scale * np.array(factors)
-    record.norms *= scale
-    if data.draw(st.booleans()):  # a loss of 0 in the first steps or the last
-        part = data.draw(st.sampled_from([slice(1), slice(3), slice(4, None)]))
-        record.lose_nothing(part, data.draw(st.integers(0, num_tasks - 1)))
-    if data.draw(st.booleans()):  # whole steps without a token
-        empty = data.draw(st.integers(0, steps - 1))
-        for array in (record.tokens, record.sums, record.after, record.norms):
-            array[empty] = 0
-    found = record.play(make(name, OPTIONS.get(name), num_tasks))
-    assert np.isfinite(found).all()
-    assert (found >= np.float32(1e-8)).all()
-    np.testing.assert_allclose(found.astype(np.float64).mean(1), 1, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_loaded_state_continues_bitwise(name: str) -> None:
-    """Through a file, into a method that has seen other things."""
-    record = Recording(16)
-
-    def halfway(t: int) -> float:
-        return (t + 1) / 4
-
-    whole = record.play(make(name, OPTIONS.get(name)), epoch=halfway)
-    first = Recording(16)
-    for key in ("tokens", "sums", "mean", "after", "norms"):
-        setattr(first, key, getattr(first, key)[:9])
-    method = make(name, OPTIONS.get(name))
-    first.play(method, epoch=halfway)
-    file = io.BytesIO()
-    torch.save(method.state_dict(), file)
-    file.seek(0)
-    other = make(name, OPTIONS.get(name), seed=5)
-    Recording(4, seed=7).play(other)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    np.testing.assert_array_equal(record.play(other, epoch=halfway, start=9), whole[9:])
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("rlww", {}, r"unknown method 'rlww' \(did you mean 'rlw'\?\)"),
-        ("rlw", {"distribtion": "normal"}, r"distribtion: unknown key \(did you mean 'distribution'\?\)"),
-        ("rlw", {"distribution": "cauchy"}, r"distribution: Input should be 'normal' or 'dirichlet' \(got 'cauchy'\)"),
-        ("dwa", {"temperature": 0}, r"temperature: Input should be greater than 0 \(got 0\)"),
-        ("coba", {"window": 1}, r"window: Input should be greater than or equal to 2 \(got 1\)"),
-    ],
-)
-def test_bad_names_and_options(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        read_options(name, options)

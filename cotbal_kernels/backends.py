@@ -12,8 +12,9 @@ BACKENDS: dict[str, Backend] = {"portable": portable}
 # Imported when first asked for: the module that says why it cannot run here, and the backend.
 _GPU_BACKENDS = {"triton": ("triton_backend", "triton_backend"), "cuda": ("cuda_kernels", "cuda_backend")}
 DEFAULT = os.environ.get("COTBAL_BACKEND", "") or "auto"
-# What has been found to run where: asking the driver again costs a step more than a launch does.
-_ready: set[tuple[str, torch.device | None]] = set()
+# What was found out about a backend on a device: at every step the driver, or an import that fails, would cost more
+# than a launch.
+_reasons: dict[tuple[str, torch.device | None], str | None] = {}
 
 
 def register_backend(name: str, backend: Backend) -> None:
@@ -26,8 +27,12 @@ def unavailable_reason(name: str, device: torch.device | None = None) -> str | N
 
     Without a device: on none of this machine.
     """
-    if (name, device) in _ready:
-        return None
+    if (name, device) not in _reasons:
+        _reasons[name, device] = _find_reason(name, device)
+    return _reasons[name, device]
+
+
+def _find_reason(name: str, device: torch.device | None) -> str | None:
     try:
         judge, backend = (importlib.import_module(f".{module}", __package__) for module in _GPU_BACKENDS[name])
     except ImportError as error:
@@ -35,7 +40,6 @@ def unavailable_reason(name: str, device: torch.device | None = None) -> str | N
     reason: str | None = judge.unavailable_reason(device)
     if reason is None:
         BACKENDS[name] = backend
-        _ready.add((name, device))
     return reason
 
 

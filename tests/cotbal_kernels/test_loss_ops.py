@@ -297,7 +297,7 @@ def test_the_device_of_the_tensors_decides_and_not_the_current_one(monkeypatch: 
     )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cuda_kernels, "_prebuilt", lambda: object())
-    monkeypatch.setattr(backends, "_ready", set())
+    monkeypatch.setattr(backends, "_reasons", {})
     monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
     old, new = torch.device("cuda", 0), torch.device("cuda", 1)
     for name in ("triton", "cuda"):
@@ -308,7 +308,10 @@ def test_the_device_of_the_tensors_decides_and_not_the_current_one(monkeypatch: 
                 backends.resolve_backend(name, old)
     assert backends.resolve_backend("auto", new) == "triton"
     assert backends.resolve_backend("auto", old) == "portable"
-    monkeypatch.setattr(backends, "_ready", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", None)  # and is not asked at every step
+    assert backends.resolve_backend("auto", old) == "portable"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_reasons", {})
     monkeypatch.setattr(torch.version, "hip", "7.0")  # a "CUDA device" of ROCm
     assert backends.resolve_backend("auto", new) == "portable"
     asked: list[tuple[int, int]] = []

@@ -50,7 +50,7 @@ class TrainingConfig(Options):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0 turns clipping off")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="master weights stay fp32")
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO; 0 with fp32 only")
     offload: Literal["none", "optimizer", "parameters"] = Field(
         "none",
         description="what ZeRO keeps in the host's memory: optimizer states and steps (stage 1 to 3), with "
@@ -82,6 +82,15 @@ class TrainingConfig(Options):
         if self.zero_stage not in stages:
             raise ValueError(
                 f"offload: {self.offload} needs zero_stage {' or '.join(map(str, stages))}, got {self.zero_stage}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bf16_needs_zero(self) -> TrainingConfig:
+        if self.precision == "bf16" and self.zero_stage == 0:  # DeepSpeed 0.19's unfused optimizer
+            raise ValueError(
+                "zero_stage: 0 needs precision fp32: with bf16, DeepSpeed makes an empty step of AdamW there before "
+                "the first, and updates are too small until its means have forgotten it; choose 1"
             )
         return self
 

@@ -79,6 +79,7 @@ def test_an_unknown_key_names_the_nearest_valid_one(data: dict[str, Any], line: 
             {"training": {"zero_stage": 2, "offload": "parameters"}},
             "training: offload: parameters needs zero_stage 3, got 2",
         ),
+        ({"training": {"zero_stage": 0}}, "training: zero_stage: 0 needs precision fp32: with bf16, DeepSpeed makes"),
         ({"training": {"zero_stage": 4}}, "training.zero_stage: Input should be 0, 1, 2 or 3 (got 4)"),
         ({"training": {"precision": "fp8"}}, "training.precision: Input should be 'fp32' or 'bf16' (got 'fp8')"),
         ({"training": {"batch_size": 0}}, "training.batch_size: Input should be greater than or equal to 1 (got 0)"),

@@ -301,6 +301,8 @@ def train(spec: TrainingSpec) -> None:
 
     end_marks = encoder.chat.end_marks
     model = load_model(spec.model_path, spec.config.model, torch.float32)
+    settings: Any = model.config
+    use_cache = vars(settings).get("use_cache")
     weighting = task_weighting(spec, tasks, encoder, collator, args)
     # "task_sum" differs from "task" in the normaliser only, and that comes from outside.
     aggregation = "token" if weighting.method.options.aggregation == "token" else "task"
@@ -337,6 +339,10 @@ def train(spec: TrainingSpec) -> None:
         weighting.load(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
+    if use_cache is None:  # Trainer turned it off, which is no matter of the model that comes out
+        vars(settings).pop("use_cache", None)
+    else:
+        settings.use_cache = use_cache
     partial = spec.output_dir / "model.partial"
     if lora is None:
         trainer.save_model(str(partial))

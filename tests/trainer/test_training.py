@@ -171,6 +171,8 @@ def test_training_equals_a_plain_loop(
     assert processor.image_processor.do_pad  # and so it was in the training
     saved = json.loads((tmp_path / "out" / "model" / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [processor.tokenizer.eos_token_id]  # of the chat template
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (model, tmp_path / "out" / "model"))
+    assert {key: value for key, value in after.items() if before.get(key) != value and "config" not in key} == {}
 
 
 def test_bf16_follows_the_fp32_loop(run_data: dict[str, Any], tmp_path: Path) -> None:

@@ -248,8 +248,8 @@ def test_a_date_in_a_template_is_the_same_every_day() -> None:
 @pytest.mark.parametrize("begins", ["", "<s>"], ids=["no first token", "first token"])
 @pytest.mark.parametrize("named", [True, False], ids=["named", "nameless"])
 def test_a_text_model_has_the_tokens_of_apply_chat_template(begins: str, named: bool) -> None:
-    """Its tokenizer puts ``<s>`` before a text, and before a conversation only what the template writes. GLM-4's first
-    tokens are nobody's ``bos_token``, and in its template."""
+    """Its tokenizer puts ``<s>`` before a text, and before a conversation only what the template writes, whether the
+    tokenizer calls it its first token or not."""
     tokenizer = make_tokenizer(SPECIAL, {}, bos="<s>")
     tokenizer.chat_template = begins + KINDS["ChatML"].template
     if not named:

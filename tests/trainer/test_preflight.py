@@ -394,6 +394,8 @@ def test_what_is_odd_is_a_warning(
     change_record(folder, "chat_train", 5, lambda row: row["conversations"][3].update(value=" "))
     flat = "[0.5, 0.5, 0.5, 0.9]"  # a box without area, as rounding makes them
     change_record(folder, "box_validation", 2, lambda row: row["conversations"][1].update(value=flat))
+    for number in (0, 3):
+        change_record(folder, "box_test", number, lambda row: row.update(image=row["image"].replace("test", "train")))
     config = parse_config(data, "x")
     told = [line for line in check_config(config).splitlines() if line.startswith("warning: ")]
     hidden = "has transparent pixels, seen in the colour that they hide; flatten it onto a background"
@@ -402,6 +404,10 @@ def test_what_is_odd_is_a_warning(
         "warning: task 'colour': validation or test records have images, training records have none",
         f"warning: task 'box', validation set {folder / 'box_validation.jsonl'}: record 'box-validation-2': its "
         f"correct answer '{flat}' itself scores 0 under accuracy_iou",
+        f"warning: task 'box', test set {folder / 'box_test.jsonl'}: 2 of 4 records are trained on, with the same "
+        "answer",
+        "warning: task 'box': 2 images of training records are in validation or test records too, such as "
+        "images/box_train_0.png: scores may be too good",
         f"warning: task 'box', train record 'box-train-2': image {image / 'box_train_2.png'} {hidden}",
         f"warning: task 'box', test record 'box-test-1': image {image / 'box_test_1.png'} {hidden}",
         "warning: task 'chat', train record 'chat-train-3': its text has '</s>', '<|user|>', which the tokenizer takes "

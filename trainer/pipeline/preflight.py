@@ -168,8 +168,23 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
     ]
     counts = [result for result in found if isinstance(result, TokenCount)]
     lost = [sentence for result in found if isinstance(result, list) for sentence in result]
-    warnings = first(odd) + first(lost) + first(images.warnings)
+    warnings = first(odd) + first(lost) + _trained_on(task) + first(images.warnings)
     return CheckedTask(task, images, counts[0] if counts else None, warnings)
+
+
+def _trained_on(task: Task) -> list[str]:
+    """Sentences about scored records that are in the training set: what is remembered would count as learnt."""
+    if task.config.auxiliary:
+        return []
+    trained = {(record.images, turn) for record in task.train for turn in record.turns}
+    found = []
+    for split in ("validation", "test"):
+        for part, records in task.sets(split).items():
+            count = sum((record.images, record.turns[-1]) in trained for record in records)
+            if count:
+                title = task.config.title(split, part)
+                found.append(f"{title}: {count:,} of {len(records):,} records are trained on, with the same answer")
+    return found
 
 
 def _check_answers(scored: EvaluationSet, records: Sequence[Record]) -> list[str]:

@@ -229,9 +229,16 @@ def _run(
     from trainer.nodes import find_membership, follow
     from trainer.pipeline.algorithm1 import Pipeline
     from trainer.pipeline.built_in import planned_records
+    from trainer.pipeline.places import PLAN, RESOLVED
     from trainer.pipeline.trainings import few_steps, plan, still_methods
 
     config = load_config(path, overrides)
+    kept = config.output_dir / RESOLVED
+    if kept.exists() and kept.samefile(path) and not (config.output_dir / PLAN).exists():
+        raise UserError(
+            f"{path} would be replaced by the run, which keeps its resolved configuration under this name; rename it, "
+            "or choose another output_dir"
+        )
     node = None if dry_run else find_membership(config.launch, node_rank, master)
     if node is not None and node.rank > 0:
         follow(config, node)

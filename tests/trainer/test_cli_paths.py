@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from raw_data import RAW, write_raw
 
 from trainer.errors import UserError, writing
@@ -42,6 +43,26 @@ class TestPathsThatCannotBeUsed:
         assert outcome.code == 2
         assert re.fullmatch(f"cotbal: {file}[^:]*: (File exists|Not a directory)\n", outcome.err)
         assert file.read_text() == "mine"
+
+    def test_a_configuration_in_the_run_directory_is_not_replaced(
+        self, cotbal: Command, run_data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One of the user's; what a run has written there itself may be run again, with other options too."""
+        monkeypatch.setattr("trainer.pipeline.algorithm1.Pipeline.run", lambda *_: tmp_path / "report.html")
+        (tmp_path / "run").mkdir()
+        config = tmp_path / "run" / "config.yaml"
+        text = "# why it is so\n" + yaml.safe_dump(run_data | {"output_dir": str(tmp_path / "run")})
+        config.write_text(text)
+        outcome = cotbal("run", config)
+        assert outcome.code == 2
+        assert outcome.err == (
+            f"cotbal: {config} would be replaced by the run, which keeps its resolved configuration under this name; "
+            "rename it, or choose another output_dir\n"
+        )
+        assert cotbal("run", config, "--set", f"output_dir={tmp_path / 'other'}").code == 0
+        assert config.read_text() == text
+        (tmp_path / "run" / "plan.json").write_text("[]")
+        assert cotbal("run", config, "--set", "training.epochs=3").code == 0
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
     def test_a_full_disk(self, cotbal: Command, tmp_path: Path) -> None:

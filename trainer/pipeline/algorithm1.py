@@ -35,7 +35,7 @@ from trainer.nodes import Cluster, Membership
 from trainer.pipeline import built_in, outcome
 from trainer.pipeline.evaluations import evaluation_spec
 from trainer.pipeline.identity import FORMAT, Identity
-from trainer.pipeline.places import PLAN, Places, environment, last_step, weights_stage
+from trainer.pipeline.places import PLAN, RESOLVED, Places, environment, last_step, weights_stage
 from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
@@ -141,7 +141,7 @@ class Pipeline:
                 check_all(self.resolved, self.model_path if self.features is None else None)
             runner.refuse_to_lose(overwrite)
             self.progress.say(f"run directory: {self.run_dir}")
-            (self.run_dir / "config.yaml").write_text(self.config.to_yaml())
+            (self.run_dir / RESOLVED).write_text(self.config.to_yaml(), encoding="utf-8")
             write_json(self.run_dir / "environment.json", environment(config=self.config, device=self.device))
             write_json(self.run_dir / PLAN, list(runner.stages))
             if runner.is_done(runner.stages["check"]):

@@ -12,6 +12,7 @@ from typing import Any
 from trainer.config import RunConfig
 from trainer.pipeline.trainings import Training
 
+RESOLVED = "config.yaml"  # the configuration of the run, with all defaults and absolute paths
 PLAN = "plan.json"  # names of the stages that the run has now; what earlier configurations left may lie beside it
 
 

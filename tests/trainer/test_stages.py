@@ -225,9 +225,25 @@ class TestCostlyStages:
 
     def test_what_no_stage_has_made_is_left_alone(self, work: Work) -> None:
         (work.folder / "b.txt").write_text("somebody's")
-        with pytest.raises(UserError, match=": b; --overwrite"):
+        with pytest.raises(UserError, match=r"not made by this run, and in its way: .*/b\.txt; --overwrite"):
             work.run(*self.graph(work))
         assert (work.folder / "b.txt").read_text() == "somebody's"
+
+    def test_neither_is_what_lies_where_a_stage_may_leave_something(self, work: Work) -> None:
+        """Until the stage has started once; what it left itself goes when it starts anew."""
+        left = work.folder / "checkpoints"
+        left.mkdir()
+        (left / "somebody's").touch()
+        stage = work.stage("a", costly=True, leaves=(left,))
+        with pytest.raises(UserError, match=r"in its way: .*/checkpoints; --overwrite deletes it"):
+            work.run(stage)
+        assert (left / "somebody's").exists()
+        assert work.run(stage, overwrite=True) == ["a"]
+        assert not left.exists()
+        left.mkdir()
+        (work.folder / "a.txt").unlink()  # so that it is not done
+        assert work.run(stage) == ["a"]
+        assert not left.exists()
 
 
 class TestFingerprints:

@@ -181,7 +181,7 @@ class StageRunner:
         ]
 
     def would_lose(self) -> list[str]:
-        """Costly stages whose outputs were made on other inputs, or are there although no stage has made them."""
+        """Costly stages whose outputs were made on other inputs, or are there although they have never started."""
         lost = []
         for stage in self.stages.values():
             manifest = self._manifest(stage)
@@ -191,6 +191,16 @@ class StageRunner:
             if whole or stage.half_done():
                 lost.append(stage.name)
         return lost
+
+    def strangers(self) -> list[Path]:
+        """What lies where a costly stage that has never started would delete it: it is not of this run."""
+        return [
+            path
+            for stage in self.stages.values()
+            if stage.costly and not self._manifest(stage)
+            for path in (*stage.outputs, *stage.leaves)
+            if path.exists()
+        ]
 
     def summary(self) -> str:
         """What is finished, and what a run would delete, in a line each."""
@@ -202,7 +212,12 @@ class StageRunner:
         return "\n".join(lines)
 
     def refuse_to_lose(self, overwrite: bool) -> None:
-        """Raise :class:`UserError` if a run would delete what :meth:`would_lose` names without being asked to."""
+        """Raise :class:`UserError` if a run would delete what it has not made, or what :meth:`would_lose` names, unasked."""
+        if not overwrite and (found := self.strangers()):
+            raise UserError(
+                f"not made by this run, and in its way: {listed([str(path) for path in found])}; --overwrite deletes "
+                "it, another output folder keeps it"
+            )
         lost = self.would_lose()
         if lost and not overwrite:
             raise UserError(

@@ -229,6 +229,14 @@ class TestCostlyStages:
             work.run(*self.graph(work))
         assert (work.folder / "b.txt").read_text() == "somebody's"
 
+    def test_in_a_new_run_no_stage_deletes_what_it_finds(self, work: Work) -> None:
+        """Cheap ones too: a folder ``data`` beside which somebody starts a run."""
+        (work.folder / "d.txt").write_text("somebody's")
+        with pytest.raises(UserError, match=r"not made by this run, and in its way: .*/d\.txt; --overwrite"):
+            work.run(*self.graph(work))
+        assert (work.folder / "d.txt").read_text() == "somebody's"
+        assert work.run(*self.graph(work), overwrite=True)[-1] == "d"
+
     def test_neither_is_what_lies_where_a_stage_may_leave_something(self, work: Work) -> None:
         """Until the stage has started once; what it left itself goes when it starts anew."""
         left = work.folder / "checkpoints"
@@ -291,7 +299,7 @@ class TestInterruption:
         (work.folder / "out").mkdir()
         (work.folder / "out" / "part").write_text("from elsewhere")
         seen: list[bool] = []
-        work.run(work.stage("s", 1, run=self.finish(work, seen), output="out"))
+        work.run(work.stage("s", 1, run=self.finish(work, seen), output="out"), overwrite=True)
         assert seen == [False]
 
     def test_a_finished_stage_with_new_inputs_starts_clean(self, work: Work) -> None:

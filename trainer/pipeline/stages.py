@@ -193,11 +193,12 @@ class StageRunner:
         return lost
 
     def strangers(self) -> list[Path]:
-        """What lies where a costly stage that has never started would delete it: it is not of this run."""
+        """What lies where a costly stage that has never started, or any stage of a new run, would delete it."""
+        new = not self.directory.exists()
         return [
             path
             for stage in self.stages.values()
-            if stage.costly and not self._manifest(stage)
+            if new or (stage.costly and not self._manifest(stage))
             for path in (*stage.outputs, *stage.leaves)
             if path.exists()
         ]

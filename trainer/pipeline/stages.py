@@ -213,7 +213,7 @@ class StageRunner:
         return "\n".join(lines)
 
     def refuse_to_lose(self, overwrite: bool) -> None:
-        """Raise :class:`UserError` if a run would delete what it has not made, or what :meth:`would_lose` names, unasked."""
+        """Raise :class:`UserError` if a run would delete :meth:`strangers` or what it :meth:`would_lose` unasked."""
         if not overwrite and (found := self.strangers()):
             raise UserError(
                 f"not made by this run, and in its way: {listed([str(path) for path in found])}; --overwrite deletes "

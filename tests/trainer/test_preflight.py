@@ -392,6 +392,9 @@ def test_what_is_odd_is_a_warning(
         transparent.save(folder / "images" / f"{name}.png")
     change_record(folder, "chat_train", 3, lambda row: row["conversations"][1].update(value="It is </s> 3 <|user|>."))
     change_record(folder, "chat_train", 5, lambda row: row["conversations"][3].update(value=" "))
+    last = json.loads((folder / "chat_train.jsonl").read_text().splitlines()[7])
+    for number in (1, 6):
+        change_record(folder, "chat_train", number, lambda row: row.update(last))
     flat = "[0.5, 0.5, 0.5, 0.9]"  # a box without area, as rounding makes them
     change_record(folder, "box_validation", 2, lambda row: row["conversations"][1].update(value=flat))
     for number in (0, 3):
@@ -413,6 +416,8 @@ def test_what_is_odd_is_a_warning(
         "warning: task 'chat', train record 'chat-train-3': its text has '</s>', '<|user|>', which the tokenizer takes "
         "for special tokens; spell it otherwise",
         "warning: task 'chat', train record 'chat-train-5': of 2 answers, 2 is empty: the model learns to end at once",
+        f"warning: task 'chat', train set {folder / 'chat_train.jsonl'}: 2 of 8 records are the same in everything as "
+        "an earlier one",
     ]
     check_run(config, config.model.path, tmp_path / "tasks.json", StageContext("check", 0, Progress(), Event()))
     assert [line.partition("] ")[2] for line in capsys.readouterr().err.splitlines() if "warning: " in line] == told

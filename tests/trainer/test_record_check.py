@@ -109,10 +109,10 @@ class TestCheck:
         path.write_text("\n".join([*map(json.dumps, rows), '{"id": ']))
         result = run(app, "check", path, "--image-root", task.image_root)
         assert result.exit_code == 1
-        for line, text in [(2, "none.png does not exist"), (3, "outside"), (4, "all else is the same"),
-                           (5, "conversations"), (6, "warning: "), (9, "not valid JSON")]:  # fmt: skip
+        for line, text in [(2, "none.png does not exist"), (3, "outside"), (4, "all of it is the same"),
+                           (5, "conversations"), (6, "its id is already used"), (9, "not valid JSON")]:  # fmt: skip
             assert any(f"line {line}" in row and text in row for row in result.output.splitlines()), text
-        assert check_files([path], task.image_root).files[0].records == 4
+        assert check_files([path], task.image_root).files[0].records == 5
 
     def test_an_image_that_training_refuses_is_a_problem(self, tiny_tasks, tmp_path):
         """A file that ends in the middle of its pixels, with a whole header: one text for both checks."""

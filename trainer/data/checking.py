@@ -135,9 +135,9 @@ def check_files(
                 own_id, whole = (
                     hashlib.blake2b(text.encode(), digest_size=12).digest() for text in (record.id, repr(record))
                 )
-                if whole in seen:
-                    raise RecordError(f"{where}: id '{record.id}' and all else is the same as in an earlier record")
-                again = own_id in seen
+                again = "all of it is the same as in an earlier record" if whole in seen else ""
+                if not again and own_id in seen:
+                    again = "its id is already used in this file"
                 seen |= {own_id, whole}
                 seen_images = {image: looks[image] for image in record.images if image in looks}
                 problem = next((look.problem for look in seen_images.values() if look.problem), None)
@@ -159,7 +159,7 @@ def check_files(
             file.images += len(record.images)
             new = {image: look.warning for image, look in seen_images.items() if image not in odd_images}
             odd_images |= {image for image, warning in new.items() if warning}
-            used = ["its id is already used in this file: it can be trained on, not scored"] if again else []
+            used = [f"{again}: it can be trained on, not scored"] if again else []
             for warning in [*used, *filter(None, new.values()), *oddities(record, chat)]:
                 file.warnings += 1
                 if len(result.warned) < _SHOWN:

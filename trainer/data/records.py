@@ -77,8 +77,7 @@ def scan_records(
 
     Args:
         answered: as in :func:`read_records`.
-        unique_ids: no two records have the same id, as scoring needs. If False they may, as in LLaVA's own files, and
-            only records that are the same in everything are wrong.
+        unique_ids: no two records have the same id, as scoring needs. If False they may, as in LLaVA's own files.
         task: of a file whose records name several tasks in ``task``, those of this one; of another file, all.
 
     Raises:
@@ -101,15 +100,12 @@ def scan_records(
                 "task as they do, or take 'task' out of them"
             )
     records: list[Record] = []
-    seen: dict[str | Record, str] = {}
+    seen: dict[str, str] = {}
     for where, record, _ in found:
-        key = record.id if unique_ids else record
-        if key in seen:
-            again = "is already used by" if unique_ids else "and all else is the same as in"
-            remedy = "ids must be unique" if unique_ids else "take one of the two out"
-            problems.append(f"{where}: id '{record.id}' {again} {seen[key]}; {remedy}")
+        if unique_ids and record.id in seen:
+            problems.append(f"{where}: id '{record.id}' is already used by {seen[record.id]}; ids must be unique")
             continue
-        seen[key] = where
+        seen[record.id] = where
         records.append(record)
     return records, problems
 

@@ -168,8 +168,17 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
     ]
     counts = [result for result in found if isinstance(result, TokenCount)]
     lost = [sentence for result in found if isinstance(result, list) for sentence in result]
-    warnings = first(odd) + first(lost) + _trained_on(task) + first(images.warnings)
+    warnings = first(odd) + first(lost) + _repeated(task) + _trained_on(task) + first(images.warnings)
     return CheckedTask(task, images, counts[0] if counts else None, warnings)
+
+
+def _repeated(task: Task) -> list[str]:
+    """A sentence about training records that are there more than once: published files have them, and so count them."""
+    count = len(task.train) - len(set(task.train))
+    if not count:
+        return []
+    title = task.config.title("train")
+    return [f"{title}: {count:,} of {len(task.train):,} records are the same in everything as an earlier one"]
 
 
 def _trained_on(task: Task) -> list[str]:

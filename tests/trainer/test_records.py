@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.records import Record, RecordError, Turn, read_records, write_jsonl
+from trainer.data.records import Record, RecordError, Turn, read_records, scan_records, write_jsonl
 from trainer.pipeline.evaluations import evaluation_sets
 from trainer.task_config import TaskConfig
 from trainer.tasks import scan_task
@@ -231,6 +231,9 @@ def test_a_file_of_several_tasks_gives_each_its_own(tmp_path: Path) -> None:
     assert problem.startswith(
         f"{path}: its records name the tasks GQA, VQAv2 in 'task', and none 'gqa'; name the task as"
     )
+    nameless = written(tmp_path, [LLAVA[1], *rows, LLAVA[1]], ".jsonl")
+    (problem,) = scan_records(nameless, unique_ids=False, task="GQA")[1]
+    assert problem.startswith(f"{nameless}, line 1: no 'task', as 2 in the file, whose others name GQA, VQAv2: no task")
     one = written(tmp_path, [rows[0], LLAVA[1]], ".jsonl")  # a single name says nothing more than the file
     assert len(scan_task(TaskConfig(name="a", train=one, auxiliary=True))[0].train) == 2
 

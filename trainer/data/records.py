@@ -78,7 +78,8 @@ def scan_records(
     Args:
         answered: as in :func:`read_records`.
         unique_ids: no two records have the same id, as scoring needs. If False they may, as in LLaVA's own files.
-        task: of a file whose records name several tasks in ``task``, those of this one; of another file, all.
+        task: of a file whose records name several tasks in ``task``, those of this one, and none may be without; of
+            another file, all.
 
     Raises:
         RecordError: the file is missing, or is not a JSON list.
@@ -93,6 +94,11 @@ def scan_records(
             problems.append(str(error))
     names = {name for *_, name in found if isinstance(name, str)}
     if task and len(names) > 1:
+        if nameless := [where for where, _, name in found if not isinstance(name, str)]:
+            problems.append(
+                f"{nameless[0]}: no 'task', as {len(nameless):,} in the file, whose others name {listed(sorted(names))}: "
+                "no task would get them; give each its task, or take 'task' out of all"
+            )
         found = [item for item in found if item[2] == task]
         if not found:
             problems.append(

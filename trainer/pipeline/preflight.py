@@ -185,7 +185,9 @@ def _trained_on(task: Task) -> list[str]:
     """Sentences about scored records that are in the training set: what is remembered would count as learnt."""
     if task.config.auxiliary:
         return []
-    trained = {(record.images, turn) for record in task.train for turn in record.turns}
+    # Of the training records, which may be ten times as many with as many turns each, only what is scored is kept.
+    scored = {(record.images, record.turns[-1]) for split in ("validation", "test") for record in task.split(split)}
+    trained = {own for record in task.train for turn in record.turns if (own := (record.images, turn)) in scored}
     found = []
     for split in ("validation", "test"):
         for part, records in task.sets(split).items():

@@ -239,6 +239,21 @@ class TestCommand:
         outcome = cotbal(*options, "--metric", "exact_match")
         assert "line 1 (id 'colour-train-0'): 'conversations' must be a list with at least one human and" in outcome.err
 
+    def test_an_empty_correct_answer_is_scored(
+        self, run: Command, tiny_tasks: list[TaskConfig], tmp_path: Path
+    ) -> None:
+        """Nothing to be found in an image: no question without an answer, of which scoring would say so at its end."""
+        rows = [json.loads(line) for line in tiny_tasks[0].train.read_text().splitlines()[:2]]
+        for row in rows:
+            row["id"] += "-again"  # beside the task's own
+        rows[0]["references"] = [""]
+        records = tmp_path / "empty.jsonl"
+        records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        outcome = run("--records", records)
+        assert outcome.code == 0, outcome.err
+        found = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+        assert [row["references"] for row in found[-2:]] == [[""], [rows[1]["conversations"][1]["value"]]]
+
     def test_a_rank_that_the_kernel_has_killed_is_one_line(self, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
         def submit(*_: Any) -> Future[Any]:
             gone: Future[Any] = Future()

@@ -233,7 +233,7 @@ def test_a_file_of_several_tasks_gives_each_its_own(tmp_path: Path) -> None:
     )
     nameless = written(tmp_path, [LLAVA[1], *rows, LLAVA[1]], ".jsonl")
     (problem,) = scan_records(nameless, unique_ids=False, task="GQA")[1]
-    assert problem.startswith(f"{nameless}, line 1: no 'task', as 2 in the file, whose others name GQA, VQAv2: no task")
+    assert problem.startswith(f"{nameless}, line 1: no 'task', as 2 in all, and others name GQA, VQAv2: no ")
     one = written(tmp_path, [rows[0], LLAVA[1]], ".jsonl")  # a single name says nothing more than the file
     assert len(scan_task(TaskConfig(name="a", train=one, auxiliary=True))[0].train) == 2
 

@@ -96,8 +96,8 @@ def scan_records(
     if task and len(names) > 1:
         if nameless := [where for where, _, name in found if not isinstance(name, str)]:
             problems.append(
-                f"{nameless[0]}: no 'task', as {len(nameless):,} in the file, whose others name {listed(sorted(names))}: "
-                "no task would get them; give each its task, or take 'task' out of all"
+                f"{nameless[0]}: no 'task', as {len(nameless):,} in all, and others name {listed(sorted(names))}: no "
+                "task would get them; give each its task, or take 'task' out of all"
             )
         found = [item for item in found if item[2] == task]
         if not found:

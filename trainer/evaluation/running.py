@@ -176,15 +176,19 @@ def _merge(spec: EvaluationSpec) -> None:
     for number, batch in enumerate(plan):
         results[batch.set_index].update(zip(batch.records, done[number].results, strict=True))
     for chosen, own, found in zip(spec.sets, records, results, strict=True):
-        write_jsonl(spec.predictions(chosen), [_row(record) | found[index] for index, record in enumerate(own)])
+        write_jsonl(
+            spec.predictions(chosen),
+            [_row(record, bool(chosen.metrics)) | found[index] for index, record in enumerate(own)],
+        )
 
 
-def _row(record: Record) -> dict[str, Any]:
+def _row(record: Record, scored: bool) -> dict[str, Any]:
     return {
         "id": record.id,
         "image": record.images[0] if record.images else None,
         "question": record.turns[-1].question.replace(IMAGE_PLACEHOLDER, "").strip(),
-        "references": [] if record.answers == [""] else record.answers,
+        # Where nothing is scored, an empty answer stands for a missing one.
+        "references": record.answers if scored or record.answers != [""] else [],
     }
 
 

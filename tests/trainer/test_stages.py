@@ -194,6 +194,30 @@ class TestCostlyStages:
             work.run(*stages, overwrite=True)
         assert not (work.folder / "stages" / "c.json").exists()
 
+    def test_what_is_half_deleted_is_not_done(self, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+        """--overwrite, interrupted when the mistake is seen, and the old configuration again."""
+
+        def train(context: StageContext) -> None:
+            (work.folder / "s").mkdir()
+            for name in ("config.json", "model.safetensors"):
+                (work.folder / "s" / name).write_text(name)
+
+        def stage(rate: int) -> Stage:
+            return work.stage("s", {"rate": rate}, run=train, output="s", costly=True)
+
+        def interrupted(folder: Path) -> None:
+            (folder / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+
+        work.run(stage(1))
+        with monkeypatch.context() as patched:
+            patched.setattr("trainer.pipeline.stages.shutil.rmtree", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                work.run(stage(2), overwrite=True)
+        assert work.run(stage(1)) == ["s"]
+        assert sorted(path.name for path in (work.folder / "s").iterdir()) == ["config.json", "model.safetensors"]
+        assert work.run(stage(1)) == []
+
     def test_cheap_ones_and_unfinished_ones_need_no_permission(self, work: Work) -> None:
         work.run(*self.graph(work))
         assert work.run(*self.graph(work, d=1)) == ["d"]

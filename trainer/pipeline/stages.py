@@ -251,6 +251,8 @@ class StageRunner:
         self.refuse_to_lose(overwrite)
         self.directory.mkdir(parents=True, exist_ok=True)
         for stage in self.outdated():  # all of them now: nothing may read what belongs to other inputs
+            # Of no inputs first: what a kill leaves half deleted would count as done when its own come back.
+            write_json(self._path(stage), self._manifest(stage) | {"fingerprint": "", "status": "deleting"})
             self._delete_outputs(stage)
             self._path(stage).unlink()
         done = {stage.name for stage in self.stages.values() if self.is_done(stage)}

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -83,6 +84,19 @@ def save_on_signal() -> None:
         _saves_asked += 1
 
     signal.signal(signal.SIGUSR1, ask)
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around the start of a process: SIGUSR1 does not end it while it imports, until it comes to ignore it.
+
+    A scheduler sends it to every process of a job, and a signal that is blocked here is blocked in the process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -217,7 +231,8 @@ def run_training(
         reason.unlink(missing_ok=True)
     heard, save_now = _saves_asked, spec.parent / SAVE_FILE
     with log.open("ab") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        with starting():
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None:
                 poll()

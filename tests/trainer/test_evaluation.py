@@ -154,6 +154,11 @@ class TestAnswers:
 
 class TestRanks:
     @pytest.mark.slow  # starts two processes
+    @pytest.mark.slow  # starts a process
+    def test_a_rank_that_is_starting_does_not_die_of_a_scheduler_s_warning(self, two_ranks: RankProcesses) -> None:
+        blocked = two_ranks.submit(0, signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
+        assert blocked == {signal.SIGUSR1}
+
     def test_two_give_the_same_files_as_one(
         self, make_spec: Callable[..., EvaluationSpec], answers: Path, two_ranks: RankProcesses, tmp_path: Path
     ) -> None:

@@ -75,7 +75,10 @@ def test_trainings_at_once_share_the_gpus_that_this_process_may_use(
 def test_a_scheduler_s_warning_asks_a_training_for_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Once for every signal, and a training that ends leaves no wish behind."""
+    """Once for every signal, and a training that ends leaves no wish behind.
+
+    SLURM sends it to the training's process too, which may be importing still and knows nothing of it.
+    """
     popen, asked, save_now = subprocess.Popen, list[bool](), tmp_path / SAVE_FILE
     waits = "import sys\nwhile sys.stdin.read(1) == 'x': pass"
 
@@ -93,6 +96,7 @@ def test_a_scheduler_s_warning_asks_a_training_for_a_checkpoint(
         if len(asked) == 2:
             save_now.unlink()  # the training has seen it
         if len(asked) in (1, 4):
+            os.kill(started[0].pid, signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGUSR1)
         if len(asked) == 6:
             started[0].stdin.close()

@@ -22,7 +22,7 @@ from trainer.evaluation.generation import BatchScorer, encode
 from trainer.evaluation.parts import Claims, Finished, PartFile, as_rank
 from trainer.evaluation.planning import read_plan
 from trainer.evaluation.spec import EvaluationSpec
-from trainer.launching import die_with_parent
+from trainer.launching import die_with_parent, starting
 from trainer.models.features import FeatureStore
 from trainer.models.loading import load_model, load_processor
 
@@ -43,7 +43,8 @@ class RankProcesses:
                 1, multiprocessing.get_context("spawn"), initializer=die_with_parent, initargs=(os.getpid(),)
             )
             self._pools[rank] = pool
-        return pool.submit(work, *arguments)
+        with starting():
+            return pool.submit(work, *arguments)
 
     def close(self) -> None:
         """Ends the processes, which gives their memory back; later calls start new ones."""

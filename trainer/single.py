@@ -121,6 +121,9 @@ def train_once(
         check_run(config, config.model.path, output / "tasks.json", context)
         if validates:
             check_validation(config, config.model.path, context)
+        warn_of_still_methods()
+
+    def warn_of_still_methods() -> None:  # from what the check has counted
         checked = json.loads((output / "tasks.json").read_text())["tasks"]
         training, window = config.training, config.training.batch_size * config.launch.ranks
         samples = sum(counted_sequences(config, checked).values())
@@ -173,6 +176,11 @@ def train_once(
         runner = StageRunner(output / "stages", stages, 1, progress)
         if runner.would_lose():  # a mistyped path must not cost what is finished
             check_all(config, config.model.path)
+        runner.refuse_to_lose(overwrite)
+        if runner.is_done(stages[0]) and not all(
+            map(runner.is_done, stages)
+        ):  # another method on records checked before
+            warn_of_still_methods()
         runner.run(overwrite)
     for folder, training in trainings.items():
         entry = METHODS[training.method]

@@ -182,3 +182,6 @@ def test_another_method_in_the_folder_of_one_that_was_cut_off(
     for method in ("ew", "ew", "tla", "ew"):
         cotbal("train", write_config(run_data), "--output", tmp_path / "t", "--method", method)
     assert ran == [("ew", False), ("ew", True), ("tla", False), ("ew", False)]
+    # The records are checked; what is said of the method is said of this one too.
+    outcome = cotbal("train", write_config(run_data), "--output", tmp_path / "t", "--method", "dwa")
+    assert "warning: weights that stay equal for the whole training: dwa (the first 50 steps of 6)" in outcome.err

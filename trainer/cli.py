@@ -264,7 +264,7 @@ def _run(
     still = still_methods(config, pipeline.trainings, [row["steps"] for row in rows], validation)
     for warning in filter(None, (few_steps(rows), still)):
         typer.echo(warning)
-    if (pipeline.run_dir / "stages").is_dir():
+    if pipeline.run_dir.is_dir():
         typer.echo(pipeline.runner().summary())
 
 

@@ -249,8 +249,11 @@ class TestDryRun:
             "plus-box 3, cotbal 5, ew 5; lower training.batch_size or training.gradient_accumulation_steps, or raise "
             "training.epochs or, for mini, plus-* and alone-*, cotbal.mini_ratio\n"
         ) in outcome.out
+        found = Path(run_data["output_dir"]) / "trainings" / "mini"  # which the run will refuse to delete
+        found.mkdir(parents=True)
         outcome = cotbal("run", write_config(run_data), "--dry-run", "--set", "training.epochs=10")
         assert "warning" not in outcome.out  # mini has its 10 steps
+        assert outcome.out.endswith(f"not made by this run, and deleted by a run with --overwrite: {found}\n")
 
     def test_comparisons_and_seeds(
         self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path]

@@ -249,6 +249,9 @@ class TestCostlyStages:
 
     def test_what_no_stage_has_made_is_left_alone(self, work: Work) -> None:
         (work.folder / "b.txt").write_text("somebody's")
+        assert work.runner(*self.graph(work)).summary().splitlines()[1:] == [
+            f"not made by this run, and deleted by a run with --overwrite: {work.folder / 'b.txt'}"
+        ]
         with pytest.raises(UserError, match=r"not made by this run, and in its way: .*/b\.txt; --overwrite"):
             work.run(*self.graph(work))
         assert (work.folder / "b.txt").read_text() == "somebody's"

@@ -181,13 +181,13 @@ class StageRunner:
         ]
 
     def would_lose(self) -> list[str]:
-        """Costly stages whose outputs were made on other inputs, or are there although they have never started."""
+        """Costly stages that were done, or have come as far as a checkpoint, on other inputs."""
         lost = []
         for stage in self.stages.values():
             manifest = self._manifest(stage)
-            if not stage.costly or manifest.get("fingerprint") == self.fingerprints[stage.name]:
+            if not stage.costly or not manifest or manifest.get("fingerprint") == self.fingerprints[stage.name]:
                 continue
-            whole = manifest.get("status", "done") == "done" and any(path.exists() for path in stage.outputs)
+            whole = manifest.get("status") == "done" and any(path.exists() for path in stage.outputs)
             if whole or stage.half_done():
                 lost.append(stage.name)
         return lost
@@ -204,9 +204,12 @@ class StageRunner:
         ]
 
     def summary(self) -> str:
-        """What is finished, and what a run would delete, in a line each."""
+        """What is finished, and what a run would refuse to delete, in a line each."""
         done = sum(map(self.is_done, self.stages.values()))
         lines = [f"{done} of {len(self.stages)} stages are finished"]
+        if found := self.strangers():
+            named = listed([str(path) for path in found])
+            lines.append(f"not made by this run, and deleted by a run with --overwrite: {named}")
         if lost := self.would_lose():
             why = self._changes(lost)
             lines.append(f"done for other inputs{why}, and deleted by a run with --overwrite: {listed(lost)}")

@@ -341,8 +341,7 @@ def _aggregate_rows(
         loss = (spread_to_tokens(scale_K, tasks_M) * loss_M).reshape(shape)
     else:
         loss = (scale_K * task_loss_K).sum()
-    # A copy: the gradient of lambda needs the sums, and callers may add up ``task_loss`` in place before that.
-    task_loss_K = (task_loss_K if differentiable_tasks else task_loss_K.detach()).clone()
+    task_loss_K = task_ops.apart(task_loss_K if differentiable_tasks else task_loss_K.detach())
     return TaskLoss(loss, task_loss_K, targets.tokens_K, task_correct_K, stats_2M.sum(0).reshape(shape))
 
 

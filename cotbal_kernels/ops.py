@@ -20,6 +20,7 @@ from torch import Tensor
 from .backends import BACKENDS
 from .interface import LinearProblem, Need, Spec, TokenLoss, compute_dtype, saved_grad_dtypes
 from .refusals import refuse_batched_backward, refuse_double_backward
+from .task_ops import apart
 
 # --- loss of a linear head, gradients in forward ----------------------------------------------------------
 
@@ -90,8 +91,7 @@ def _linear_task_ce_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     _, task_loss_K, _, _, *gradients = output
     ctx.set_materialize_grads(False)  # else autograd makes zeros as large as dW for the unused output dW
     ctx.mark_non_differentiable(*output[1:])
-    # A copy: callers sum ``task_loss`` over ranks in place before the backward pass, of which autograd sees nothing.
-    ctx.save_for_backward(task_loss_K.clone() if ctx.needs_input_grad[7] else None, *gradients)
+    ctx.save_for_backward(apart(task_loss_K) if ctx.needs_input_grad[7] else None, *gradients)
     ctx.need, ctx.backend = inputs[8], inputs[11]
     ctx.dtype = inputs[0].dtype
 

@@ -11,6 +11,27 @@ from .backends import BACKENDS
 from .per_task import divide_or_zero
 from .refusals import refuse_double_backward
 
+# --- memory that callers do not see -----------------------------------------------------------------------
+
+
+@torch.library.custom_op("cotbal::apart", mutates_args=(), schema="(Tensor sums) -> Tensor")
+def apart(sums: Tensor) -> Tensor:
+    """A copy of sums that callers see and may add up over ranks in place, before a backward pass that needs them.
+
+    A collective writes without a word to autograd. An op, since a compiler takes ``clone`` out of its graph, or makes
+    the copy as late as in the backward pass.
+    """
+    return sums.clone()
+
+
+@apart.register_fake
+def _(sums: Tensor) -> Tensor:
+    return torch.empty_like(sums)
+
+
+apart.register_autograd(lambda ctx, grad: grad)
+
+
 # --- targets: validation, counts, which rows are computed -------------------------------------------------
 
 
@@ -92,8 +113,7 @@ def _task_scales_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(output[1])
     ctx.given = normalizer is not None
     if any(ctx.needs_input_grad):
-        # A copy of the counts, which callers see and may sum over ranks in place.
-        ctx.save_for_backward(*output, tokens_K.to(output[0].dtype))
+        ctx.save_for_backward(*output, apart(tokens_K))  # callers see the counts
 
 
 def _task_scales_backward(ctx: Any, grad_K: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

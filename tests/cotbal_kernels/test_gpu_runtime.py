@@ -21,6 +21,7 @@ from gpu_case import (
     require,
 )
 from loss_problems import Problem, error
+from torch import Tensor
 
 from cotbal_kernels import linear_task_cross_entropy, ops, task_cross_entropy, task_ops
 
@@ -106,24 +107,29 @@ def test_cuda_graph_replays_with_other_labels(backend: str, options: dict[str, A
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("aggregation", ["token", "none"])
-def test_compile_in_one_graph(backend: str, aggregation: str) -> None:
-    """Inductor, forward and backward; other labels of the same shape do not compile again."""
+@pytest.mark.parametrize("options", [{}, {"aggregation": "none"}, *[{"recompute": True}] * ON_GPU], ids=name)
+def test_compile_in_one_graph(backend: str, options: dict[str, Any]) -> None:
+    """Inductor, forward and backward; other labels of the same shape do not compile again.
+
+    Sums that callers change in place between the two, without a word to autograd, change no gradient.
+    """
     require(backend)
     torch._dynamo.reset()
     p = problem(backend)
 
-    def loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         arguments = (hidden * 2, weight, labels, p.task_ids, lam)
-        out = linear_task_cross_entropy(*arguments, shift=True, aggregation=aggregation, backend=backend)
-        return out.loss * 3
+        out = linear_task_cross_entropy(*arguments, shift=True, backend=backend, **options)
+        return out.loss * 3, out.task_loss, out.task_tokens
 
     compiled = torch.compile(loss, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
     inputs = [p.hidden, p.weight, p.task_weights]
     for labels in (p.labels, p.labels.flip(0).contiguous()):
         with torch._dynamo.config.patch(error_on_recompile=labels is not p.labels):
-            actual = compiled(p.hidden, p.weight, labels, p.task_weights)
-        expected = loss(p.hidden, p.weight, labels, p.task_weights)
+            actual, *sums = compiled(p.hidden, p.weight, labels, p.task_weights)
+        expected, *_ = loss(p.hidden, p.weight, labels, p.task_weights)
+        for one in sums:
+            one.data.mul_(3)
         assert error(actual, expected) <= 1e-6
         for a, b in zip(gradients(actual, inputs), gradients(expected, inputs), strict=True):
             # The same kernels; what is around them may be fused, and round elsewhere.

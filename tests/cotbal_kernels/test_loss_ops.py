@@ -10,6 +10,7 @@ from loss_problems import FP32, Problem, error, make_problem
 from torch.utils.checkpoint import checkpoint
 
 from cotbal_kernels import (
+    TaskLoss,
     backends,
     cuda_kernels,
     linear_task_cross_entropy,
@@ -50,6 +51,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
             task_ops.task_scales,
             (scale, torch.arange(3), torch.zeros(()), stats[0, :3].clone().requires_grad_(), True, "portable"),
         ),
+        (task_ops.apart, (stats[0].clone().requires_grad_(),)),
         (task_ops.task_sums, (stats[0].clone().requires_grad_(), targets.abs(), tasks, 3, "portable")),
         (ops.linear_task_ce, (hidden, weight, bias, targets, tasks, *rows, scale, (True,) * 3, spec, *end)),
         (ops.linear_task_ce, (hidden, frozen, None, targets, tasks, *rows, scale, (True, False, False), spec, *end)),
@@ -143,6 +145,25 @@ def test_compile_fullgraph(aggregation: str) -> None:
             assert torch.equal(a, b)
         for a, b in zip(torch.autograd.grad(actual[0], inputs), torch.autograd.grad(expected[0], inputs), strict=True):
             assert error(a, b) <= FP32
+
+
+def test_statistics_of_a_graph_summed_over_ranks_before_its_backward_pass() -> None:
+    """As in eager mode: a compiler may not put off the copies that the gradient of lambda needs."""
+    torch._dynamo.reset()
+    p = make_problem()
+
+    def both(lam: torch.Tensor) -> tuple[TaskLoss, TaskLoss]:
+        tensors = (p.hidden.detach(), p.weight.detach(), p.labels, p.task_ids, lam)
+        return linear_task_cross_entropy(*tensors), linear_task_cross_entropy(*tensors, recompute=True)
+
+    outs = torch.compile(both, fullgraph=True, backend="aot_eager")(p.task_weights)
+    wanted = torch.autograd.grad(reference_linear_task_cross_entropy(*p.tensors).loss, p.task_weights)[0]
+    for out in outs:
+        for statistic in (out.task_loss, out.task_tokens, out.task_correct, out.lse):
+            statistic.data.mul_(3)
+    for out in outs:
+        (found,) = torch.autograd.grad(out.loss, p.task_weights, retain_graph=True)
+        assert error(found, wanted) <= FP32
 
 
 def test_compile_with_a_number_that_changes_from_step_to_step() -> None:

@@ -51,7 +51,6 @@ class FusedLoss:
     head: "FusedHead | None" = field(default=None, repr=False)
     result: TaskLoss | None = field(default=None, repr=False)
     passes: int = 0  # of the patched forward that run now
-    router_share: float = 1.0  # of the router loss, where a step has several passes and a normalizer
     # Sums of loss and tokens of the last labelled pass, [K] each, as they were before mixed precision cast outputs.
     task_sums: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
@@ -187,6 +186,7 @@ class Uncast:
     """A normaliser that reaches the loss as it is: frameworks cast the tensors among a model's arguments alone."""
 
     value: Tensor
+    router_share: float = 1.0  # factor of the router loss, where a step has several passes
 
 
 def no_task_ids(tasks: int, batch: Iterable[str] = ()) -> str:

@@ -245,15 +245,16 @@ def _patched_forward(model: Any) -> Callable[..., Any]:
         if as_dict is None:
             as_dict = getattr(self.config, "return_dict", True)
         _refresh_head(self, state)
+        router_share = 1.0
         if isinstance(normalizer, Uncast):
-            normalizer = normalizer.value
+            router_share, normalizer = normalizer.router_share, normalizer.value
         state.begin(Targets(labels, task_ids, normalizer, shift_labels))
         state.enter()
         try:
             out = call(**kwargs, return_dict=True)
             result = state.result
-            if normalizer is not None and result is not None and out.get("aux_loss") is not None:
-                out.loss = result.loss + state.router_share * (out.loss - result.loss)
+            if router_share != 1 and result is not None and out.get("aux_loss") is not None:
+                out.loss = result.loss + router_share * (out.loss - result.loss)
         finally:
             state.leave()
             state.end()

@@ -85,6 +85,7 @@ class TaskWeightedTrainerMixin:
         if not trainer.model_accepts_loss_kwargs:
             raise ValueError("the trainer hands no normalizer to the model: patch the model before the trainer is made")
         self._first_weights = state.task_weights.tolist()
+        self._router_share = 1.0
         self._task_sums = {
             training: torch.zeros(2, count, dtype=torch.float64, device=trainer.args.device)
             for training in (True, False)
@@ -137,7 +138,7 @@ class TaskWeightedTrainerMixin:
         )
         normalizer = self.step_normalizer(batch_samples)
         # Losses are summed over micro-batches and ranks, and a router loss is a mean of one of them.
-        fused_loss(trainer.model).router_share = copies / (len(batch_samples) * trainer.args.world_size)
+        self._router_share = copies / (len(batch_samples) * trainer.args.world_size)
         return normalizer / copies if copies > 1 else normalizer
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -172,7 +173,8 @@ class TaskWeightedTrainerMixin:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = Uncast(num_items_in_batch)  # type: ignore[assignment]  # FSDP2 would round it
+            uncast: Any = Uncast(num_items_in_batch, self._router_share)  # FSDP2 would round it
+            num_items_in_batch = uncast
         state = fused_loss(model)
         state.task_sums = None
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]

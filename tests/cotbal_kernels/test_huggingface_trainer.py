@@ -140,7 +140,10 @@ def test_accumulation_equals_one_large_batch(kind: str, aggregation: str, tmp_pa
 
 
 def test_a_router_loss_is_a_mean_over_the_micro_batches_of_a_step(tmp_path: Path) -> None:
-    """Eq. 2 over the step, and the model's coefficient times the mean of its router loss; in evaluation too."""
+    """Eq. 2 over the step, and the model's coefficient times the mean of its router loss; in evaluation too.
+
+    A pass outside of the trainer, afterwards, has the whole of its router loss.
+    """
     changes = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
     lam = torch.tensor(LAM)
     trainer = WeightedTrainer(
@@ -176,6 +179,10 @@ def test_a_router_loss_is_a_mean_over_the_micro_batches_of_a_step(tmp_path: Path
     with torch.no_grad():
         out = model.eval()(**batch)
     own = reference_task_cross_entropy(out.logits, labels, ids, lam, shift=True).loss
+    with torch.no_grad():
+        norm = global_normalizer(labels, ids, lam, shift=True)
+        alone = trainer.model.eval()(**batch, labels=labels, loss_task_ids=ids, num_items_in_batch=norm).loss
+    assert float(alone) == pytest.approx(float(own + 0.3 * out.aux_loss), rel=1e-5)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(own + 0.3 * out.aux_loss), rel=1e-5)
 
 

@@ -66,6 +66,8 @@ def resolve_backend(name: str, device: torch.device) -> str:
     """
     if name == "auto":
         name = DEFAULT
+    if name == "reference":  # float64, and no op
+        raise ValueError("COTBAL_BACKEND must be a backend to train with: pass backend='reference' to the call instead")
     on_cuda = device.type == "cuda"
     if name == "auto":
         return "triton" if on_cuda and unavailable_reason("triton", device) is None else "portable"

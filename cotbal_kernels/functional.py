@@ -97,7 +97,7 @@ def linear_task_cross_entropy(
         vocab_size: rows of the head from this one on are padding (at the end of the last parts, under a
             ``process_group``): no logits, zero gradients. None: there is no padding.
         backend: "auto", "triton", "cuda", "portable", or "reference" (float64, returns float64, no
-            performance); COTBAL_BACKEND takes the place of "auto".
+            performance); COTBAL_BACKEND, any but "reference", takes the place of "auto".
         chunk_size: rows of logits that the workspace can hold; None: as many as fit its default bound.
         check: raise on bad labels, task ids or weights on a GPU too, which synchronises; so does
         COTBAL_CHECK=1.

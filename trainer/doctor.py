@@ -31,6 +31,10 @@ def diagnose() -> str:
     else:
         lines.append("GPU: none that torch can use; trainings run on the CPU with gloo")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines.append(f"loss on {device}: backend 'auto' is {resolve_backend('auto', device)!r} (COTBAL_BACKEND changes it)")
+    try:
+        chosen = f"'auto' is {resolve_backend('auto', device)!r}"
+    except ValueError as error:  # of what COTBAL_BACKEND says
+        chosen = f"'auto' is none, {error}"
+    lines.append(f"loss on {device}: backend {chosen} (COTBAL_BACKEND changes it)")
     lines += [f"loss backend {name!r}: {unavailable_reason(name) or 'ready'}" for name in ("triton", "cuda")]
     return "\n".join(lines)

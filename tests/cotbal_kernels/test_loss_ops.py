@@ -347,4 +347,7 @@ def test_environment_takes_the_place_of_auto(problem: Problem, monkeypatch: pyte
     monkeypatch.setattr(backends, "DEFAULT", "magic")
     with pytest.raises(ValueError, match="backend='magic' does not exist"):
         linear_task_cross_entropy(*problem.tensors)
+    monkeypatch.setattr(backends, "DEFAULT", "reference")
+    with pytest.raises(ValueError, match="COTBAL_BACKEND must be a backend to train with"):
+        linear_task_cross_entropy(*problem.tensors)
     linear_task_cross_entropy(*problem.tensors, backend="portable")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from cotbal_kernels import backends
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 
@@ -166,7 +167,7 @@ def test_compare_prints_table_2_of_the_paper(cotbal: Command, tmp_path: Path) ->
         assert printed[name]["delta_e"] == pytest.approx(row[-1], abs=0.005 + 1e-9)
 
 
-def test_doctor(cotbal: Command) -> None:
+def test_doctor(cotbal: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = cotbal("doctor")
     assert outcome.code == 0
     assert f"python {sys.version.split()[0]} on" in outcome.out
@@ -179,6 +180,10 @@ def test_doctor(cotbal: Command) -> None:
     for name, line in zip(("triton", "cuda"), gpu, strict=True):
         assert line.startswith(f"loss backend '{name}': ")
         assert line.endswith(": ready") or "CUDA" in line
+    monkeypatch.setattr(backends, "DEFAULT", "magic")  # COTBAL_BACKEND
+    outcome = cotbal("doctor")
+    assert outcome.code == 0
+    assert "'auto' is none, backend='magic' does not exist" in outcome.out.splitlines()[-3]
 
 
 class TestDryRun:

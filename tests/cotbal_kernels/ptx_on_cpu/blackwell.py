@@ -162,7 +162,8 @@ def _multiply(block: Block, operation: Operation) -> Action:
 
 
 def _commit(block: Block, operation: Operation) -> Action:
-    if operation.modifiers[1:] != ("cta_group::1", "mbarrier::arrive::one", "shared::cluster", "b64"):
+    known = ("cta_group::1", "mbarrier::arrive::one")
+    if operation.modifiers[1:] not in ((*known, "shared::cluster", "b64"), (*known, "b64")):  # Triton 3.6: the second
         raise NotImplementedError(operation.opcode)
     address = block.address(operation.operands[0])
 

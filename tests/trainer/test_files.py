@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,29 @@ from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog
 from trainer.loop.weighting import TaskWeighting
 
 FILES = {"model.safetensors": b"weights", "global_step8/zero_pp_rank_0.pt": b"states", "trainer_state.json": b"{}"}
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"new": object()})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [found.name for found in path.parent.iterdir()] == ["a.json"]
+
+
+def test_the_rename_is_what_makes_it_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed just before the rename, the old file is whole."""
+    path = tmp_path / "a.json"
+    write_json(path, [1])
+
+    def killed(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, list(range(1000)))
+    assert json.loads(path.read_text()) == [1]
 
 
 class Disk:

@@ -145,7 +145,7 @@ class Pipeline:
             write_json(self.run_dir / "environment.json", environment(config=self.config, device=self.device))
             write_json(self.run_dir / PLAN, list(runner.stages))
             if runner.is_done(runner.stages["check"]):
-                self._warn_of_few_steps()
+                self._warn_of_short_trainings()
             runner.run(overwrite)
         return build_report(self.run_dir)
 
@@ -280,9 +280,9 @@ class Pipeline:
     def _check(self, context: StageContext) -> None:
         model_path = str(self.initial_model) if self.features else self.model_path
         check_run(self.resolved, model_path, self.run_dir / "tasks.json", context)
-        self._warn_of_few_steps()
+        self._warn_of_short_trainings()
 
-    def _warn_of_few_steps(self) -> None:
+    def _warn_of_short_trainings(self) -> None:
         """From what the check has counted."""
         checked = json.loads((self.run_dir / "tasks.json").read_text())["tasks"]
         rows = plan(self.config, self.trainings, counted_sequences(self.config, checked))

@@ -46,7 +46,7 @@ class Step:
 LLAMA, QWEN = (128_256, 4096), (151_936, 3584)
 STEPS = {
     "train": Step(8192, *LLAMA),
-    "train, 4513 rows of workspace": Step(8192, *LLAMA, options={"chunk_size": 4513}),
+    "train, 2816 rows of workspace": Step(8192, *LLAMA, options={"chunk_size": 2816}),
     "train, smoothing": Step(8192, *LLAMA, options={"label_smoothing": 0.1}),
     "train, twice as many": Step(16_384, *LLAMA),
     "train, few": Step(2048, *LLAMA),
@@ -78,8 +78,7 @@ class Launch:
         if self.kernel not in ("project_kernel", "grad_hidden_kernel", "grad_weight_kernel"):
             return 0
         given = self.values
-        rows = given["row_count"] if "row_count" in given else given["kept_rows"] + given["again_rows"]
-        return int(2 * rows * (given["vocab_stop"] - given["vocab_start"]) * given["width"])
+        return int(2 * given["row_count"] * (given["vocab_stop"] - given["vocab_start"]) * given["width"])
 
 
 @contextmanager

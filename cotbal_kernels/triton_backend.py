@@ -1,15 +1,14 @@
 """The Triton backend: no logits in memory, no host synchronisation, every gradient rounded once.
 
 Gradients in forward (scalar losses). One pass over the vocabulary gives the statistics of every row and leaves
-``exp(z - tile maximum)`` in 16 bits; a second pass turns them into the gradient of the logits in place and takes
-dX and dW, one vocabulary slice at a time, each slice of dW one product over all rows. 3F.
+``exp(z - tile maximum)``; a second pass turns them into the gradient of the logits and takes dX and dW, one
+vocabulary slice at a time, each slice of dW one product over all rows. 3F.
 
-Where the exponentials wait: in the workspace if all of them fit it. If not, in the memory of dW itself. Slice s
-of the exponentials lies where slice s + 1 of dW will be, so that writing a slice of dW only overwrites
-exponentials that were used up by the slice before; the last slice waits in the workspace. So up to D rows (2D
-for float16, whose dW waits in float32) cost 3F whatever the vocabulary, and no buffer as large as V x D or N x V
-exists beside dW. Of the rows beyond, the workspace holds as many as it has room for; the logits of the others are
-computed again slice by slice: up to 4F.
+Where the exponentials wait: in the workspace if all of them fit it. If not, in the memory of dW itself, those of
+bfloat16 in 12 bits each. The second pass takes the last slice first, and what waits of the slices before it lies in
+front of the memory that its dW is written to. So up to 4/3 D rows (D in float32; 2D in float16, whose dW waits in
+float32) cost 3F whatever the vocabulary, and no buffer as large as V x D or N x V exists beside dW. Of the rows beyond,
+the workspace holds as many as it has room for; the logits of the others are computed again slice by slice: up to 4F.
 
 Recomputation (losses per row, differentiable task losses, ``recompute``): only the two statistics of every row
 are kept; the second pass computes all logits again. 4F, or 3F with a frozen head.
@@ -38,7 +37,7 @@ from .interface import (
 )
 from .triton_kernels.compact import compact_kernel
 from .triton_kernels.configs import blocks_for, programs_for
-from .triton_kernels.head import Head, KeptStatistics, RowResults, num_blocks, on_device
+from .triton_kernels.head import Head, KeptRows, RowResults, num_blocks, on_device
 from .triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
 from .triton_kernels.row_losses import task_sums_kernel
 from .triton_kernels.row_scales import Scale, task_scales_kernel
@@ -71,36 +70,30 @@ class _Gradients(NamedTuple):
         head: Head,
         start: int,
         slices: Slices,
-        places: list[tuple[Tensor, Tensor]],
-        statistics: tuple[KeptStatistics | None, KeptStatistics | None],
+        buffer: Tensor,
+        kept: list[KeptRows],
         stats_2M: Tensor,
         scale: Scale,
         accumulate: bool = False,
     ) -> None:
-        """Second pass over the rows from ``start``, slice by slice.
+        """Second pass over the rows from ``start``, as many as ``buffer`` has, slice by slice, the last slice first.
 
-        ``places`` holds of every slice the exponentials of the stored rows, and those of the held rows with room for
-        the rows behind them, which are computed again; ``statistics`` is that of stored and held rows.
+        ``kept`` are the first of them; the logits of the others are computed again.
         """
-        held = slices.held_rows
-        for bounds, dlogits in zip(slices.ranges(), places, strict=True):
-            counts = dlogits[0].shape[0], dlogits[1].shape[0]
-            windows = (start, counts[0]), (start + counts[0], counts[1])
-            first = slices.first_tile(bounds[0], head.block)
-            kept = (windows[0], dlogits[0]), ((windows[1][0], held), dlogits[1][:held])
-            for (window, part), known in zip(kept, statistics, strict=True):
-                if known is not None:
-                    head.dlogits(window, bounds, first, part, known, stats_2M, scale)
-            if held < counts[1]:
-                again = (windows[1][0] + held, counts[1] - held)
-                head.recompute(again, bounds, dlogits[1][held:], stats_2M, scale)
-            for window, part in zip(windows, dlogits, strict=True):
-                if window[1] and self.hidden_MD is not None:
-                    head.grad_hidden(window, bounds, part, scale, self.hidden_MD)
-                if window[1] and self.bias_V is not None:
-                    head.grad_bias(window, bounds, part, scale, self.bias_V)
-            if self.weight_VD is not None:  # last: it may overwrite exponentials that this slice no longer needs
-                head.grad_weight(counts, bounds, dlogits, scale, self.weight_VD, accumulate)
+        window = (start, buffer.shape[0])
+        known = sum(part.window[1] for part in kept)
+        again = (start + known, window[1] - known)
+        for index, bounds in reversed(list(enumerate(slices.ranges()))):
+            for part in kept:
+                head.dlogits(part, index, bounds, buffer[part.window[0] - start :], stats_2M, scale)
+            if again[1]:
+                head.recompute(again, bounds, buffer[known:], stats_2M, scale)
+            if self.hidden_MD is not None:
+                head.grad_hidden(window, bounds, buffer, scale, self.hidden_MD)
+            if self.bias_V is not None:
+                head.grad_bias(window, bounds, buffer, scale, self.bias_V)
+            if self.weight_VD is not None:  # last: it overwrites exponentials of this slice
+                head.grad_weight(bounds, buffer, scale, self.weight_VD, accumulate)
 
 
 def prepare_targets(
@@ -221,14 +214,14 @@ def _windows_of_rows(head: Head, need: Need, rows: RowResults, scale: Scale) -> 
     for start in range(0, head.capacity, count):
         here = min(count, head.capacity - start)
         window, part = (start, here), buffer[:here]
-        slices = Slices((0, head.vocab_size), head.padded, 0, here if head.keeps_exponentials else 0)
+        slices = Slices((0, head.vocab_size), head.padded, 0, here, in_place=True)
         if head.keeps_exponentials:
-            statistics = head.exponentials(window, slices, [part], rows)
+            kept = [head.exponentials(window, part, False, rows)]
         else:
             head.forward(window, rows)
-            statistics = None
-        gradients.add(head, start, slices, [(part[:0], part)], (None, statistics), rows.stats_2M, scale)
-        del statistics  # before the next window has its own
+            kept = []
+        gradients.add(head, start, slices, part, kept, rows.stats_2M, scale)
+        del kept  # before the next window has its own
     return gradients
 
 
@@ -239,23 +232,23 @@ def _slices_of_vocabulary(head: Head, need: Need, grad_VD: Tensor, rows: RowResu
     """
     dtype = head.packed_ND.dtype
     storage = grad_VD.view(-1).view(dtype)
-    per_row = head.width * (grad_VD.element_size() // dtype.itemsize)  # elements of storage in one row of dW
     first_pass = head.capacity * (head.statistics_bytes - head.kept_bytes)
     second_pass = head.wide_bytes(need[0], dtype)
-    slices = head.slices(max(first_pass, second_pass), per_row if head.keeps_exponentials else None)
-    stored, held, stride = slices.stored_rows, slices.held_rows, slices.stride
-    kept, others = stored + held, head.capacity - stored
-    if kept < head.capacity:
-        head.forward((kept, head.capacity - kept), rows)
-    buffer = head.workspace(slices.held_starts[0] + others + stored, stride)
-    views = [storage[stop * per_row :][: stored * stride].view(stored, stride) for stop in slices.bounds[1:-1]]
-    views.append(buffer[slices.held_starts[0] + others :])
-    rest = [buffer[first : first + others] for first in slices.held_starts]
-    known_stored = head.exponentials((0, stored), slices, views, rows) if stored else None
-    known_held = head.exponentials((stored, held), slices, [part[:held] for part in rest], rows) if held else None
+    slices = head.slices(max(first_pass, second_pass), storage.numel() if head.keeps_exponentials else None)
+    stored, held = slices.stored_rows, slices.held_rows
+    if stored + held < head.capacity:
+        head.forward((stored + held, head.capacity - stored - held), rows)
+    buffer = head.workspace(head.capacity, slices.stride)
+    packed, quarters = head.quarters < 4 and not slices.in_place, head.quarters
+    kept = []
+    if stored:
+        shape = (len(slices.ranges()), stored, slices.stride * quarters // 4)
+        kept.append(head.exponentials((0, stored), storage[: math.prod(shape)].view(shape), packed, rows))
+    if held:
+        place = buffer if slices.in_place else head.workspace(held, head.padded * quarters // 4)
+        kept.append(head.exponentials((stored, held), place, packed, rows))
     gradients = _new_gradients(head, need, dtype, grad_VD)
-    places = list(zip(views, rest, strict=True))
-    gradients.add(head, 0, slices, places, (known_stored, known_held), rows.stats_2M, scale)
+    gradients.add(head, 0, slices, buffer, kept, rows.stats_2M, scale)
     return gradients
 
 
@@ -294,13 +287,12 @@ def linear_rows_backward(
     head = Head(problem, spec, chunk_size)
     gradients = _new_gradients(head, need, dtype, grad_weight_out)
     slices = head.slices(head.wide_bytes(need[0], grad_hidden_dtype), None)
-    again = head.workspace(head.capacity, slices.stride)
-    places = [(again[:0], again)] * len(slices.ranges())
+    buffer = head.workspace(head.capacity, slices.stride)
     accumulate = grad_weight_out is not None
     with on_device(hidden_MD):
         scale = Scale.of(grad_M, None, problem.rows_N, problem.num_rows, grad_M.shape[0], spec.scale)
-        gradients.add(head, 0, slices, places, (None, None), stats_2M, scale, accumulate)
-    del again, places, head  # before dX has a copy in its final dtype
+        gradients.add(head, 0, slices, buffer, [], stats_2M, scale, accumulate)
+    del buffer, head  # before dX has a copy in its final dtype
     grad_VD = None if accumulate else gradients.weight_VD
     exact = ((gradients.hidden_MD, grad_hidden_dtype), (grad_VD, dtype), (gradients.bias_V, dtype))
     grad_hidden, grad_weight, grad_bias = (

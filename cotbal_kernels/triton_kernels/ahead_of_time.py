@@ -32,9 +32,20 @@ _POINTERS = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.bool: "i1",
 }
-SHOWN = ("WRITE", "HAS_BIAS", "HAS_SCALE", "HAS_SOFTCAP", "HAS_SMOOTHING", "ACCUMULATE", "USE_TMA", "IN_PLACE")
+SHOWN = (
+    "WRITE",
+    "HAS_BIAS",
+    "HAS_SCALE",
+    "HAS_SOFTCAP",
+    "HAS_SMOOTHING",
+    "PACKED",
+    "ACCUMULATE",
+    "USE_TMA",
+    "IN_PLACE",
+)
 
 
 SHOWN_RESOURCES = ("registers", "spills", "loop_spills", "shared", "matrix_instructions")
@@ -52,7 +63,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        shown = {"WRITE": ("", "exp", "gradient")}
+        shown = {"WRITE": ("", "exp", "packed", "gradient")}
         features = []
         for key in SHOWN:
             value = self.constexprs.get(key)
@@ -208,13 +219,16 @@ def training_launches(capability: int, dtype: torch.dtype, variants: list[dict[s
     return list({launch.key: launch for launch in launches}.values())
 
 
-PLAIN: list[dict[str, Any]] = [{}, {"recompute": True}, {"logits": True}]
+# In the workspace as a whole, or in slices of half of the vocabulary.
+WHOLE: dict[str, Any] = {}
+SLICED = {"chunk_size": 128}
+PLAIN: list[dict[str, Any]] = [WHOLE, SLICED, {"recompute": True}, {"logits": True}]
 FEATURES: list[dict[str, Any]] = [
-    {"bias": True, "logit_softcap": 30.0},
-    {"label_smoothing": 0.1},
+    *({"bias": True, "logit_softcap": 30.0, **slices} for slices in (WHOLE, SLICED)),
+    *({"label_smoothing": 0.1, **slices} for slices in (WHOLE, SLICED)),
     {"bias": True, "logit_softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4},
     {"recompute": True, "bias": True, "logit_softcap": 30.0},
-    {"logit_scale": 0.0625},
+    *({"logit_scale": 0.0625, **slices} for slices in (WHOLE, SLICED)),
     {"recompute": True, "logit_scale": 0.0625},
     {"logits": True, "logit_softcap": 30.0, "label_smoothing": 0.1, "logit_scale": 0.0625},
 ]

@@ -1,6 +1,6 @@
 """``dX += dZ W`` over one vocabulary slice: 2 N V_s D flop.
 
-dX is float32, which is what waits for the backward pass, and takes the slices in ascending order; a slice adds
+dX is float32, which is what waits for the backward pass, and takes the slices in descending order; a slice adds
 8 N D bytes of traffic to the product's own.
 """
 

@@ -17,10 +17,10 @@ from .configs import Tiles, blocks_for, can_use_tma, programs_for, tiles_for
 from .dlogits import dlogits_kernel
 from .grad_hidden import grad_hidden_kernel
 from .grad_weight import grad_bias_kernel, grad_weight_kernel
-from .project import WRITE_EXP, WRITE_GRADIENT, WRITE_NONE, project_kernel
+from .project import WRITE_EXP, WRITE_GRADIENT, WRITE_NONE, WRITE_PACKED, project_kernel
 from .row_losses import row_losses_kernel
 from .row_scales import Scale
-from .slices import Slices, plan_slices, window_rows
+from .slices import Room, Slices, plan_slices, window_rows
 from .tiles import Tile
 
 # Everything beside inputs and outputs, packed rows and float32 sums included; logits get at least the second figure.
@@ -71,9 +71,11 @@ class TileStatistics(NamedTuple):
         return cls(empty(tiles, rows), empty(tiles, rows), shift_TN, empty(rows), empty(rows, dtype=torch.int32))
 
 
-class KeptStatistics(NamedTuple):
-    """What of them turns exponentials into gradients."""
+class KeptRows(NamedTuple):
+    """Exponentials of a window of rows, and what turns them into gradients."""
 
+    window: tuple[int, int]
+    exp: Tensor  # [rows, :] of the whole vocabulary or [slices, rows, :]; int16 where they are packed
     max_TN: Tensor
     target_logit_N: Tensor
 
@@ -102,6 +104,7 @@ class Head:
         cols = self.tiles.project.cols
         self.padded = -(-self.vocab_size // cols) * cols  # a row of logits in whole tiles
         self.chunk_size = chunk_size
+        self.quarters = 3 if hidden_MD.dtype == torch.bfloat16 else 4  # of an element that a waiting exponential takes
 
     @property
     def keeps_exponentials(self) -> bool:
@@ -125,12 +128,13 @@ class Head:
         limit = self.elements(other_bytes) // (self.padded + statistics)
         return window_rows(self.capacity, limit, self.width, self.tiles.grad_hidden, self.programs)
 
-    def slices(self, other_bytes: int, storage_rows: int | None) -> Slices:
-        """``storage_rows`` is None where no exponentials are kept."""
-        project, elements = self.tiles.project, self.elements(other_bytes)
+    def slices(self, other_bytes: int, storage: int | None) -> Slices:
+        """``storage`` is elements of dW's memory; None where no exponentials are kept."""
+        project = self.tiles.project
         statistics = 0 if self.chunk_size else self.kept_bytes // self.packed_ND.element_size()
+        room = Room(self.elements(other_bytes), storage, self.quarters, statistics)
         align = math.lcm(project.rows, self.tiles.grad_weight.depth)
-        return plan_slices(self.capacity, self.vocab_size, project.cols, elements, storage_rows, statistics, align)
+        return plan_slices(self.capacity, self.vocab_size, project.cols, room, align)
 
     def workspace(self, rows: int, stride: int) -> Tensor:
         return self.packed_ND.new_empty((rows, stride))
@@ -171,7 +175,6 @@ class Head:
         write: int,
         *,
         parts: TileStatistics | None = None,
-        first_tile: int = 0,
         out: Tensor | None = None,
         stats_2M: Tensor | None = None,
         scale: Scale | None = None,
@@ -192,11 +195,10 @@ class Head:
             out,
             *window,
             *bounds,
-            first_tile,
             self.vocab_size,
             self.width,
             self.weight_VD.stride(0),
-            0 if out is None else out.stride(0),
+            0 if out is None else out.stride(-2),
             *self.spec,
             WRITE=write,
             HAS_BIAS=self.bias_V is not None,
@@ -217,7 +219,7 @@ class Head:
         """The gradient of the logits of the rows in ``window``, from their statistics: 1F."""
         self.project(window, bounds, WRITE_GRADIENT.value, out=out, stats_2M=stats_2M, scale=scale)
 
-    def row_losses(self, window: tuple[int, int], parts: TileStatistics, slices: Slices, rows: RowResults) -> None:
+    def row_losses(self, window: tuple[int, int], parts: TileStatistics, rows: RowResults) -> None:
         row_losses_kernel[(num_blocks(window[1], 32),)](
             *parts,
             self.rows_N,
@@ -227,8 +229,7 @@ class Head:
             rows.hit_M,
             *rows.stats_2M,
             *window,
-            slices.num_tiles(self.block),
-            slices.bounds[1],
+            self.vocab_size,
             self.spec.smoothing,
             self.spec.z_loss,
             self.spec.even,
@@ -238,56 +239,56 @@ class Head:
             BLOCK_M=32,
         )
 
+    def statistics(self, rows: int) -> TileStatistics:
+        return TileStatistics.empty(
+            num_blocks(self.vocab_size, self.block), rows, self.smoothing, self.packed_ND.device
+        )
+
     def forward(self, window: tuple[int, int], rows: RowResults) -> None:
         """Losses of the rows in ``window`` and nothing else: 1F."""
-        whole = Slices((0, self.vocab_size), 0, 0, 0)
-        tiles = whole.num_tiles(self.block)
         count = min(window[1], self.statistics_rows)
-        parts = TileStatistics.empty(tiles, count, self.smoothing, self.packed_ND.device)
+        parts = self.statistics(count)
         for start in range(window[0], window[0] + window[1], max(count, 1)):
             part = (start, min(count, window[0] + window[1] - start))
             # The statistics of a shorter last window lie at its own stride in the same memory.
             self.project(part, (0, self.vocab_size), WRITE_NONE.value, parts=parts)
-            self.row_losses(part, parts, whole, rows)
+            self.row_losses(part, parts, rows)
 
-    def exponentials(
-        self, window: tuple[int, int], slices: Slices, views: list[Tensor], rows: RowResults
-    ) -> KeptStatistics:
-        """Losses of the rows in ``window``, and their exponentials into one view per slice: 1F."""
-        parts = TileStatistics.empty(slices.num_tiles(self.block), window[1], self.smoothing, self.packed_ND.device)
-        for bounds, view in zip(slices.ranges(), views, strict=True):
-            first = slices.first_tile(bounds[0], self.block)
-            self.project(window, bounds, WRITE_EXP.value, parts=parts, first_tile=first, out=view)
-        self.row_losses(window, parts, slices, rows)
-        return KeptStatistics(parts.max_TN, parts.target_logit_N)
+    def exponentials(self, window: tuple[int, int], out: Tensor, packed: bool, rows: RowResults) -> KeptRows:
+        """Losses of the rows in ``window`` and their exponentials, ``[rows, :]`` or ``[slices, rows, :]``: 1F."""
+        parts = self.statistics(window[1])
+        write = WRITE_PACKED if packed else WRITE_EXP
+        out = out.view(torch.int16) if packed else out
+        self.project(window, (0, self.vocab_size), write.value, parts=parts, out=out)
+        self.row_losses(window, parts, rows)
+        return KeptRows(window, out, parts.max_TN, parts.target_logit_N)
 
     def dlogits(
-        self,
-        window: tuple[int, int],
-        bounds: tuple[int, int],
-        first_tile: int,
-        view: Tensor,
-        parts: KeptStatistics,
-        stats_2M: Tensor,
-        scale: Scale,
+        self, kept: KeptRows, index: int, bounds: tuple[int, int], out: Tensor, stats_2M: Tensor, scale: Scale
     ) -> None:
-        dlogits_kernel[(max(1, window[1]),)](
-            view,
-            parts.max_TN,
-            parts.target_logit_N,
+        """The gradient of the logits of kept rows in slice ``index``, which is ``bounds`` of the vocabulary."""
+        packed = kept.exp.dtype == torch.int16
+        first = bounds[0] // 4 * 3 if packed else bounds[0]
+        exp = kept.exp[index] if kept.exp.dim() == 3 else kept.exp[:, first:]
+        dlogits_kernel[(max(1, kept.window[1]),)](
+            exp,
+            kept.max_TN,
+            kept.target_logit_N,
             self.rows_N,
             self.num_rows,
             self.targets_M,
             *stats_2M,
             *scale,
-            *window,
+            out,
+            *kept.window,
             *bounds,
-            first_tile,
-            view.stride(0),
+            exp.stride(0),
+            out.stride(0),
             self.spec.softcap,
             self.spec.smoothing,
             self.spec.z_loss,
             self.spec.even,
+            PACKED=packed,
             HAS_SOFTCAP=self.spec.softcap > 0,
             PAD_ROWS=self.tiles.grad_weight.depth,
             BLOCK_V=self.block,
@@ -320,27 +321,20 @@ class Head:
         )
 
     def grad_weight(
-        self,
-        counts: tuple[int, int],
-        bounds: tuple[int, int],
-        dlogits: tuple[Tensor, Tensor],
-        scale: Scale,
-        out_VD: Tensor,
-        accumulate: bool,
+        self, bounds: tuple[int, int], dlogits: Tensor, scale: Scale, out_VD: Tensor, accumulate: bool
     ) -> None:
         tile = self.tiles.grad_weight
         tiles = num_blocks(bounds[1] - bounds[0], tile.rows) * num_blocks(self.width, tile.cols)
-        width, block = bounds[1] - bounds[0], [tile.depth, tile.rows]
         grad_weight_kernel[(min(self.programs, tiles),)](
-            *(self._dlogits_argument(part, width, block) for part in dlogits),
+            self._dlogits_argument(dlogits, bounds[1] - bounds[0], [tile.depth, tile.rows]),
             self._hidden_argument([tile.depth, tile.cols]),
             self.num_rows,
             scale.unit_2,
             out_VD,
-            *counts,
+            dlogits.shape[0],
             *bounds,
             self.width,
-            dlogits[0].stride(0),
+            dlogits.stride(0),
             ACCUMULATE=accumulate,
             USE_TMA=self.use_tma,
             BLOCK_V=tile.rows,

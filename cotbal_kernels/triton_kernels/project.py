@@ -8,6 +8,7 @@ What else a tile leaves behind depends on WRITE:
     WRITE_EXP           exp(z - m), times the slope of the soft cap, in the dtype of hidden: 2 bytes a logit.
                         Relative to its tile's maximum a 16-bit exponential keeps 8 bits of the probability at any
                         offset; the logit itself in 16 bits would not.
+    WRITE_PACKED        the same in 12 bits, see :mod:`.twelve_bits`: 1.5 bytes
     WRITE_GRADIENT      the gradient of the logits, from row statistics that are already known (recomputation)
 
 Bytes read per tile: BLOCK_M + BLOCK_V rows of D. Programs are persistent, and the number of rows is read from
@@ -20,10 +21,12 @@ import triton
 import triton.language as tl
 
 from .tiles import left_half, right_half, rows_here, tile_at
+from .twelve_bits import pack
 
 WRITE_NONE = tl.constexpr(0)
 WRITE_EXP = tl.constexpr(1)
-WRITE_GRADIENT = tl.constexpr(2)
+WRITE_PACKED = tl.constexpr(2)
+WRITE_GRADIENT = tl.constexpr(3)
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def cap_slope(z, softcap):
 def _finish(
     z,  # [BLOCK_M, BLOCK] products
     first_V,
-    column,  # of first_V in out
+    column,  # of first_V in its slice of out
     local_M,
     live_M,
     position_M,
@@ -74,6 +77,7 @@ def _finish(
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """From a block of products to what is kept of it."""
@@ -124,15 +128,23 @@ def _finish(
         if HAS_SOFTCAP:
             out *= cap_slope(z, softcap)
         keep_M = live_M
-    if WRITE != WRITE_NONE:
-        # Rows are padded to whole tiles: no mask along them, so the stores are wide at any vocabulary size.
+    # Rows are padded to whole tiles: no mask along them, so the stores are wide at any vocabulary size.
+    if WRITE == WRITE_PACKED:
+        first, second, third = pack(tl.abs(out) if HAS_SOFTCAP else out, BLOCK_M, BLOCK)  # a slope of -1e-7 is one of 0
+        QUARTER: tl.constexpr = BLOCK // 4
+        word = column // BLOCK * (3 * QUARTER) + tl.arange(0, QUARTER)
+        word_at = local_M.to(tl.int64)[:, None] * out_stride + word[None, :]
+        tl.store(out_ptr + word_at, first, mask=keep_M[:, None])
+        tl.store(out_ptr + word_at + QUARTER, second, mask=keep_M[:, None])
+        tl.store(out_ptr + word_at + 2 * QUARTER, third, mask=keep_M[:, None])
+    elif WRITE != WRITE_NONE:
         out_at = local_M.to(tl.int64)[:, None] * out_stride + (column + tl.arange(0, BLOCK))[None, :]
         tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=keep_M[:, None])
 
 
 # Statistics of positions are rows of one matrix: where they are aligned depends on the number of positions.
 @triton.jit(
-    do_not_specialize=["row_start", "row_count", "vocab_start", "vocab_stop", "first_tile"],
+    do_not_specialize=["row_start", "row_count", "vocab_start", "vocab_stop"],
     do_not_specialize_on_alignment=["max_ptr", "log_sum_ptr"],
 )
 def project_kernel(
@@ -142,7 +154,7 @@ def project_kernel(
     rows_ptr,  # [N] int64 positions of the packed rows
     num_rows_ptr,  # [1] int64
     targets_ptr,  # [M] int64, -1 where a row has no target among these logits
-    part_max_ptr,  # [T, row_count] float32 out (WRITE_NONE, WRITE_EXP)
+    part_max_ptr,  # [T, row_count] float32 out, but for WRITE_GRADIENT
     part_sum_ptr,  # [T, row_count] float32 out
     part_shift_ptr,  # [T, row_count] float32 out: sum of z - m, for smoothing
     target_logit_ptr,  # [row_count] float32 out
@@ -151,12 +163,11 @@ def project_kernel(
     log_sum_ptr,  # [M] float32
     scale_ptr,  # [M] float32: upstream gradient times logit_scale
     unit_ptr,  # [2] float32: unit of the scales, and one over it
-    out_ptr,  # [row_count, out_stride] (WRITE_EXP, WRITE_GRADIENT)
+    out_ptr,  # [slices, row_count, out_stride], one slice with WRITE_GRADIENT; WRITE_PACKED: int16 words
     row_start,
     row_count,
     vocab_start,
     vocab_stop,
-    first_tile,  # index in [0, T) of this launch's first vocabulary tile
     vocab_size,
     width,  # D
     weight_stride,
@@ -204,26 +215,31 @@ def project_kernel(
                 weight_VD = tl.load(tile_ptr + at_VD, mask=inside_V & inside_D, other=0.0)
             z = tl.dot(hidden_MD, weight_VD.T, z, input_precision="ieee")
         column = col_block * BLOCK_V
+        slice_ptr = out_ptr
+        if (WRITE == WRITE_EXP) | (WRITE == WRITE_PACKED):
+            columns = out_stride // 3 * 4 if WRITE == WRITE_PACKED else out_stride
+            slice_ptr += (column // columns).to(tl.int64) * row_count * out_stride
+            column %= columns
         if PARTS == 1:
             _finish(
-                z, first_V, column, local_M, live_M, position_M, first_tile + col_block, bias_ptr, targets_ptr,
+                z, first_V, column, local_M, live_M, position_M, col_block, bias_ptr, targets_ptr,
                 part_max_ptr, part_sum_ptr, part_shift_ptr, target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr,
-                scale_ptr, unit_ptr, out_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing,
-                z_loss, logit_scale, even, WRITE, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V,
+                scale_ptr, unit_ptr, slice_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing,
+                z_loss, logit_scale, even, WRITE, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_M, BLOCK_V,
             )  # fmt: skip
         else:
             _finish(
                 left_half(z, BLOCK_M, BLOCK_V), first_V, column, local_M, live_M, position_M,
-                first_tile + 2 * col_block, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr, part_shift_ptr,
-                target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr, out_ptr, row_count,
+                2 * col_block, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr, part_shift_ptr,
+                target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr, slice_ptr, row_count,
                 vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, logit_scale, even, WRITE, HAS_BIAS,
-                HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V // 2,
+                HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_M, BLOCK_V // 2,
             )  # fmt: skip
             if first_V + BLOCK_V // 2 < vocab_stop or WRITE == WRITE_GRADIENT:
                 _finish(
                     right_half(z, BLOCK_M, BLOCK_V), first_V + BLOCK_V // 2, column + BLOCK_V // 2, local_M, live_M,
-                    position_M, first_tile + 2 * col_block + 1, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr,
+                    position_M, 2 * col_block + 1, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr,
                     part_shift_ptr, target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr,
-                    out_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, logit_scale,
-                    even, WRITE, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_V // 2,
+                    slice_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, logit_scale,
+                    even, WRITE, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_M, BLOCK_V // 2,
                 )  # fmt: skip

@@ -14,7 +14,7 @@ from .tiles import rows_here
 
 
 @triton.jit(
-    do_not_specialize=["row_start", "row_count", "num_tiles", "narrow"],
+    do_not_specialize=["row_start", "row_count", "vocab_size"],
     do_not_specialize_on_alignment=["max_ptr", "log_sum_ptr"],
 )
 def row_losses_kernel(
@@ -32,8 +32,7 @@ def row_losses_kernel(
     log_sum_ptr,  # [M] float32 out
     row_start,
     row_count,
-    num_tiles,  # T
-    narrow,  # vocabulary rows of the first slice: only its last tile may be narrower than BLOCK_V
+    vocab_size,
     smoothing,
     z_loss,
     even,
@@ -50,10 +49,7 @@ def row_losses_kernel(
     position_M = tl.load(rows_ptr + row_start + local_M, mask=live_M, other=0)
     target_M = tl.load(targets_ptr + position_M, mask=live_M, other=-1).to(tl.int32)
     has_target_M = target_M >= 0
-    narrow_tiles = tl.cdiv(narrow, BLOCK_V)
-    target_tile_M = tl.where(
-        target_M < narrow, target_M // BLOCK_V, narrow_tiles + (target_M - narrow) // BLOCK_V
-    )  # fmt: skip
+    num_tiles = tl.cdiv(vocab_size, BLOCK_V)
 
     max_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sum_M = tl.zeros((BLOCK_M,), tl.float32)
@@ -75,8 +71,7 @@ def row_losses_kernel(
         sum_M = sum_M * tl.exp(max_M - base_M) + tl.sum(part_sum_TM * tl.exp(part_max_TM - base_M[None, :]), 0)
         if HAS_SMOOTHING:
             part_shift_TM = tl.load(part_shift_ptr + at_TM, mask=keep, other=0.0)
-            ragged = narrow - (narrow_tiles - 1) * BLOCK_V
-            columns_T = tl.where(tile_T == narrow_tiles - 1, ragged, BLOCK_V).to(tl.float32)
+            columns_T = tl.minimum(vocab_size - tile_T * BLOCK_V, BLOCK_V).to(tl.float32)
             drop_TM = tl.where(keep, columns_T[:, None] * (part_max_TM - new_max_M[None, :]), 0.0)
             shift_M += tl.where(seen_M > 0, seen_M * (max_M - new_max_M), 0.0) + tl.sum(part_shift_TM + drop_TM, 0)
             seen_M += tl.sum(tl.where(keep, columns_T[:, None], 0.0), 0)
@@ -90,7 +85,7 @@ def row_losses_kernel(
     lse_M = max_M + log_sum_M
     loss_M += z_loss * lse_M * lse_M
     target_first_M = tl.load(target_first_ptr + local_M, mask=has_target_M, other=0) > 0
-    hit_M = target_first_M & (first_tile_M == target_tile_M)
+    hit_M = target_first_M & (first_tile_M == target_M // BLOCK_V)
     tl.store(loss_ptr + position_M, loss_M, mask=live_M)
     tl.store(hit_ptr + position_M, hit_M.to(tl.int64), mask=live_M)
     tl.store(max_ptr + position_M, max_M, mask=live_M)

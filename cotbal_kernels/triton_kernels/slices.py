@@ -9,75 +9,69 @@ from .tiles import Tile
 # What a slice costs beside its products: dX is read and written once more, 8 bytes an element, in the time of so many
 # flop a byte (H100 236, H200 165, A100 156 in 16 bits).
 FLOP_PER_BYTE = 200
-MORE_SLICES = 32  # numbers that are looked at from the fewest on; the best is about sqrt(V / 800), 13 at V = 128256
+# Numbers that are looked at from the fewest on; the best is about sqrt(V / 600) in bfloat16, 15 at V = 128256.
+MORE_SLICES = 32
 
 
 class Slices(NamedTuple):
-    """How the vocabulary is cut for the second pass; all slices but the first are ``stride`` wide.
+    """How the vocabulary is cut for the second pass; all slices but the last are ``stride`` wide.
 
-    Exponentials are kept of the packed rows [0, stored_rows) in the memory of dW, their last slice in the workspace,
-    and of the ``held_rows`` behind them in the workspace. The rows behind those are computed again.
+    Exponentials are kept of the packed rows [0, stored_rows) in the memory of dW, and of the ``held_rows`` behind them
+    in the workspace. The rows behind those are computed again.
     """
 
     bounds: tuple[int, ...]  # 0, ..., V
     stride: int  # elements between rows of a slice
     stored_rows: int
     held_rows: int
+    in_place: bool = False  # one slice of the workspace takes the exponentials of every row, and their gradients
 
     def ranges(self) -> list[tuple[int, int]]:
         return list(zip(self.bounds, self.bounds[1:], strict=False))
 
-    def first_tile(self, start: int, block: int) -> int:
-        """Index of the vocabulary tile that begins at ``start``, the bound of a slice."""
-        return 0 if start == 0 else -(-self.bounds[1] // block) + (start - self.bounds[1]) // block
 
-    def num_tiles(self, block: int) -> int:
-        return self.first_tile(self.bounds[-1], block) if len(self.bounds) > 2 else -(-self.bounds[1] // block)
+class Room(NamedTuple):
+    """Elements that there are for logits, in the dtype of the products."""
 
-    @property
-    def held_starts(self) -> list[int]:
-        """Row of the workspace at which a slice of the held rows begins; they end where the first one does.
-
-        The last slice comes first, so behind each lies memory that is used up: room for the rows computed again.
-        """
-        return [self.held_rows * later for later in reversed(range(len(self.bounds) - 1))]
+    workspace: int
+    storage: int | None  # memory of dW, where exponentials may wait; None where none are kept
+    quarters: int  # of an element that an exponential takes where it waits, 3 or 4
+    statistics: int  # that a row whose exponentials are kept takes besides
 
 
-def plan_slices(
-    rows: int, vocab_size: int, cols: int, elements: int, storage_rows: int | None, statistics: int, align: int
-) -> Slices:
-    """Cut the vocabulary so that the logits fit ``elements`` of workspace, one tile at least.
+def plan_slices(rows: int, vocab_size: int, cols: int, room: Room, align: int) -> Slices:
+    """Cut the vocabulary so that the logits fit the workspace, one tile at least.
 
     Args:
         cols: rows of a slice are padded to whole tiles of so many columns.
-        storage_rows: how many rows may wait in the memory of dW; None where no exponentials are kept.
-        statistics: elements that a row whose exponentials are kept takes besides.
-        align: held rows are a multiple of this where others come behind them.
+        align: stored and held rows are multiples of this where others come behind them.
     """
-    keeps = storage_rows is not None
+    workspace, storage, quarters, statistics = room
+    keeps = storage is not None
     padded = -(-vocab_size // cols) * cols
-    if rows * (padded + statistics * keeps) <= elements:
-        return Slices((0, vocab_size), padded, 0, rows if keeps else 0)
-    stored = min(rows, storage_rows or 0)
-    left = elements - stored * statistics
-    fewest = -(-vocab_size // max(cols, left // rows // cols * cols))
+    if rows * (padded + statistics * keeps) <= workspace:
+        return Slices((0, vocab_size), padded, 0, rows if keeps else 0, in_place=keeps)
 
-    def cut(count: int) -> tuple[int, int]:
-        """Columns of a slice, and how many rows are held: one slice of every row fits, and the others of those."""
+    def fitting(elements: int | None, columns: int, besides: int, wanted: int) -> int:
+        found = max(0, elements or 0) // (columns * quarters // 4 + besides)
+        return wanted if found >= wanted else found // align * align
+
+    def cut(count: int) -> Slices:
+        """One slice of every row in the workspace, and as many rows as fit beside it."""
         width = -(-vocab_size // (count * cols)) * cols
-        more = -(-vocab_size // width) - 1
-        held = max(0, left - rows * width) // max(1, more * width + statistics) if keeps else 0
-        return width, rows - stored if held >= rows - stored else held // align * align
+        bounds = (*range(0, vocab_size, width), vocab_size)
+        stored = fitting(storage, (len(bounds) - 1) * width, 0, rows)
+        left = workspace - rows * width - stored * statistics if keeps else 0
+        return Slices(bounds, width, stored, fitting(left, padded, statistics, rows - stored))
 
-    def cost(chosen: tuple[int, int]) -> int:
+    def cost(plan: Slices) -> int:
         """Flop / D, without what every cut costs."""
-        width, held = chosen
-        return 2 * vocab_size * (rows - stored - held) + 8 * FLOP_PER_BYTE * rows * -(-vocab_size // width)
+        again = rows - plan.stored_rows - plan.held_rows
+        return 2 * vocab_size * again + 8 * FLOP_PER_BYTE * rows * len(plan.ranges())
 
-    some_left = keeps and stored < rows
-    width, held = min(map(cut, range(fewest, fewest + (MORE_SLICES if some_left else 1))), key=cost)
-    bounds = (0, *reversed(range(vocab_size, 0, -width)))
-    return Slices(bounds, width, stored, held)
+    left = workspace - fitting(storage, padded, 0, rows) * statistics
+    fewest = -(-vocab_size // max(cols, left // rows // cols * cols))
+    return min(map(cut, range(fewest, fewest + (MORE_SLICES if keeps else 1))), key=cost)
 
 
 def window_rows(capacity: int, limit: int, width: int, tile: Tile, programs: int) -> int:

@@ -57,11 +57,14 @@ def test_triton_stays_within_its_bound_at_real_sizes(work: dict[str, Any]) -> No
 
 
 def test_triton_computes_again_what_has_no_place(work: dict[str, Any]) -> None:
-    """Of 8192 rows D = 4096 wait in dW's memory, 896 more in the workspace; of a bound of 1966 all."""
+    """Of 8192 rows 5376 wait in dW's memory (4/3 of D = 4096, less what slices of whole tiles leave), 1152 more in the
+    workspace; of a bound of 1966 all.
+    """
     products = work["full_size_products"]
-    assert products["train"] == round(4 - (4096 + 896) / 8192, 4)
-    assert products["train, few"] == products["train, 12%"] == products["train, 4513 rows of workspace"] == 3
-    assert work["full_size_bytes"]["train, 4513 rows of workspace"] < 1.25 * 2**30
+    assert products["train"] == round(4 - (5376 + 1152) / 8192, 4)
+    assert products["train"] / 3 < 1.12  # the target beside three products
+    assert products["train, few"] == products["train, 12%"] == products["train, 2816 rows of workspace"] == 3
+    assert work["full_size_bytes"]["train, 2816 rows of workspace"] < 0.85 * 2**30
     assert products["recompute"] == 4
     assert products["frozen head"] == 2
 

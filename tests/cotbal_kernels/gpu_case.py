@@ -28,7 +28,7 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 
 
 class Sizes(NamedTuple):
-    """Several tiles and ragged edges everywhere; D rows is where dW's memory ends for 16-bit exponentials."""
+    """Several tiles and ragged edges everywhere; more rows than find room in dW's memory beside the words ``V``."""
 
     shape: tuple[int, int]
     D: int

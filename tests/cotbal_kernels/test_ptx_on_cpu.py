@@ -84,6 +84,8 @@ INTEGERS: dict[str, Callable[[int, int], int]] = {
     "add.s32": lambda a, b: a + b,
     "sub.s32": lambda a, b: a - b,
     "mul.lo.s32": lambda a, b: a * b,
+    "mul.hi.s32": lambda a, b: (a * b) >> 32,
+    "mul.hi.u32": lambda a, b: ((a % 2**32) * (b % 2**32)) >> 32,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,

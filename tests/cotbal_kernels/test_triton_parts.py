@@ -1,4 +1,4 @@
-"""Parts of the Triton backend: packing of the targets, sums per task, and the memory plan of the kept exponentials."""
+"""Parts of the Triton backend: packing of the targets, sums per task, scales, windows of rows."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -14,16 +14,14 @@ pytest.importorskip("triton")
 from interpreter import interpreted
 from triton_on_cpu import INTERPRETED
 
-from cotbal_kernels import portable, triton_backend
-from cotbal_kernels.interface import saved_grad_dtypes
+from cotbal_kernels import portable
 from cotbal_kernels.triton_kernels import configs
 from cotbal_kernels.triton_kernels.dlogits import dlogits_kernel
-from cotbal_kernels.triton_kernels.head import KeptStatistics
 from cotbal_kernels.triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
 from cotbal_kernels.triton_kernels.project import project_kernel
 from cotbal_kernels.triton_kernels.row_losses import row_losses_kernel
 from cotbal_kernels.triton_kernels.row_scales import Scale
-from cotbal_kernels.triton_kernels.slices import Slices, plan_slices, window_rows
+from cotbal_kernels.triton_kernels.slices import window_rows
 
 
 @settings(max_examples=15, deadline=None)
@@ -193,179 +191,3 @@ def test_windows_leave_few_programs_idle_in_the_gradient_of_the_hidden_states(ca
 @pytest.mark.parametrize(("capacity", "limit", "rows"), [(0, 500, 1), (50, 5, 5), (3, 5, 3), (50, 17, 16), (50, 0, 1)])
 def test_windows_of_few_rows(capacity: int, limit: int, rows: int) -> None:
     assert window_rows(capacity, limit, 24, configs.INTERPRETED.grad_hidden, 3) == rows
-
-
-class Memory:
-    """A head that computes nothing: every launch is checked against what the memory holds, byte by byte."""
-
-    def __init__(self, rows: int, vocab_size: int, width: int, elements: int, block: int, dtype: torch.dtype) -> None:
-        self.capacity, self.vocab_size, self.width, self.limit = rows, vocab_size, width, elements
-        self.cols, self.block, self.keeps_exponentials = 2 * block, block, True
-        self.packed_ND = torch.empty(max(1, rows), width, dtype=dtype)
-        self.weight_VD, self.targets_M = torch.empty(vocab_size, width, dtype=dtype), torch.zeros(rows)
-        self.statistics_bytes, self.kept_bytes = 8, 4
-        self.out_VD = torch.empty(vocab_size, width, dtype=saved_grad_dtypes(dtype)[1])
-        self.holder: dict[int, Any] = {}  # 2-byte cell -> what was last written there
-        self.kept: list[tuple[int, int]] = []
-        self.taken: list[tuple[str, tuple[int, int], tuple[int, int]]] = []
-
-    def wide_bytes(self, wanted: bool, dtype: torch.dtype) -> int:
-        return 4 * wanted
-
-    def slices(self, other_bytes: int, storage_rows: int | None) -> Slices:
-        assert storage_rows is not None
-        self.plan = plan_slices(self.capacity, self.vocab_size, self.cols, self.limit, storage_rows, 1, ALIGN)
-        return self.plan
-
-    def workspace(self, rows: int, stride: int) -> torch.Tensor:
-        kept = self.plan.stored_rows + self.plan.held_rows
-        assert rows * stride + kept <= max(self.limit, self.capacity * self.cols + kept), "more workspace than allowed"
-        self.memory = self.packed_ND.new_empty((rows, stride))
-        return self.memory
-
-    def cells(self, tensor: torch.Tensor, rows: int, columns: int) -> list[int]:
-        """The cells that a kernel touches, from address and strides of what it is given."""
-        assert tensor.shape[0] >= rows
-        if rows:
-            for whole in (self.memory, self.out_VD):
-                begin, end = whole.data_ptr(), whole.data_ptr() + whole.numel() * whole.element_size()
-                last = tensor.data_ptr() + ((rows - 1) * tensor.stride(0) + columns) * tensor.element_size()
-                if begin <= tensor.data_ptr() < end:
-                    assert last <= end, "a kernel would write past the end of its memory"
-                    break
-            else:
-                raise AssertionError("neither the workspace nor dW")
-        half, per_row = tensor.element_size() // 2, tensor.stride(0) * tensor.element_size() // 2
-        first = tensor.data_ptr() // 2
-        return [first + row * per_row + cell for row in range(rows) for cell in range(columns * half)]
-
-    def padded(self, bounds: tuple[int, int]) -> int:
-        return -(-(bounds[1] - bounds[0]) // self.cols) * self.cols
-
-    def write(self, window: tuple[int, int], bounds: tuple[int, int], part: torch.Tensor, what: str) -> None:
-        """Every row of the window says what it holds of which row and slice."""
-        for row in range(window[1]):
-            cells = self.cells(part[row : row + 1], 1, self.padded(bounds))
-            self.holder.update(dict.fromkeys(cells, (what, window[0] + row, bounds)))
-
-    def expect(self, window: tuple[int, int], bounds: tuple[int, int], part: torch.Tensor, what: str) -> list[int]:
-        found: list[int] = []
-        for row in range(window[1]):
-            cells = self.cells(part[row : row + 1], 1, self.padded(bounds))
-            wanted = (what, window[0] + row, bounds)
-            assert all(self.holder.get(cell) == wanted for cell in cells), f"not the {what} of this row and slice"
-            found += cells
-        return found
-
-    def exponentials(self, window: tuple[int, int], slices: Slices, views: list[torch.Tensor], rows: Any) -> Any:
-        assert window[1] > 0
-        self.kept.append(window)
-        for bounds, view in zip(slices.ranges(), views, strict=True):
-            self.write(window, bounds, view, "exponentials")
-        return KeptStatistics(torch.empty(1, window[1]), torch.empty(window[1]))
-
-    def forward(self, window: tuple[int, int], rows: Any) -> None:
-        assert not hasattr(self, "memory"), "its statistics live beside the workspace"
-        kept = self.plan.stored_rows + self.plan.held_rows
-        assert window == (kept, self.capacity - kept)
-
-    def dlogits(self, window, bounds, first_tile, view, statistics, *_: Any) -> None:
-        assert window in self.kept
-        assert statistics.max_TN.shape[1] == window[1]
-        self.expect(window, bounds, view, "exponentials")
-        self.write(window, bounds, view, "gradient")
-        tiles = sum(-(-(stop - start) // self.block) for start, stop in self.plan.ranges() if stop <= bounds[0])
-        assert first_tile == tiles
-
-    def recompute(self, window, bounds, out, *_: Any) -> None:
-        self.write(window, bounds, out, "gradient")
-
-    def grad_hidden(self, window, bounds, dlogits, *_: Any) -> None:
-        assert dlogits.shape[0] == window[1], "a descriptor reads zeros behind its last row only"
-        self.expect(window, bounds, dlogits, "gradient")
-        self.taken.append(("hidden", window, bounds))
-
-    def grad_bias(self, window, bounds, dlogits, *_: Any) -> None:
-        self.expect(window, bounds, dlogits, "gradient")
-        self.taken.append(("bias", window, bounds))
-
-    def grad_weight(self, counts, bounds, parts, scale, out_VD, accumulate) -> None:
-        assert sum(counts) == self.capacity
-        read: list[int] = []
-        for start, rows, part in zip((0, counts[0]), counts, parts, strict=True):
-            assert part.shape[0] == rows
-            assert part.stride(0) == parts[0].stride(0)
-            read += self.expect((start, rows), bounds, part, "gradient")
-        written = self.cells(out_VD[bounds[0] : bounds[1]], bounds[1] - bounds[0], self.width)
-        assert not set(read) & set(written), "dW overwrites what the same launch reads"
-        self.holder.update(dict.fromkeys(written, ("dW", bounds)))
-        self.taken.append(("weight", (0, self.capacity), bounds))
-
-
-ALIGN = 4
-
-
-@settings(max_examples=120, deadline=None)
-@given(
-    rows=st.integers(0, 40),
-    vocab_size=st.integers(1, 300),
-    width=st.integers(1, 24),
-    elements=st.integers(1, 12_000),
-    block=st.sampled_from([8, 16, 32]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-)
-@example(rows=40, vocab_size=300, width=8, elements=8000, block=8, dtype=torch.bfloat16)  # all three kinds of rows
-@example(rows=40, vocab_size=300, width=1, elements=11_500, block=8, dtype=torch.float16)
-def test_no_exponential_is_overwritten_before_it_is_used(rows, vocab_size, width, elements, block, dtype) -> None:
-    """The schedule of the backend itself, on real addresses, with launches that only look at the memory."""
-    head = Memory(rows, vocab_size, width, elements, block, dtype)
-    need = (True, True, True)
-    results = triton_backend.RowResults.zeros(torch.zeros(rows, dtype=torch.int64))
-    scale = Scale(torch.ones(rows), torch.ones(2))
-    triton_backend._slices_of_vocabulary(head, need, head.out_VD, results, scale)  # type: ignore[arg-type]
-    slices = head.plan
-    assert [*slices.bounds] == sorted(set(slices.bounds))
-    assert slices.bounds[0] == 0
-    assert slices.bounds[-1] == vocab_size
-    ratio = 2 if dtype == torch.float16 else 1
-    fits = rows * (head.padded((0, vocab_size)) + 1) <= elements
-    assert slices.stored_rows == (0 if fits else min(rows, ratio * width))
-    assert not fits or slices.held_rows == rows
-    # Every row was taken once in every slice, by each gradient.
-    for kind in ("hidden", "bias", "weight"):
-        taken = [
-            (row, bounds)
-            for name, (start, count), bounds in head.taken
-            if name == kind
-            for row in range(start, start + count)
-        ]
-        assert sorted(taken) == sorted((row, bounds) for row in range(rows) for bounds in slices.ranges())
-    # At the end dW is whole: every cell was written by its own slice, and by nobody afterwards.
-    for start, stop in slices.ranges():
-        cells = head.cells(head.out_VD[start:stop], stop - start, width)
-        assert {head.holder[cell] for cell in cells} == {("dW", (start, stop))}
-
-
-@pytest.mark.parametrize("elements", range(0, 60_000, 1500))
-@pytest.mark.parametrize("storage_rows", [0, 16, 100, None])
-def test_plans_hold_as_many_rows_as_their_memory(elements: int, storage_rows: int | None) -> None:
-    """Counted slice by slice; and no other cut into as many slices holds more rows."""
-    rows, vocab_size, cols, statistics, align = 80, 1000, 16, 3, 8
-    plan = plan_slices(rows, vocab_size, cols, elements, storage_rows, statistics, align)
-    stored, held, slices = plan.stored_rows, plan.held_rows, len(plan.ranges())
-    again = rows - stored - held
-    assert min(stored, held, again) >= 0
-    assert max(stop - start for start, stop in plan.ranges()) <= plan.stride
-    if storage_rows is None:
-        assert stored == 0
-        assert held in (0, rows)
-        assert plan.stride == cols or rows * plan.stride <= elements
-        return
-    used = stored * plan.stride + held * slices * plan.stride + again * plan.stride + (stored + held) * statistics
-    assert used <= elements or (plan.stride == cols and held == 0)
-    fits = rows * (-(-vocab_size // cols) * cols + statistics) <= elements
-    assert (stored, held) == (0, rows) if fits else stored == min(rows, storage_rows)
-    assert again == 0 or held % align == 0
-    if again:
-        block = align * ((slices - 1) * plan.stride + statistics)
-        assert used + block > elements, "another block of rows would have had room"

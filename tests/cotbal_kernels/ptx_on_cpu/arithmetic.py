@@ -60,7 +60,7 @@ _UNARY = {
     "sqrt": np.sqrt,
     "rsqrt": lambda a, out, where: np.divide(1, np.sqrt(a), out=out, where=where),
 }
-_KNOWN = {"rn", "f32", "lo", "approx", "full", "ftz", "wide"}
+_KNOWN = {"rn", "f32", "lo", "hi", "approx", "full", "ftz", "wide"}
 # Units in the last place by which results of the hardware may be off (PTX ISA); here they are, by a hash of their bits.
 _UNITS = {"ex2": 2, "rcp": 1, "div": 2}
 
@@ -116,6 +116,9 @@ def _binary(block: Block, operation: Operation) -> Action:
         a, b, out = block.read(first, kind), block.read(second, kind), block.write(to, double)
         return lambda mask: ufunc(a, b, out=out, where=mask, dtype=out.dtype)
     a, out = block.read(first, kind), block.write(to, kind)
+    if "hi" in operation.modifiers:
+        b, double, bits = block.read(second, kind), {"s32": np.int64, "u32": np.uint64}[kind], np.uint8(32)
+        return lambda mask: np.copyto(out, (ufunc(a, b, dtype=double) >> bits).astype(out.dtype), where=mask)
     b = block.read(second, "u32" if operation.name in ("shl", "shr") else kind)
     return _flushes(operation, _approximates(operation, lambda mask: ufunc(a, b, out=out, where=mask), out), out)
 

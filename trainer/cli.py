@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,13 @@ class _Commands(TyperGroup):
             more = "; the same command continues from here" if ctx.invoked_subcommand in _CONTINUE else ""
             print(f"cotbal: interrupted{more}", file=sys.stderr)
             raise typer.Exit(130) from error
+
+
+def _finite(value: float | None) -> float | None:
+    """``min`` lets infinity pass."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
 
 
 app = typer.Typer(
@@ -90,7 +98,10 @@ def run(
     seeds: Seeds = None,
     dry_run: DryRun = False,
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="for --dry-run: peak TFLOP/s of one GPU; default: this machine's")
+        float | None,
+        typer.Option(
+            min=0.001, callback=_finite, help="for --dry-run: peak TFLOP/s of one GPU; default: this machine's"
+        ),
     ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.001, max=1, help="for --dry-run: share of the peak that is reached")
@@ -188,7 +199,7 @@ def check(
     tokenizer: Annotated[Path | None, typer.Option(help="model folder, for lengths in tokens")] = None,
     max_length: Annotated[int, typer.Option(min=16, help="tokens; longer conversations are cut")] = 2048,
     batch_size: Annotated[int, typer.Option(min=1, help="for the number of steps")] = 16,
-    epochs: Annotated[float, typer.Option(min=0, help="for the number of steps")] = 1.0,
+    epochs: Annotated[float, typer.Option(min=0, callback=_finite, help="for the number of steps")] = 1.0,
 ) -> None:
     """Check records, images and tokens without training anything: of every task in CONFIG, or of record files."""
     from trainer.config import load_config

@@ -72,6 +72,9 @@ class TestHelp:
             (["demo", "--dry"], "No such option: --dry"),
             (["weights"], "Missing argument"),
             (["weights", "x.json", "--alpha", "much"], "Invalid value for '--alpha'"),
+            (["check", "x.json", "--epochs", "inf"], "Invalid value for '--epochs'"),
+            (["check", "x.json", "--epochs", "nan"], "Invalid value for '--epochs'"),
+            (["run", "x.yaml", "--tflops", "inf"], "Invalid value for '--tflops'"),
         ],
     )
     def test_usage_errors(self, cotbal: Command, arguments: list[str], message: str) -> None:

@@ -103,6 +103,13 @@ def test_an_unknown_key_names_the_nearest_valid_one(data: dict[str, Any], line: 
         ({"comparisons": [{"method": "rlw", "name": "mini"}]}, "comparisons.0: comparison name 'mini' belongs to a"),
         ({"comparisons": [{"method": "rlw", "name": "stl-a"}]}, "comparisons.0: comparison name 'stl-a' belongs to a"),
         ({"comparisons": [{"method": "rlw", "name": "x", "options": {"T": 1}}]}, "comparisons.0: options of method 'r"),
+        ({"training": {"batch_size": True}}, "training.batch_size: must be a number, not a yes or no (got True)"),
+        ({"training": {"zero_stage": True}}, "training.zero_stage: must be a number, not a yes or no (got True)"),
+        ({"training": {"learning_rates": {"x": True}}}, "training.learning_rates: must be a number, not a yes or no"),
+        (
+            {"balancing": {"options": {"coba": {"window": 4, "temperature": True}}}},
+            "balancing.options: options of method 'coba': temperature: must be a number, not a yes or no (got True)",
+        ),
         ({"seeds": 0}, "seeds: Input should be greater than or equal to 1 (got 0)"),
         ({"balancing": {"method": "cobo"}}, "balancing.method: unknown method 'cobo' (did you mean 'coba'?); valid: "),
         ({"balancing": {"options": {"dwa": {"window": 0}}}}, "balancing.options: options of method 'dwa': window: "),

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
+
+from trainer.options import Options
 
 # How per-token losses become one number; S_i is a task's sum of cross-entropies, T_i its tokens, L_i = S_i / T_i, all
 # over the whole optimizer step.
@@ -27,10 +29,9 @@ Aggregation = Literal["token", "task", "task_sum"]
 SMALLEST_WEIGHT = 1e-8
 
 
-class MethodOptions(BaseModel):
+class MethodOptions(Options):
     """Options that every method has."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
     aggregation: Aggregation = Field("token", description="token: Eq. 2; task: TLA; task_sum: sum of w_i L_i")
 
 

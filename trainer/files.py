@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,11 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON whole or not at all."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def known(value: float) -> float | None:
+    """JSON has no NaN and no infinity: null for those."""
+    return value if math.isfinite(value) else None
 
 
 def put_in_place(partial: Path, folder: Path) -> None:

@@ -51,6 +51,10 @@ class TestScore:
             "metric": "perplexity", "value": pytest.approx(4.4816890703380645), "standard_error": None, "samples": 1,
         }  # fmt: skip
 
+    def test_an_infinite_perplexity_is_null(self, cotbal: Command, write: Callable[..., Path]) -> None:
+        outcome = cotbal("score", write({"loss_sum": 1e6, "tokens": 2}), "--metric", "perplexity")
+        assert '"value": null' in outcome.out
+
     GOOD = {"id": 1, "prediction": "a", "references": ["a"]}  # noqa: RUF012
 
     @pytest.mark.parametrize(

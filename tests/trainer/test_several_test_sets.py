@@ -30,6 +30,7 @@ from trainer.files import write_json
 from trainer.nodes.following import _missing_files
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.evaluations import evaluation_sets
+from trainer.pipeline.outcome import score_table
 from trainer.pipeline.planned_data import planned_data
 from trainer.pipeline.preflight import check_config
 from trainer.pipeline.progress import Progress
@@ -96,7 +97,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Path, list[str]]
         done.append(f"train-{spec.name}")
 
     def score(spec: EvaluationSpec, *_: Any) -> None:
-        training = spec.model_path.parent.name
+        training = spec.model_path.parent.name.partition("@")[0]
         write_json(spec.output_dir / "manifest.json", {})
         for own in spec.sets:
             write_jsonl(spec.predictions(own), [answer(training, own, *item) for item in enumerate(own.load())])
@@ -187,6 +188,36 @@ def test_eq_12_averages_over_test_sets_and_metrics(data: dict[str, Any], run: Ca
     assert {row[0]: row[1:] for row in partial[1:]} == {
         row[0]: [cell.replace("at chance", "") for cell in row[3:]] for row in table[1:]
     }
+
+
+def test_an_infinite_perplexity_is_null(
+    data: dict[str, Any], run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON has no infinity: another program would refuse the file. e^1000 is past the largest float."""
+
+    def strict(path: Path) -> Any:
+        return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} has {name}"))
+
+    monkeypatch.setitem(LOSSES, "ew", {"near": 1.25, "far": 1000.0})
+    run_dir, _ = run(data | {"seeds": 2})
+    metrics = strict(run_dir / "evaluations/ew/test/metrics.json")
+    assert (metrics["box far perplexity"]["value"], metrics["box far perplexity"]["standard_error"]) == (None, None)
+    assert metrics["box near perplexity"]["value"] == pytest.approx(np.exp(1.25))
+    for line in (run_dir / "evaluations/ew/test/box@far.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["score"] is None
+    results = strict(run_dir / "results.json")
+    assert results["methods"]["EW"]["box"] == {"near perplexity": pytest.approx(np.exp(1.25)), "far perplexity": None}
+    assert [table["box"]["far perplexity"] for table in results["seeds"]["EW"]] == [None, None]
+    page = Page((run_dir / "report.html").read_text())
+    (far,) = [row for row in page.tables["test-scores"] if row[0].startswith("boxfar")]
+    assert [cell.partition(" ")[0] for cell in far[3:]] == ["7.389", "–", "9.488"]  # e^2, none, e^2.25
+
+
+def test_an_infinite_perplexity_has_no_weights(data: dict[str, Any], tmp_path: Path) -> None:
+    scores = {"box": {"metric": "perplexity", "value": None}}
+    write_json(tmp_path / "evaluations/mini/validation/metrics.json", scores)
+    with pytest.raises(UserError, match="task 'box': the perplexity of 'mini' on validation records is infinite"):
+        score_table(tmp_path, parse_config(data, "x"), precise=False)
 
 
 def test_another_file_of_a_set_scores_again_what_is_scored_on_it(

@@ -25,7 +25,7 @@ from trainer.evaluation.progress import Meter
 from trainer.evaluation.ranks import RankProcesses, load_encoder, run_rank
 from trainer.evaluation.scoring import check_references, compute, entry, read_predictions, score_key
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
-from trainer.files import write_json
+from trainer.files import known, write_json
 
 Result = TypeVar("Result")
 _POLL = 0.5  # seconds
@@ -154,7 +154,7 @@ def finish(spec: EvaluationSpec) -> dict[str, Any]:
             metrics = {"metrics": scores, "throughput": throughput.get(chosen.key)}
             continue
         for row, value in zip(rows, results[chosen.metrics[0]].per_sample, strict=True):
-            row["score"] = value
+            row["score"] = known(value)
         write_jsonl(spec.predictions(chosen), rows)
         for name, score in scores.items():
             metrics[score_key(chosen, name)] = score | {"throughput": throughput.get(chosen.key)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import UserError
 from trainer.evaluation.spec import EvaluationSet
+from trainer.files import known
 from trainer.metrics import Bleu, Cider, MetricResult, get_metric, perplexity, takes_losses
 
 Row = dict[str, Any]
@@ -23,12 +23,11 @@ def compute(metric: str, rows: Sequence[Row]) -> MetricResult:
 
 
 def entry(metric: str, result: MetricResult) -> dict[str, Any]:
-    """A metric's value as a JSON object; the standard error of a single sample is unknown: null."""
-    error = result.standard_error
+    """A metric's value as a JSON object; null for an infinite perplexity, and for the standard error of one sample."""
     return {
         "metric": get_metric(metric).label,
-        "value": result.value,
-        "standard_error": error if math.isfinite(error) else None,
+        "value": known(result.value),
+        "standard_error": known(result.standard_error),
         "samples": len(result.per_sample),
     }
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.errors import UserError
-from trainer.files import force_to_disk, write_whole
+from trainer.files import force_to_disk, known, write_whole
 
 COMPLETE = "COMPLETE"  # written last into a checkpoint folder: one without it was cut off
 
@@ -136,7 +136,7 @@ def _with_nulls(value: Any) -> Any:
     """Nested values with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {key: _with_nulls(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return known(value) if isinstance(value, float) else value
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -12,8 +12,9 @@ from typing import Any
 from trainer.balancing.registry import SINGLE_TASK_LABEL, training_label
 from trainer.baselines import majority_answer, question_only
 from trainer.config import RunConfig
+from trainer.errors import UserError
 from trainer.evaluation.scoring import score_name, scores_by_task
-from trainer.files import write_json
+from trainer.files import known, write_json
 from trainer.metrics import get_metric, takes_losses
 from trainer.pipeline.trainings import Training
 from trainer.tasks import load_task
@@ -27,12 +28,22 @@ def read_metrics(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def score_table(run_dir: Path, config: RunConfig, precise: bool) -> dict[str, Any]:
-    """``scores.json``: V_j of every proxy, and of the models of one task alone for the precise difficulty."""
+    """``scores.json``: V_j of every proxy, and of the models of one task alone for the precise difficulty.
+
+    Raises:
+        UserError: a perplexity is infinite.
+    """
     assert not isinstance(config.tasks, str)
     metrics = {task.name: get_metric(task.metric) for task in config.tasks if not task.auxiliary and task.metric}
 
     def scores(training: str) -> dict[str, float]:
         evaluated = read_metrics(run_dir / "evaluations" / training / "validation")
+        for name, entry in evaluated.items():
+            if entry["value"] is None:
+                raise UserError(
+                    f"task '{name}': the {entry['metric']} of '{training}' on validation records is infinite, so Eq. 3 "
+                    "has no value; lower training.learning_rate"
+                )
         return {name: entry["value"] for name, entry in evaluated.items()}
 
     table: dict[str, Any] = {
@@ -63,11 +74,11 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
         for tables, key in ((by_seed, "value"), (errors_by_seed, "standard_error")):
             rows = tables.setdefault(method, [{} for _ in range(config.seeds)])
             rows[training.repetition] |= {
-                # The standard error of a single sample is unknown.
+                # An infinite perplexity, and the standard error of a single sample.
                 task: {name: math.nan if entry[key] is None else entry[key] for name, entry in own.items()}
                 for task, own in scores.items()
             }
-    values = {method: mean_table(tables) for method, tables in by_seed.items()}
+    values = {method: _known(mean_table(tables)) for method, tables in by_seed.items()}
     errors = {method: _known(mean_table(tables)) for method, tables in errors_by_seed.items()}
     assert not isinstance(config.tasks, str)
     directions: dict[str, dict[str, str]] = {}
@@ -89,16 +100,12 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
         results["baseline"] = values.pop(SINGLE_TASK_LABEL)
     results |= {"methods": values, "standard_errors": errors, "baselines": baselines}
     if config.seeds > 1:
-        results["seeds"] = by_seed
+        results["seeds"] = {method: list(map(_known, tables)) for method, tables in by_seed.items()}
     write_json(run_dir / "results.json", results)
 
 
 def _known(table: Table) -> dict[str, dict[str, float | None]]:
-    """Null, which JSON has, for a number that is unknown."""
-    return {
-        task: {metric: value if math.isfinite(value) else None for metric, value in metrics.items()}
-        for task, metrics in table.items()
-    }
+    return {task: {metric: known(value) for metric, value in metrics.items()} for task, metrics in table.items()}
 
 
 def mean_table(tables: Sequence[Table]) -> Table:

@@ -68,14 +68,31 @@ class TestTextModel:
         with pytest.raises(UserError, match=r"model\.freeze: no parameter of .* has 'vision' in its name"):
             load_model(str(text_model), ModelConfig(freeze=["vision"]), torch.float32)
 
-    def test_a_temperature_without_sampling_is_no_hindrance(self, text_model: Path, tmp_path: Path) -> None:
-        """As Vicuna's folder has it; some versions of transformers load that and refuse to save it."""
+    @pytest.mark.parametrize(
+        ("given", "kept"),
+        [
+            ({"temperature": 0.9, "top_p": 0.6}, {}),  # as Vicuna's folder has it
+            (
+                {"do_sample": False, "top_k": 3, "repetition_penalty": 1.2},
+                {"do_sample": False, "repetition_penalty": 1.2},
+            ),
+            ({"length_penalty": 2.0, "pad_token_id": -1}, {}),
+            ({"do_sample": True, "top_p": 0.6}, {"do_sample": True, "top_p": 0.6}),
+            ({"num_beams": 2, "length_penalty": 2.0}, {"num_beams": 2, "length_penalty": 2.0}),
+        ],
+    )
+    def test_generation_settings_without_effect_are_no_hindrance(
+        self, text_model: Path, tmp_path: Path, given: dict[str, Any], kept: dict[str, Any]
+    ) -> None:
+        """Some versions of transformers load them and refuse to save them. What is saved answers as what is loaded."""
         folder = Path(shutil.copytree(text_model, tmp_path / "model"))
         path = folder / "generation_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+        own = json.loads(path.read_text())
+        path.write_text(json.dumps(own | given))
         load_model(str(folder), ModelConfig(freeze=[]), torch.float32).save_pretrained(tmp_path / "saved")
         saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
-        assert (saved["temperature"], saved["top_p"]) == (0.9, 0.6)
+        others = own.keys() - given.keys()
+        assert {key: value for key, value in saved.items() if key not in others} == kept
 
     def test_generation_stops_where_answers_end(self, text_model: Path, tmp_path: Path) -> None:
         """A base model's own end, and the mark of the template that it is trained on."""

@@ -24,6 +24,10 @@ from trainer.errors import UserError
 from trainer.models.config import ImageConfig
 from trainer.models.images import pad_to_square, set_image_options
 
+# Settings of generation that only matter while sampling, and with several beams.
+_OF_SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
+_OF_BEAMS = ("early_stopping", "length_penalty")
+
 
 def load_processor(path: str, images: ImageConfig | None = None, *, local_only: bool = False) -> Any:
     """The processor of a model folder or hub name; for a text model, its tokenizer.
@@ -119,9 +123,10 @@ def load_model(path: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def _make_savable(model: Any) -> None:
-    """Mends generation settings that some versions of transformers load but do not save: temperature without sampling.
+    """Takes generation settings away that have no effect and that transformers loads but does not save, such as a
+    temperature without sampling. Otherwise a training would end at its first checkpoint.
 
-    Otherwise a training would end at its first checkpoint. Evaluation samples in no case.
+    What the model does by default stays: one that answers greedily does so when it is saved and loaded again.
     """
     settings = getattr(model, "generation_config", None)
     if settings is None:
@@ -129,7 +134,11 @@ def _make_savable(model: Any) -> None:
     try:
         settings.validate(strict=True)
     except ValueError:
-        settings.do_sample = True
+        without_effect = [] if settings.do_sample is True else [*_OF_SAMPLING]
+        without_effect += _OF_BEAMS if settings.num_beams in (None, 1) else ()
+        without_effect += ["pad_token_id"] if (settings.pad_token_id or 0) < 0 else []
+        for name in without_effect:
+            setattr(settings, name, None)
 
 
 def empty_model(config: Any, options: ModelConfig) -> Any:

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -276,7 +277,8 @@ def test_coba(cotbal: Any, write_records: Any, qwen_folder: Path) -> None:
     config = load_config(CONFIGS / "coba_qwen.yaml")
     assert config.balancing.method == "coba"
     assert config.training.batch_size * config.training.gradient_accumulation_steps * config.launch.processes == 160
-    out = dry_run(cotbal, "coba_qwen.yaml", qwen_folder, "--set", "model.max_length=192")
+    options = ["--set", "balancing.validation.samples_per_task=40", "--methods", "uniform,coba,famo,famo_star"]
+    out = dry_run(cotbal, "coba_qwen.yaml", qwen_folder, "--set", "model.max_length=192", *options)
     counted = [length for found in records.values() for length in lengths(found, qwen_folder)]
     sequences = len(pack([tokens for tokens, _ in counted], 192, seed=0))
     plan, data = table(out, "records"), table(out, "sequences")
@@ -284,9 +286,15 @@ def test_coba(cotbal: Any, write_records: Any, qwen_folder: Path) -> None:
     assert int(plan["coba"][1]) == math.ceil(math.ceil(sequences / 80) / 2) > 1
     assert [int(word) for word in data["coba"][1:3]] == [sum(values) for values in zip(*counted, strict=True)]
     # Forward, backward, and FAMO's two forward passes more: 10 P instead of 6 P. Hours have three digits.
-    assert float(data["famo"][3]) == pytest.approx(10 / 6 * float(data["uniform"][3]), rel=0.02)
-    assert "2 P more for a forward pass that a balancing method adds, on" in out
-    assert "balancing with validation losses not counted" in out
+    hours = {name: float(row[3]) for name, row in data.items()}
+    assert hours["famo"] == pytest.approx(10 / 6 * hours["uniform"], rel=0.02)
+    # 40 records of each task before the first step and after each, 2 P a token; CoBa all 3 for L(0), FAMO* those of the
+    # update before again.
+    each = sum(mean(tokens for tokens, _ in lengths(found, qwen_folder)) for found in records.values())
+    steps, tokens = int(plan["coba"][1]), int(data["coba"][1])
+    for name, passes in {"coba": 40 * (1 + steps) + 3, "famo_star": 40 * (1 + 2 * steps)}.items():
+        assert hours[name] / hours["uniform"] == pytest.approx(1 + 2 * passes * each / (6 * tokens), abs=0.015), name
+    assert ", 2 P a token of the forward passes that balancing methods add, on" in out
     assert printed(r"parameters ([\d,]+),", out) == printed(r"trained ([\d,]+)", out) == QWEN
     memory = {"parameters": 2 * QWEN, "gradients": 2 * QWEN / 8, "optimizer states": 12 * QWEN / 8}
     for name, size in memory.items():

@@ -168,18 +168,21 @@ def _states(config: RunConfig) -> int:
     return 12 if config.training.zero_stage >= 1 or config.training.precision == "bf16" else 8
 
 
-def training_flop(size: ModelSize, tokens: int, pixels: int, forwards: int = 0) -> float:
+def training_flop(size: ModelSize, tokens: int, pixels: int) -> float:
     """Model FLOP of a training: 2 for a parameter and token forward, 2 for its inputs and 2 for itself backward.
 
     With everything trained that is 6 P a token. Frozen weights have no gradient, a frozen image encoder no backward
-    pass. `forwards` passes over the batches come on top where the balancing method asks for them. Products of attention
-    scores, padding and recomputation are not counted.
+    pass. Products of attention scores, padding and recomputation are not counted.
     """
-    language = tokens * ((4.0 + 2.0 * forwards) * size.language + 2.0 * (size.trained - size.vision_trained))
-    vision = 2.0 * (1 + forwards) * size.vision + (
-        2.0 * size.vision + 2.0 * size.vision_trained if size.vision_trained else 0.0
-    )
-    return language + (pixels / size.patch * vision if size.patch else 0.0)
+    backward = tokens * 2.0 * (size.language + size.trained - size.vision_trained)
+    if size.patch and size.vision_trained:
+        backward += pixels / size.patch * 2.0 * (size.vision + size.vision_trained)
+    return forward_flop(size, tokens, pixels) + backward
+
+
+def forward_flop(size: ModelSize, tokens: int, pixels: int) -> float:
+    """Model FLOP of forward passes."""
+    return 2.0 * tokens * size.language + (2.0 * pixels / size.patch * size.vision if size.patch else 0.0)
 
 
 def peak_tflops() -> tuple[float, str]:
@@ -219,7 +222,8 @@ def report(
     for row in rows:
         row_hours = "-"
         if size:
-            own = training_flop(size, row["tokens"], row["pixels"], row["forwards"]) / speed / 3600
+            flop = training_flop(size, row["tokens"], row["pixels"])
+            own = (flop + forward_flop(size, row["forward_tokens"], row["forward_pixels"])) / speed / 3600
             hours += own
             longest = max(longest, own)
             row_hours = f"{own:.3g}"
@@ -237,11 +241,12 @@ def report(
         return "\n".join(lines)
     slots = config.launch.slots
     at_once = f", at least {max(hours / slots, longest):.2f} with {slots} at once" if slots > 1 else ""
-    more = ", 2 P more for a forward pass that a balancing method adds," if any(row["forwards"] for row in rows) else ""
+    added = any(row["forward_tokens"] for row in rows)
+    more = ", 2 P a token of the forward passes that balancing methods add," if added else ""
     lines.append(
         f"hours {hours:.2f} for all trainings one after the other{at_once}, {hours * gpus:.2f} GPU hours: an estimate, "
         f"4 P + 2 P trained FLOP a token{more} on {gpus} GPU(s) of {peak:g} TFLOP/s ({source}), of which {mfu:.0%} are "
-        "assumed to be reached (--mfu); padding, generation and balancing with validation losses not counted"
+        "assumed to be reached (--mfu); padding and generation not counted"
     )
     lines.append(
         f"parameters {size.total:,}, trained {size.trained:,}"

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trainer.balancing.method import Needs
 from trainer.balancing.registry import SINGLE_TASK, is_cotbal, method_class, read_options
 from trainer.config import CotbalConfig, RunConfig
 from trainer.data.mixtures import Mixture, optimizer_steps, select
 from trainer.data.packing import pack
 from trainer.errors import listed
+from trainer.loop.validation import INITIAL_RECORDS
 from trainer.pipeline.planned_data import PlannedData
 from trainer.task_config import TaskConfig
 
@@ -105,7 +107,7 @@ def plan(
         records: training records of every task by name.
         data: their lengths: with them, packed sequences and records that are dropped count as they are in training,
             and rows have sequences (or samples), and tokens, supervised tokens and the images' numbers over all epochs,
-            and how many forward passes over a step's batch its balancing method adds.
+            and tokens and images' numbers of the forward passes that the balancing method adds.
     """
     window = config.training.batch_size * config.launch.ranks
     rows: list[dict[str, Any]] = []
@@ -125,14 +127,34 @@ def plan(
                 sequences = len(pack(lengths, config.model.max_length, config.seed + training.repetition))
             for key in ("tokens", "supervised", "pixels"):
                 row[key] = round(sum(getattr(found, key) for found in kept) * config.training.epochs)
-            needs = method_class(training.method).needs
-            row |= {"sequences": sequences, "forwards": needs.losses_before + needs.losses_after}
+            row["sequences"] = sequences
         steps = optimizer_steps(sequences, window, config.training.epochs, config.training.gradient_accumulation_steps)
+        if data is not None:
+            needs = method_class(training.method).needs
+            tokens, pixels = _validated(config, needs, steps, data)
+            again = needs.losses_before + needs.losses_after
+            row |= {"forward_tokens": again * row["tokens"] + tokens, "forward_pixels": again * row["pixels"] + pixels}
         rows.append(row | {"steps": steps, "scored on": ", ".join(training.splits)})
     final = next(row["records"] for row in rows if row["training"] == "cotbal")
     for row in rows:
         row["cost"] = row["records"] / final
     return rows
+
+
+def _validated(config: RunConfig, needs: Needs, steps: int, data: PlannedData) -> tuple[int, int]:
+    """Tokens, and the images' numbers, of a training's validation passes; a record counts as the mean training one."""
+    if not needs.validation:
+        return 0, 0
+    options = config.balancing.validation
+    updates = 1 + steps // options.interval
+    passes = options.samples_per_task * (updates + needs.validation_again * (updates - 1))
+    tokens = pixels = 0.0
+    for name, records in data.validation.items():
+        kept = [found for found in data.tasks[name] if found.tokens]
+        own = (passes + needs.initial * min(records, INITIAL_RECORDS)) / max(1, len(kept))
+        tokens += own * sum(found.tokens for found in kept)
+        pixels += own * sum(found.pixels for found in kept)
+    return round(tokens), round(pixels)
 
 
 def counted_sequences(config: RunConfig, checked: Sequence[dict[str, Any]]) -> dict[str, int]:

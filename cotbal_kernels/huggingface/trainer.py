@@ -151,7 +151,9 @@ class TaskWeightedTrainerMixin:
         inputs = self._without_repeats(inputs)
         state = fused_loss(model)
         state.task_sums = None
+        share = self._router_share  # of the step, within which a callback may evaluate
         loss, sums, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        self._router_share = share
         self._count(state, training=False)
         if loss is not None and dist.is_initialized() and dist.get_world_size() > 1:
             loss = loss / dist.get_world_size()

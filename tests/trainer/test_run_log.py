@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import NAMES, make_trainer
+import torch
+from tiny_training import NAMES, make_trainer, read_csv, resume
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.loop.callbacks import COMPLETE, RunLog, SaveWhenAsked
@@ -87,3 +88,18 @@ def test_a_checkpoint_is_saved_when_it_is_asked_for(tmp_path: Path) -> None:
     found = {path.parent.name for path in (tmp_path / "checkpoints").glob(f"*/{COMPLETE}")}
     assert found == {"checkpoint-4", "checkpoint-9"}
     assert trainer.state.global_step == 9
+
+
+def test_a_training_that_goes_on_from_its_last_checkpoint_has_no_step_left(tmp_path: Path) -> None:
+    """Killed while it wrote its model. One and a half epochs of 3 steps end within the second."""
+    whole = {"max_steps": -1, "num_train_epochs": 1.5, "save_steps": 5}
+    log = [RunLog(tmp_path / "log.jsonl", NAMES)]
+    first = make_trainer("rlw", tmp_path, callbacks=log, **whole)
+    first.train()
+    written = [(tmp_path / name).read_bytes() for name in ("log.jsonl", "weights.csv")]
+    assert len(read_csv(tmp_path)) == 5
+    second = resume("rlw", tmp_path, callbacks=log, **whole)
+    assert second.state.global_step == 5
+    assert [(tmp_path / name).read_bytes() for name in ("log.jsonl", "weights.csv")] == written
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,12 @@ class TaskWeightedTrainer(TaskWeightedTrainerMixin, Trainer):
         if self.args.warmup_steps * num_training_steps < 1:
             self.args.warmup_steps = 0
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Nothing behind the last step, whose checkpoint ``Trainer`` itself goes on from with one more."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def step_normalizer(self, batches: Sequence[dict[str, Any]]) -> Tensor:
         """Fixes the weights of the step too."""

@@ -35,7 +35,11 @@ class TrainingConfig(Options):
     batch_size: Annotated[int, Field(ge=1)] = Field(
         16, description="samples per process and micro-batch; with packing, sequences of several samples"
     )
-    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(1, description="micro-batches per optimizer step")
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = Field(
+        1,
+        description="micro-batches per optimizer step; a smaller `batch_size` and as many more of these are the same "
+        "training (docs/machines.md), so finished work and checkpoints stay",
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         2e-5, description="peak, reached after the warm-up; cosine to 0"
     )
@@ -95,7 +99,7 @@ class TrainingConfig(Options):
         return self
 
     def fingerprint(self) -> dict[str, Any]:
-        """What results depend on."""
+        """What results depend on: of batches, how many samples a step has, not how they go through the model."""
         no_matter = {
             "logging_steps",
             "save_steps",
@@ -103,10 +107,11 @@ class TrainingConfig(Options):
             "gradient_checkpointing",
             "report_to",
             "overlap_comm",
+            "batch_size",
+            "gradient_accumulation_steps",
         }
-        if not self.learning_rates:  # younger than the fingerprints of older runs: without it, nothing has changed
-            no_matter.add("learning_rates")
-        return self.model_dump(mode="json", exclude=no_matter)
+        samples = {"batch_size x gradient_accumulation_steps": self.batch_size * self.gradient_accumulation_steps}
+        return samples | self.model_dump(mode="json", exclude=no_matter)
 
 
 class EvaluationConfig(Options):

@@ -314,13 +314,13 @@ def train(spec: TrainingSpec) -> None:
     if lora is not None:
         model = add_lora(model, spec.config.model)
 
-    window = args.world_size * spec.config.training.batch_size
+    several = args.world_size > 1  # one process may have a smaller last batch
     trainer = TaskWeightedTrainer(
         weighting=weighting,
         learning_rates=spec.config.training.learning_rates,
         model=model,
         args=args,
-        train_dataset=WholeBatches(dataset, window) if args.world_size > 1 else dataset,
+        train_dataset=WholeBatches(dataset, args.world_size * spec.config.training.batch_size if several else 1),
         data_collator=packer or collator,
         processing_class=processor,
         callbacks=[
@@ -362,8 +362,8 @@ def explain(error: Exception, output: Path) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
             "out of GPU memory; lower training.batch_size and raise training.gradient_accumulation_steps by as much, "
-            "or see gradient_checkpointing, zero_stage, offload and model.lora in docs/configuration.md; "
-            "`cotbal run CONFIG.yaml --dry-run` estimates what each takes"
+            "which keeps what is done, or see gradient_checkpointing, zero_stage, offload and model.lora in "
+            "docs/configuration.md; `cotbal run CONFIG.yaml --dry-run` estimates what each takes"
         )
     for code in NO_SPACE:
         if os.strerror(code) in str(error):  # safetensors has no error with a number

@@ -283,6 +283,8 @@ def edited(path: str, folder: Path) -> str:
         ("training", "dataloader_workers", set(), ""),
         ("training", "gradient_checkpointing", set(), ""),
         ("training", "save_steps", set(), ""),
+        ("training", "smaller micro-batches", set(), ""),
+        ("training", "gradient_accumulation_steps", EVERY, "training.batch_size x gradient_accumulation_steps 4 -> 8"),
         ("training", "learning_rate", EVERY, r"training\.learning_rate 2e-05 -> 0\.5"),
         ("cotbal", "mini_ratio", PROXIES, r"cotbal\.mini_ratio 0\.25 -> 0\.3"),
         ("evaluation", "batch_size", set(), ""),
@@ -305,6 +307,7 @@ def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
     values = {
         "description": "x", "max_new_tokens": 7, "dataloader_workers": 2, "gradient_checkpointing": True,
         "save_steps": 3, "learning_rate": 0.5, "mini_ratio": 0.3, "batch_size": 7,
+        "gradient_accumulation_steps": 2,
     }  # fmt: skip
     if group == "task":
         task = run_data["tasks"][0]
@@ -316,6 +319,8 @@ def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
         if key == "weights":
             file = copy / "model.safetensors"
             file.write_bytes(file.read_bytes()[:-1] + b"!")
+    elif key == "smaller micro-batches":
+        run_data["training"] |= {"batch_size": 2, "gradient_accumulation_steps": 2}  # of 4 samples
     else:
         run_data[group] = run_data.get(group, {}) | {key: values[key]}
     if told:

@@ -90,6 +90,14 @@ def test_a_checkpoint_is_saved_when_it_is_asked_for(tmp_path: Path) -> None:
     assert trainer.state.global_step == 9
 
 
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
 def test_a_training_that_goes_on_from_its_last_checkpoint_has_no_step_left(tmp_path: Path) -> None:
     """Killed while it wrote its model. One and a half epochs of 3 steps end within the second."""
     whole = {"max_steps": -1, "num_train_epochs": 1.5, "save_steps": 5}
@@ -103,3 +111,17 @@ def test_a_training_that_goes_on_from_its_last_checkpoint_has_no_step_left(tmp_p
     assert [(tmp_path / name).read_bytes() for name in ("log.jsonl", "weights.csv")] == written
     for name, value in first.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], value), name
+
+
+def test_a_training_goes_on_with_smaller_micro_batches(tmp_path: Path) -> None:
+    """What a step has of samples stays: 2 x 4 as 4 x 2. 1e-6: sums of a step in another order, in float32."""
+    sgd = {"optim": "sgd", "learning_rate": 0.5}
+    whole = make_trainer("famo_star", tmp_path / "whole", **sgd)
+    whole.train()
+    make_trainer("famo_star", tmp_path / "cut", callbacks=[StopAt(4)], **sgd).train()
+    smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    resumed = resume("famo_star", tmp_path / "cut", **sgd, **smaller)
+    assert resumed.state.global_step == 6
+    for name, value in whole.model.state_dict().items():
+        assert float((resumed.model.state_dict()[name] - value).abs().max()) < 1e-6, name
+    assert read_csv(tmp_path / "cut") == [pytest.approx(row, abs=1e-6) for row in read_csv(tmp_path / "whole")]

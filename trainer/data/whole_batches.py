@@ -1,11 +1,13 @@
-"""Data sets whose length the batches of all processes divide."""
+"""Data sets whose length the batches of all processes divide, in an order that does not depend on these."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import Dataset, Sampler
 
 from trainer.data.encoding import IGNORE_INDEX
 
@@ -25,6 +27,11 @@ class WholeBatches(Dataset[Any]):
         self.samples = samples
         self.own = len(samples)  # type: ignore[arg-type]
         self.whole = -(-self.own // multiple) * multiple
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before every epoch, and by a training that goes on within one."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.whole
@@ -34,6 +41,30 @@ class WholeBatches(Dataset[Any]):
             return self.samples[index]
         item = self.samples[index % self.own]
         return [_without_loss(sample) for sample in item] if isinstance(item, list) else _without_loss(item)
+
+
+class RandomOrder(Sampler[int]):
+    """The samples of :class:`WholeBatches` in another random order in every epoch; behind them those without loss.
+
+    So an optimizer step has the same samples however it is spread over processes and micro-batches.
+
+    Args:
+        data: what is ordered.
+        seed: of the orders.
+    """
+
+    def __init__(self, data: WholeBatches, seed: int) -> None:
+        self._data = data
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._data.whole
+
+    def __iter__(self) -> Iterator[int]:
+        # The data knows the epoch: accelerate's loader does not tell a sampler of several processes within an epoch.
+        generator = torch.Generator().manual_seed(self._seed + self._data.epoch)
+        yield from torch.randperm(self._data.own, generator=generator).tolist()
+        yield from range(self._data.own, self._data.whole)
 
 
 def _without_loss(sample: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
 from cotbal_kernels.huggingface import TaskWeightedTrainerMixin
+from trainer.data.whole_batches import RandomOrder, WholeBatches
 from trainer.loop.learning_rates import set_own_rates
 from trainer.loop.weighting import TaskWeighting
 
@@ -49,6 +51,10 @@ class TaskWeightedTrainer(TaskWeightedTrainerMixin, Trainer):
         if self.args.warmup_steps * num_training_steps < 1:
             self.args.warmup_steps = 0
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return RandomOrder(data, self.args.seed) if isinstance(data, WholeBatches) else super()._get_train_sampler(data)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Nothing behind the last step, whose checkpoint ``Trainer`` itself goes on from with one more."""

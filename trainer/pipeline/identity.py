@@ -15,7 +15,7 @@ from trainer.pipeline.trainings import Training
 from trainer.task_config import TaskConfig
 
 # Raised whenever a change of the code makes finished stages of older runs worthless.
-FORMAT = 4
+FORMAT = 5
 
 
 class Identity:

@@ -17,9 +17,10 @@ import trainer.nodes.machine as machine
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.comparison import compare
-from trainer.config import parse_config
+from trainer.config import RunConfig, parse_config
 from trainer.errors import UserError
 from trainer.evaluation.spec import EvaluationSpec
+from trainer.files import write_json
 from trainer.launching import TrainingFailedError
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.progress import Progress
@@ -358,6 +359,17 @@ def test_results_of_other_settings_are_gone_before_anything_runs(
     assert mark.exists()
     assert "train-coba" not in {stage["stage"] for stage in found.stages}
     assert (run_dir / "trainings" / "coba").exists()
+
+
+def test_an_unfinished_evaluation_is_not_deleted_unasked(run_config: RunConfig) -> None:
+    run_dir = run_config.output_dir
+    write_json(run_dir / "stages/test-ew.json", {"status": "running", "fingerprint": "other", "inputs": {"x": 1}})
+    part = run_dir / "evaluations/ew/test/parts/rank-0.jsonl"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    assert Pipeline(run_config).runner().would_lose() == []
+    part.write_text("{}\n")
+    assert Pipeline(run_config).runner().would_lose() == ["test-ew"]
 
 
 def test_a_mistyped_path_costs_nothing_that_is_finished(

@@ -297,6 +297,21 @@ class TestRestart:
         assert sum(counted) == COUNT - 12
         assert (tmp_path / "predictions.jsonl").read_bytes() == (answers / "predictions.jsonl").read_bytes()
 
+    def test_goes_on_with_smaller_batches(
+        self, make_spec: Callable[..., EvaluationSpec], answers: Path, counted: list[int], tmp_path: Path
+    ) -> None:
+        """What to do where memory runs out; once more, stopped again and with larger ones, nothing is lost either."""
+        with pytest.raises(Stop):
+            evaluate(make_spec(tmp_path), None, stop_after(2))
+        assert counted == [4, 4]
+        with pytest.raises(Stop):
+            evaluate(make_spec(tmp_path, batch_size=3), None, stop_after(3))
+        assert sum(counted) == 8 + 9
+        assert json.loads((tmp_path / "manifest.json").read_text())["evaluation"]["batch_size"] == 3
+        evaluate(make_spec(tmp_path, batch_size=8))
+        assert (sum(counted), max(counted[2:])) == (COUNT, 3)
+        assert (tmp_path / "predictions.jsonl").read_bytes() == (answers / "predictions.jsonl").read_bytes()
+
     def test_a_finished_one_is_scored_again_without_the_model(
         self, make_spec: Callable[..., EvaluationSpec], answers: Path, counted: list[int], tmp_path: Path
     ) -> None:

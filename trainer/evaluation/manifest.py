@@ -49,17 +49,24 @@ def describe(spec: EvaluationSpec, records: Sequence[Sequence[Record]]) -> dict[
 def claim_folder(spec: EvaluationSpec, content: dict[str, Any]) -> None:
     """Makes ``output_dir`` this evaluation's: goes on with it, starts in it, or refuses it.
 
+    An unfinished one goes on with another batch size too: where memory runs out, what is done is not lost.
+
     Raises:
         UserError: it holds another evaluation and ``spec.overwrite`` is off; names every difference.
     """
     path = spec.output_dir / "manifest.json"
+    manifest: dict[str, Any] = {}
     there: dict[str, Any] | None = None
     if path.exists():
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))["evaluation"]
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            there = manifest["evaluation"]
         except (ValueError, KeyError, TypeError):
             there = {}  # not ours, or damaged
     if there == content:
+        return
+    if there and spec.parts.exists() and there | {"batch_size": spec.batch_size} == content:
+        write_json(path, manifest | {"evaluation": content})
         return
     ours = [spec.predictions(chosen) for chosen in spec.sets]
     found = [file for file in (*ours, spec.output_dir / "metrics.json", spec.parts) if file.exists()]

@@ -81,6 +81,11 @@ def collect(directory: Path, plan: Sequence[Batch]) -> dict[int, Finished]:
     return done
 
 
+def begun(output_dir: Path) -> bool:
+    """Whether an unfinished evaluation has finished batches."""
+    return any(path.stat().st_size for path in (output_dir / "parts").glob("rank-*.jsonl"))
+
+
 class Tail:
     """Follows the part files while ranks write them."""
 

@@ -10,7 +10,7 @@ ranks that take one after the other end at about the same time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,13 +57,31 @@ def write_plan(spec: EvaluationSpec, records: Sequence[Sequence[Record]], encode
     lengths = [[sizes(record, chosen) for record in own] for chosen, own in zip(spec.sets, records, strict=True)]
     new_tokens = [0 if chosen.teacher_forced else chosen.max_new_tokens for chosen in spec.sets]
     batches = plan_batches(lengths, new_tokens, spec.batch_size)
-    write_json(_path(spec), [[batch.set_index, *batch.records] for batch in batches])
+    _keep(spec, batches)
     return batches
 
 
+def split_plan(spec: EvaluationSpec, batches: Sequence[Batch], done: Collection[int]) -> list[Batch]:
+    """Cuts the batches that are left where they are larger than the spec's; those that are done keep their numbers."""
+    plan: list[Batch] = []
+    more: list[Batch] = []
+    for number, batch in enumerate(batches):
+        size = len(batch.records) if number in done else spec.batch_size
+        own = [batch.records[start : start + size] for start in range(0, len(batch.records), size)]
+        plan.append(Batch(batch.set_index, own[0]))
+        more += [Batch(batch.set_index, records) for records in own[1:]]
+    if more:
+        _keep(spec, plan + more)
+    return plan + more
+
+
 def read_plan(spec: EvaluationSpec) -> list[Batch]:
-    """The plan that :func:`write_plan` left; FileNotFoundError when there is none."""
+    """The plan that :func:`write_plan` or :func:`split_plan` left; FileNotFoundError when there is none."""
     return [Batch(index, tuple(records)) for index, *records in json.loads(_path(spec).read_text())]
+
+
+def _keep(spec: EvaluationSpec, batches: Sequence[Batch]) -> None:
+    write_json(_path(spec), [[batch.set_index, *batch.records] for batch in batches])
 
 
 def _path(spec: EvaluationSpec) -> Path:

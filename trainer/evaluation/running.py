@@ -20,7 +20,7 @@ from trainer.data.records import IMAGE_PLACEHOLDER, Record, write_jsonl
 from trainer.errors import UserError
 from trainer.evaluation.manifest import claim_folder, describe, read_throughput, write_throughput
 from trainer.evaluation.parts import Claims, Finished, Tail, busy_seconds, collect, no_ranks, sole_use
-from trainer.evaluation.planning import Batch, read_plan, write_plan
+from trainer.evaluation.planning import Batch, read_plan, split_plan, write_plan
 from trainer.evaluation.progress import Meter
 from trainer.evaluation.ranks import RankProcesses, load_encoder, run_rank
 from trainer.evaluation.scoring import check_references, compute, entry, read_predictions, score_key
@@ -125,6 +125,7 @@ def prepare(spec: EvaluationSpec) -> Work:
         except FileNotFoundError:
             plan = write_plan(spec, records, load_encoder(spec))
         done = collect(spec.parts, plan)
+        plan = split_plan(spec, plan, done)
     todo = [number for number in range(len(plan)) if number not in done]
     return Work(todo, sum(len(plan[number].records) for number in done), total)
 

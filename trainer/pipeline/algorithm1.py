@@ -29,6 +29,7 @@ from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN, RunConfig
 from trainer.data.mixtures import Mixture
 from trainer.errors import UserError
+from trainer.evaluation.parts import begun
 from trainer.files import write_json
 from trainer.launching import resolve_device
 from trainer.nodes import Cluster, Membership
@@ -126,8 +127,8 @@ class Pipeline:
         """Runs what is not done yet and returns the path of the report.
 
         Args:
-            overwrite: delete finished trainings and evaluations, and checkpoints, that do not fit the configuration,
-                the records or the model any more.
+            overwrite: delete trainings and evaluations, finished or with something to go on from, that do not fit the
+                configuration, the records or the model any more.
 
         Raises:
             UserError: bad input, found before any training starts; work already done would be deleted unasked; another
@@ -252,6 +253,7 @@ class Pipeline:
             (self.places.evaluation(training, split),),
             lambda context: self._evaluate(training, split, context),
             costly=True,
+            half_done=lambda: begun(self.places.evaluation(training, split)),
         )
 
     def _weights_stage(self, name: str) -> Stage:

@@ -7,7 +7,7 @@ while it runs, and when it is done. Run again:
 - done, same fingerprint, outputs present: skipped;
 - running, same fingerprint: run again on what it left (a training goes on from its newest checkpoint);
 - anything else: its outputs belong to other inputs and are deleted before any stage runs. What was costly and is
-  finished, or has come as far as a checkpoint, is deleted only if asked for.
+  finished, or has something to go on from, is deleted only if asked for.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class StageRunner:
         ]
 
     def would_lose(self) -> list[str]:
-        """Costly stages that were done, or have come as far as a checkpoint, on other inputs."""
+        """Costly stages that were done, or have something to go on from, on other inputs."""
         lost = []
         for stage in self.stages.values():
             manifest = self._manifest(stage)

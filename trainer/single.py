@@ -15,6 +15,7 @@ from trainer.data.mixtures import Mixture, optimizer_steps
 from trainer.errors import UserError, unknown_name
 from trainer.files import write_json
 from trainer.launching import ERROR_FILE, SAVE_FILE, LaunchConfig, resolve_device
+from trainer.loop.tracking import RUN_ID_FILE
 from trainer.nodes import Cluster, Membership
 from trainer.nodes.machine import log_of
 from trainer.parsing import parse_json
@@ -29,7 +30,7 @@ from trainer.training import TrainingSpec, complete_checkpoints
 # What a training leaves beside its model.
 LEAVES = (
     "model.partial", "checkpoints", "log.jsonl", "weights.csv", "samples.json", "tensorboard", "output.log", ERROR_FILE,
-    SAVE_FILE,
+    SAVE_FILE, RUN_ID_FILE,
 )  # fmt: skip
 
 

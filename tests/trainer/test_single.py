@@ -125,7 +125,8 @@ def test_a_used_folder(
         training = TrainingSpec.model_validate_json(spec.read_text())
         folder = training.output_dir
         ran.append((folder.name, sorted(path.name for path in folder.iterdir() if path.name != "spec.json")))
-        (folder / "log.jsonl").write_text('{"step": 1, "steps": 2}')
+        for name in ("log.jsonl", "wandb_run_id.txt"):
+            (folder / name).write_text('{"step": 1, "steps": 2}')
         if folder.name in fails:
             raise KeyboardInterrupt
         (folder / "model").mkdir(exist_ok=True)
@@ -142,7 +143,8 @@ def test_a_used_folder(
     fails.clear()
     assert cotbal(*options).code == 0
     assert cotbal(*options).out.count("model: ") == 2
-    assert ran == [("colour", []), ("colour", ["checkpoints", "log.jsonl"]), ("box", [])]
+    left = ["checkpoints", "log.jsonl", "wandb_run_id.txt"]
+    assert ran == [("colour", []), ("colour", left), ("box", [])]
 
     ran.clear()
     options += ["--set", "training.learning_rate=0.5"]

@@ -9,6 +9,8 @@ from uuid import uuid4
 
 from trainer.errors import UserError, unknown_name
 
+RUN_ID_FILE = "wandb_run_id.txt"  # in the folder of a training
+
 
 def check_trackers(names: Sequence[str]) -> None:
     """Checks ``training.report_to``.
@@ -39,7 +41,7 @@ def prepare_trackers(names: Sequence[str], run: str, output_dir: Path) -> None:
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "tensorboard"))
     os.environ.setdefault("WANDB_RUN_GROUP", run)
     if "wandb" in names and os.environ.get("RANK", "0") == "0":
-        known = output_dir / "wandb_run_id.txt"
+        known = output_dir / RUN_ID_FILE
         if not known.exists():
             output_dir.mkdir(parents=True, exist_ok=True)
             known.write_text(uuid4().hex, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import copy
+import gc
 import json
 import tracemalloc
 from pathlib import Path
@@ -286,6 +287,25 @@ def test_a_list_takes_no_more_memory_than_lines(tmp_path: Path) -> None:
         assert len(found) == len(rows)
         del found
     assert peaks[1] < peaks[0] + 3 * 2**20  # windows of 2^18 characters; the file has 6 MB, its value another 6
+
+
+def test_no_cycles_are_looked_for_while_reading(tmp_path: Path) -> None:
+    """Of 3000 records Python would look some twenty times; afterwards it looks again, also behind an error."""
+    path = written(tmp_path, [record() for _ in range(3000)], ".json")
+    seen: list[str] = []
+
+    def note(phase: str, _: Any) -> None:
+        seen.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        scan_records(path, unique_ids=False)
+    finally:
+        gc.callbacks.remove(note)
+    assert len(seen) <= 10  # before and behind
+    with pytest.raises(RecordError):
+        scan_records(tmp_path)
+    assert gc.isenabled()
 
 
 def test_missing_file(tmp_path: Path) -> None:

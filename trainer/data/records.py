@@ -9,8 +9,10 @@ supervised. A first turn from "system" is the system message. ``references`` lis
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,12 +88,13 @@ def scan_records(
     """
     found: list[tuple[str, Record, Any]] = []
     problems: list[str] = []
-    for where, raw in _raw_records(path):
-        try:
-            value = _loads(raw, where) if isinstance(raw, bytes) else raw
-            found.append((where, _parse(value, where, answered), value.get("task")))
-        except RecordError as error:
-            problems.append(str(error))
+    with _without_collection():
+        for where, raw in _raw_records(path):
+            try:
+                value = _loads(raw, where) if isinstance(raw, bytes) else raw
+                found.append((where, _parse(value, where, answered), value.get("task")))
+            except RecordError as error:
+                problems.append(str(error))
     names = {name for *_, name in found if isinstance(name, str)}
     if task and len(names) > 1:
         if nameless := [where for where, _, name in found if not isinstance(name, str)]:
@@ -105,15 +108,30 @@ def scan_records(
                 f"{path}: its records name the tasks {listed(sorted(names))} in 'task', and none '{task}'; name the "
                 "task as they do, or take 'task' out of them"
             )
+    if not unique_ids:
+        return [record for _, record, _ in found], problems
     records: list[Record] = []
     seen: dict[str, str] = {}
     for where, record, _ in found:
-        if unique_ids and record.id in seen:
+        if record.id in seen:
             problems.append(f"{where}: id '{record.id}' is already used by {seen[record.id]}; ids must be unique")
             continue
         seen[record.id] = where
         records.append(record)
     return records, problems
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keeps Python from looking for cycles in what is read, where there are none: over and over, which takes nearly as
+    long as the reading itself."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from trainer.errors import UserError, nearest
+from trainer.parsing import number
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,11 @@ def _values(where: str, table: Any, tasks: Mapping[str, Mapping[str, str]]) -> d
         _check_names(f"{where}[{task!r}]", table[task], metrics, "metric")
         values[task] = {}
         for metric in metrics:
-            value = table[task][metric]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise UserError(f"{where}[{task!r}][{metric!r}] must be a finite number, got {value!r}")
-            values[task][metric] = float(value)
+            value = number(table[task][metric])
+            if value is None:
+                given = table[task][metric]
+                raise UserError(f"{where}[{task!r}][{metric!r}] must be a finite number, got {given!r}")
+            values[task][metric] = value
     return values
 
 

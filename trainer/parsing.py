@@ -1,8 +1,9 @@
-"""JSON and YAML in which no key counts twice."""
+"""JSON and YAML in which no key counts twice, and numbers of them."""
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import yaml
@@ -24,6 +25,16 @@ def parse_json(text: str) -> Any:
         return found
 
     return json.loads(text, object_pairs_hook=unique)
+
+
+def number(value: Any) -> float | None:
+    """The value as a finite float; None for anything else, and for true, which Python counts as 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond the largest float
+        return None
 
 
 class _UniqueKeys(yaml.SafeLoader):

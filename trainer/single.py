@@ -18,7 +18,7 @@ from trainer.launching import ERROR_FILE, SAVE_FILE, LaunchConfig, resolve_devic
 from trainer.loop.tracking import RUN_ID_FILE
 from trainer.nodes import Cluster, Membership
 from trainer.nodes.machine import log_of
-from trainer.parsing import parse_json
+from trainer.parsing import number, parse_json
 from trainer.pipeline.identity import Identity
 from trainer.pipeline.places import PLAN, last_step
 from trainer.pipeline.preflight import check_all, check_run, check_validation
@@ -54,8 +54,8 @@ def read_weights(path: Path, tasks: list[str]) -> dict[str, float]:
     for name, value in content.items():
         if name not in tasks:
             raise unknown_name(f"task in {path}", name, tasks)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value < float("inf"):
+        weight = number(value)
+        if weight is None or weight < 0:
             raise UserError(f"{path}: the weight of '{name}' must be a finite number of at least 0, got {value!r}")
     if missing := [name for name in tasks if name not in content]:
         raise UserError(f"{path} has no weight for {', '.join(missing)}; give every balanced task one")

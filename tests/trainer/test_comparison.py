@@ -80,6 +80,7 @@ def test_other_keys_are_ignored(results):
         (("methods", "m", "c"), {"EM": 3.0}, r"methods\['m'\] has task 'c'"),
         (("methods", "m", "b", "F1"), 3.0, r"methods\['m'\]\['b'\] has metric 'F1'"),
         (("methods", "m", "b", "EM"), float("nan"), r"\['b'\]\['EM'\] must be a finite number"),
+        (("methods", "m", "b", "EM"), 10**400, r"\['b'\]\['EM'\] must be a finite number"),
         (("methods", "m", "b", "EM"), "30", r"\['b'\]\['EM'\] must be a finite number"),
         (("methods", "m", "b", "EM"), True, r"\['b'\]\['EM'\] must be a finite number"),
         (("baseline", "b", "EM"), 0, r"baseline\['b'\]\['EM'\] is 0"),

@@ -293,6 +293,7 @@ class TestScores:
             (("tasks",), ["a", "b"], r"unknown task 'c'"),
             (("mini", "b"), math.nan, r"scores\['mini'\]\['b'\] must be a finite number, got nan"),
             (("mini", "b"), "0.2", r"scores\['mini'\]\['b'\] must be a finite number"),
+            (("mini", "b"), 10**400, r"scores\['mini'\]\['b'\] must be a finite number, got 1000"),
             (("mini", "b"), None, r"scores\['mini'\]\['b'\] must be a finite number"),
             (
                 ("full", "a", "c"),

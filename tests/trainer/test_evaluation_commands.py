@@ -81,6 +81,11 @@ class TestScore:
         [
             (GOOD, "there is no 'loss_sum'"),
             ({"loss_sum": -1, "tokens": 1}, "'loss_sum' must be the sum of -ln p"),
+            ({"loss_sum": 10**400, "tokens": 1}, "'loss_sum' must be the sum of -ln p"),
+            (
+                {"loss_sum": 1.0, "tokens": 10**400},
+                "'tokens' must be how many tokens that sum has, at least 1, got 1000",
+            ),
             ({"loss_sum": 1.0, "tokens": 0}, "'tokens' must be how many tokens that sum has, at least 1, got 0"),
         ],
     )

@@ -24,6 +24,7 @@ Command = Callable[..., Any]
     [
         ({"a": 1.0, "c": 2.0}, "unknown task in .*w.json 'c'"),
         ({"a": -1.0}, "weight of 'a' must be a finite number of at least 0, got -1.0"),
+        ({"a": 10**400}, "weight of 'a' must be a finite number of at least 0, got 1000"),
         ({"a": "1"}, "weight of 'a' must be a finite number"),
         ({"a": True}, "weight of 'a' must be a finite number"),
         ({"a": 3.0}, "w.json has no weight for b; give every balanced task one"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.errors import UserError, nearest
+from trainer.parsing import number
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,8 @@ class Scores:
 def _row(where: str, values: Any, tasks: list[str]) -> NDArray[np.float64]:
     _check_keys(where, values, required=tasks)
     for task in tasks:
-        value = values[task]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{where}[{task!r}] must be a finite number, got {value!r}")
+        if number(values[task]) is None:
+            raise UserError(f"{where}[{task!r}] must be a finite number, got {values[task]!r}")
     return np.array([values[task] for task in tasks], dtype=np.float64)
 
 

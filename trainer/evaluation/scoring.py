@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from trainer.errors import UserError
 from trainer.evaluation.spec import EvaluationSet
 from trainer.files import known
 from trainer.metrics import Bleu, Cider, MetricResult, get_metric, perplexity, takes_losses
+from trainer.parsing import number
 
 Row = dict[str, Any]
 
@@ -117,10 +119,10 @@ def read_predictions(path: Path, answers: bool = True, losses: bool = False) -> 
         raise UserError(f"predictions {path} cannot be read: {error.strerror}") from error
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(content.splitlines(), 1):
+    for place, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        where = f"{path}, line {place}"
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
@@ -129,8 +131,8 @@ def read_predictions(path: Path, answers: bool = True, losses: bool = False) -> 
             raise UserError(f"{where}: expected an object, got {type(row).__name__}")
         _check(row, where, answers, losses)
         if "id" in row:
-            first = seen.setdefault(str(row["id"]), number)
-            if first != number:
+            first = seen.setdefault(str(row["id"]), place)
+            if first != place:
                 raise UserError(f"{where}: id '{row['id']}' is already on line {first}; it would count twice")
         rows.append(row)
     if not rows:
@@ -146,10 +148,16 @@ def _check(row: Row, where: str, answers: bool, losses: bool) -> None:
         _need(row, "references", bool(texts), "a list of at least one string", where)
     if losses:
         total, tokens = row.get("loss_sum"), row.get("tokens")
-        number = isinstance(total, (int, float)) and not isinstance(total, bool) and total >= 0
-        _need(row, "loss_sum", number, "the sum of -ln p over the answer's tokens, at least 0", where)
-        count = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 1
-        _need(row, "tokens", count, "how many tokens that sum has, at least 1", where)
+        known_sum = total if total == math.inf else number(total)
+        _need(
+            row,
+            "loss_sum",
+            known_sum is not None and known_sum >= 0,
+            "the sum of -ln p over the answer's tokens, at least 0",
+            where,
+        )
+        right = isinstance(tokens, int) and number(tokens) is not None and tokens >= 1
+        _need(row, "tokens", right, "how many tokens that sum has, at least 1", where)
 
 
 def _need(row: Row, key: str, right: bool, wanted: str, where: str) -> None:

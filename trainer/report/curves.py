@@ -8,8 +8,9 @@ from typing import Any
 from markupsafe import Markup
 
 from trainer.balancing.registry import METHODS, training_label
+from trainer.parsing import number
 from trainer.report import plots
-from trainer.report.run_directory import RunDirectory, number
+from trainer.report.run_directory import RunDirectory
 from trainer.report.tables import EQUAL, FINAL, SINGLE
 
 

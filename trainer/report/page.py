@@ -23,9 +23,10 @@ from trainer.balancing.registry import training_label
 from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN
 from trainer.errors import UserError
+from trainer.parsing import number
 from trainer.report import plots
 from trainer.report.curves import loss_panels, weight_panels
-from trainer.report.run_directory import RunDirectory, number, test_sets
+from trainer.report.run_directory import RunDirectory, test_sets
 from trainer.report.samples import sample_groups
 from trainer.report.tables import (
     BASELINES,

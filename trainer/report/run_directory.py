@@ -170,10 +170,3 @@ def test_sets(task: Mapping[str, Any]) -> dict[str, Any]:
     """Records of a task's test sets by name; a set without one has the empty one."""
     named = task.get("test_sets")
     return dict(named) if isinstance(named, Mapping) and named else {"": task.get("test_records")}
-
-
-def number(value: Any) -> float | None:
-    """The value as a finite float, None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)

@@ -11,7 +11,8 @@ from PIL import Image
 
 from trainer.data.pictures import open_image
 from trainer.metrics import METRICS, normalize_answer, parse_box
-from trainer.report.run_directory import RunDirectory, number, test_sets
+from trainer.parsing import number
+from trainer.report.run_directory import RunDirectory, test_sets
 from trainer.report.tables import format_value, metric_label
 
 PER_TASK = 4

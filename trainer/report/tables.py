@@ -14,7 +14,8 @@ from trainer.comparison import Comparison, compare, mean_comparison
 from trainer.errors import UserError
 from trainer.evaluation.scoring import scores_by_task
 from trainer.metrics import METRICS
-from trainer.report.run_directory import RunDirectory, number
+from trainer.parsing import number
+from trainer.report.run_directory import RunDirectory
 
 BASELINES = {"majority": "majority answer", "question_only": "question only"}
 FINAL, EQUAL, SINGLE = "CoTBal", "EW", "STL"

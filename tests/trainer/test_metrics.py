@@ -150,10 +150,17 @@ class TestAccuracyIoU:
             ("[]", 0.0),
             ("[[0,0,1,1]]", 100.0),
             ("[a,b,c,d]", 0.0),
+            ("[0,0,1,b]", 0.0),
         ],
     )
     def test_cases(self, prediction, score):
         assert get_metric("accuracy_iou").compute([prediction], [["[0,0,1,1]"]]).per_sample == [score]
+
+    def test_one_coordinate_beyond_the_largest_float_is_no_box(self):
+        assert parse_box("[0,0,1e999,1]") is None
+
+    def test_any_reference_counts(self):
+        assert get_metric("accuracy_iou").compute(["[0,0,1,1]"], [["[5,5,6,6]", "[0,0,1,1]"]]).value == 100.0
 
     def test_unreadable_reference_scores_zero(self):
         assert get_metric("accuracy_iou").compute(["[0,0,1,1]"], [["none"]]).value == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ class TestVqa:
         assert vqa_score(prediction, [answer] * 9 + ["other"]) == 1
         assert vqa_score(prediction, ["other"] * 10) == 0
 
+    @pytest.mark.parametrize(
+        ("text", "answer"), [("red\nblue", "red blue"), ("red\tblue", "red blue"), ("red/blue/ ", "red blue")]
+    )
+    def test_an_answer_is_one_line_without_blanks_around_it(self, text, answer):
+        """As the script begins, worked out by hand: "/ " would have every "/" deleted, where one makes a blank."""
+        assert vqa_score(text, [answer] * 10) == 1
+
     def test_one_reference_is_refused(self):
         with pytest.raises(ValueError, match=r"references\[1\] has one answer.*exact_match"):
             get_metric("vqa_accuracy").compute(["a", "b"], [["a", "b"], ["b"]])
@@ -77,6 +85,11 @@ class TestOthers:
         for row in OFFICIAL["chartqa"]:
             scored = get_metric(metric).compute([row[0]], [[row[1]]]).value
             assert scored == 100.0 * row[column], row
+
+    def test_chartqa_takes_percents_for_hundredths(self):
+        """0.0952 is within 5 % of 0.1, 0.0949 is not."""
+        found = get_metric("chartqa_relaxed").compute(["9.52%", "9.49%"], [["0.1"], ["0.1"]])
+        assert found.per_sample == [100.0, 0.0]
 
     def test_chartqa_any_reference_counts(self):
         assert get_metric("chartqa_relaxed").compute(["104"], [["1", "100"]]).value == 100.0
@@ -144,8 +157,19 @@ class TestPerplexity:
         result = perplexity(losses.tolist(), counts.tolist())
         assert result.standard_error == pytest.approx(resampled.std().item(), rel=0.06)  # 4000 draws: 1.1 % each
 
+    def test_standard_error_of_samples_of_one_length(self):
+        """Then the mean loss is a mean over samples: its error is s / sqrt(n), and exp multiplies it by the value."""
+        result = perplexity([2.0, 6.0, 7.0], [4, 4, 4])
+        assert result.standard_error == pytest.approx(
+            math.exp(1.25) * statistics.stdev([0.5, 1.5, 1.75]) / math.sqrt(3), rel=1e-12
+        )
+
+    def test_a_certain_model_has_perplexity_one(self):
+        assert perplexity([0.0, 0.0], [1, 2]).value == 1.0
+
     def test_overflow_and_one_sample(self):
         assert perplexity([1e6], [1]).value == math.inf
+        assert math.isnan(perplexity([1e6, 2e6], [1, 1]).standard_error)
         assert math.isnan(perplexity([1.0], [1]).standard_error)
 
     @pytest.mark.parametrize(

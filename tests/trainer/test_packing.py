@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from packing_models import (
     VOCABULARY,
@@ -248,6 +248,7 @@ def test_global_counts_of_tokens_with_tasks_of_their_own() -> None:
 
 
 class TestPack:
+    @example([50, 3, 50], 50, 20, 0)  # a sample that was cut fills a sequence
     @given(st.lists(st.integers(1, 50), max_size=80), st.integers(50, 90), st.integers(1, 20), st.integers(0, 3))
     def test_first_fit_decreasing_in_windows(self, lengths: list[int], capacity: int, window: int, seed: int) -> None:
         """Against the definition spelled out sequence by sequence."""

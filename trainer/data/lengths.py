@@ -145,8 +145,3 @@ def measure_all(count: int, measure: Callable[[int], SampleLength]) -> list[Samp
         more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
     return [item for item in found if isinstance(item, SampleLength)]
-
-
-def kept(lengths: Sequence[SampleLength]) -> list[int]:
-    """Indices of the samples that are not dropped."""
-    return [index for index, length in enumerate(lengths) if not length.dropped]

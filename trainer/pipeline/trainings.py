@@ -43,11 +43,6 @@ class Training:
     weights: str | None = None
     repetition: int = 0
 
-    @property
-    def base_name(self) -> str:
-        """The name without the mark of a repetition."""
-        return self.name.partition("@")[0]
-
 
 def weight_variants(config: RunConfig) -> dict[str, CotbalConfig]:
     """CoTBal and the ablations among the comparisons: the name of their weights to their Eq. 3-11."""

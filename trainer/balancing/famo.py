@@ -71,8 +71,8 @@ class Famo(BalancingMethod):
         return (loss - self.options.minimum_loss).clamp(min=0) + 1e-8
 
     def _descend(self, before: TaskLosses, after: TaskLosses) -> None:
-        gone = self._distance(before.mean).log() - self._distance(after.mean).log()
-        delta = torch.where(before.present & after.present, gone, 0.0)
+        # 0 for an absent task, whose mean is 0 both times.
+        delta = self._distance(before.mean).log() - self._distance(after.mean).log()
         z = self.xi.softmax(0)
         self.xi = self._adam.step(self.xi, z * (delta - (z * delta).sum()))
 

@@ -177,6 +177,17 @@ class TestDegenerate:
         assert found.contribution[0, 1] == pytest.approx(-2499, rel=1e-9)
         assert any("'a' to 'b' is -2.5e+03" in warning for warning in found.warnings)
 
+    @pytest.mark.parametrize(
+        ("mini", "higher", "degenerate"),
+        [(0.4951, True, True), (0.4949, True, False), (0.505, False, True), (0.5051, False, False)],
+    )
+    def test_a_gain_of_one_percent_is_where_it_begins(self, table, mini, higher, degenerate):
+        """Of the larger of 0.5 and mini: 0.0049 and 0.005 are not enough, 0.0051 is."""
+        table["mini"]["b"] = mini
+        table["higher_is_better"] = {"b": higher}
+        found = cotbal_weights(Scores.from_json(table), on_degenerate="clip")
+        assert any("task 'b'" in warning for warning in found.warnings) == degenerate
+
     def test_clip_by_hand(self, table):
         table["mini"]["b"] = 0.51  # own data makes b worse: 0.51 -> 0.50
         found = cotbal_weights(Scores.from_json(table), on_degenerate="clip", minimum_gain=0.1)
@@ -203,6 +214,8 @@ class TestDegenerate:
         found = cotbal_weights(Scores.from_json(table), on_degenerate="clip")
         assert found.contribution[0, 1] == 2.0
         assert [(entry.tasks, entry.value) for entry in found.clipped] == [(("a", "b"), 2.0)]
+        narrow = cotbal_weights(Scores.from_json(table), on_degenerate="clip", contribution_range=(0, 1))
+        assert narrow.contribution[0, 1] == 1
         wider = cotbal_weights(Scores.from_json(table), on_degenerate="clip", contribution_range=(-5, 5))
         assert wider.contribution[0, 1] == pytest.approx(4)
         assert wider.clipped == []
@@ -228,6 +241,11 @@ class TestDegenerate:
         table["mini"]["c"] = 0.0
         with pytest.raises(ValueError, match=r"task 'c': V\(mini\) = 0 is not positive"):
             cotbal_weights(Scores.from_json(table))
+
+    def test_zero_denominator_of_the_precise_difficulty_alone(self, table):
+        table["alone"] = {"mini": dict.fromkeys("abc", 0.1), "full": {"a": 0.5, "b": 0.0, "c": 0.5}}
+        with pytest.raises(ValueError, match=r"^task 'b': V\(b alone\) = 0 is not positive"):
+            cotbal_weights(Scores.from_json(table), difficulty="precise")
 
     def test_a_task_that_scores_nothing_anywhere(self, table):
         table["mini"]["b"] = 0.0
@@ -268,7 +286,9 @@ class TestDegenerate:
         ({"alpha": math.nan}, "alpha"),
         ({"on_degenerate": "ignore"}, "on_degenerate must be 'error' or 'clip', got 'ignore'"),
         ({"minimum_gain": -1}, "minimum_gain"),
+        ({"minimum_gain": math.inf}, "minimum_gain"),
         ({"contribution_range": (0.5, 2)}, "contribution_range"),
+        ({"difficulty": "exact"}, "difficulty must be 'reused' or 'precise', got 'exact'"),
     ],
 )
 def test_bad_options(table, options, message):
@@ -282,6 +302,8 @@ class TestScores:
         assert scores.full[0, 1] == table["full"]["a"]["b"] == 0.25
         assert scores.to_json() == {**table, "higher_is_better": dict.fromkeys("abc", True)}
         assert Scores.from_json(scores.to_json()).to_json() == scores.to_json()
+        table["alone"] = {"mini": table["mini"], "full": table["full"]["a"]}
+        assert Scores.from_json(table).to_json()["alone"] == table["alone"]
 
     @pytest.mark.parametrize(
         ("path", "value", "message"),
@@ -307,6 +329,8 @@ class TestScores:
             (("higher_is_better",), {"a": 1}, r"\['higher_is_better'\]\['a'\] must be true or false"),
             (("higher_is_better",), {"aa": True}, r"unknown task 'aa'"),
             (("minni",), {}, r"unknown key 'minni'.*'mini'"),
+            (("tasks",), ["a", "b", 3], r"scores\['tasks'\] must be a non-empty list of names"),
+            (("alone",), {"mini": {"a": 1, "b": 1, "c": 1}}, r"scores\['alone'\] has no entry for key 'full'"),
         ],
     )
     def test_bad_tables_are_named(self, table, path, value, message):

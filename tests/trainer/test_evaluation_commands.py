@@ -50,6 +50,8 @@ class TestScore:
         assert json.loads(outcome.out)["perplexity"] == {
             "metric": "perplexity", "value": pytest.approx(4.4816890703380645), "standard_error": None, "samples": 1,
         }  # fmt: skip
+        sure = cotbal("score", write({"loss_sum": 0, "tokens": 2}), "--metric", "perplexity")
+        assert json.loads(sure.out)["perplexity"]["value"] == 1.0
 
     def test_an_infinite_perplexity_is_null(self, cotbal: Command, write: Callable[..., Path]) -> None:
         outcome = cotbal("score", write({"loss_sum": 1e6, "tokens": 2}), "--metric", "perplexity")
@@ -87,6 +89,8 @@ class TestScore:
                 "'tokens' must be how many tokens that sum has, at least 1, got 1000",
             ),
             ({"loss_sum": 1.0, "tokens": 0}, "'tokens' must be how many tokens that sum has, at least 1, got 0"),
+            ({"loss_sum": 1.0, "tokens": 1.5}, "'tokens' must be how many tokens that sum has, at least 1, got 1.5"),
+            ({"loss_sum": 1.0, "tokens": True}, "'tokens' must be how many tokens that sum has, at least 1, got True"),
         ],
     )
     def test_errors_of_losses(
@@ -103,6 +107,10 @@ class TestScore:
         assert f"prediction 1: its correct answer '{other}' itself scores 0 under accuracy_iou, and so" in outcome.err
         outcome = cotbal("score", write(good, bad), "--metric", "accuracy_iou")
         assert json.loads(outcome.out)["accuracy_iou"]["value"] == 50.0
+        either = good | {"references": [other, box]}  # one that can be right is enough
+        assert (
+            json.loads(cotbal("score", write(either), "--metric", "accuracy_iou").out)["accuracy_iou"]["value"] == 100
+        )
 
     def test_usage(self, cotbal: Command, write: Callable[..., Path], tmp_path: Path) -> None:
         assert "did you mean 'exact_match'?" in cotbal("score", write(self.GOOD), "--metric", "exactmatch").err

@@ -135,7 +135,7 @@ class TestCheck:
         rows = [json.loads(line) for line in tiny_tasks[0].train.read_text().splitlines()]
         rows[1]["image"] = rows[0]["image"]
         rows[2]["conversations"][1]["value"] += "</s>"
-        rows[3]["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": ""}]
+        rows[3]["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": " "}]
         rows[4]["conversations"].insert(0, {"from": "system", "value": "<pad>"})
         path = tmp_path / "odd.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))

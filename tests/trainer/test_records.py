@@ -84,12 +84,13 @@ def test_a_byte_order_mark_is_no_damage(tmp_path: Path, suffix: str) -> None:
 
 def test_other_spellings(tmp_path: Path) -> None:
     plain, twice = {"from": "human", "value": "q"}, {"from": "user", "value": "<image><image> q"}
+    that = {"from": "gpt", "value": "That."}
     rows = [
         {"id": "a", "image": None, "conversations": [plain, {"from": "assistant", "value": "x"}]},
         {"id": "b", "image": ["1.png", "2.png"], "conversations": [twice, GPT]},
         {"id": "c", "image": "1.png", "conversations": [plain, GPT]},
         {"id": "d", "conversations": [plain, GPT], "references": ["x", "y"]},
-        {"id": "s", "conversations": [{"from": "system", "value": "Be brief."}, plain, GPT, plain, GPT]},
+        {"id": "s", "conversations": [{"from": "system", "value": "Be brief."}, plain, GPT, plain, that]},
         {"id": "e", "images": ["1.png"], "image": "", "img": None, "conversations": [plain, GPT]},
         {"id": "f", "images": "1.png", "conversations": [HUMAN, GPT]},
         {"id": "g", "images": [], "image": "2.png", "video": "", "conversations": [HUMAN, GPT]},
@@ -101,7 +102,8 @@ def test_other_spellings(tmp_path: Path) -> None:
     assert b.images == ("1.png", "2.png")
     assert c.turns == (Turn("<image>\nq", "This."),)  # an export without the placeholder: the image comes first
     assert (a.answers, d.answers) == (["x"], ["x", "y"])
-    assert s == Record("s", (), (Turn("q", "This."),) * 2, (), "Be brief.")
+    assert s == Record("s", (), (Turn("q", "This."), Turn("q", "That.")), (), "Be brief.")
+    assert s.answers == ["That."]
     assert (e.images, e.turns) == (c.images, c.turns)
     assert (f.images, g.images) == (("1.png",), ("2.png",))
 
@@ -145,6 +147,7 @@ DAMAGED = [
     (record(conversations=[HUMAN, "This."]), "turn 1 must be {'from': 'human'|'gpt'"),
     (record(conversations=[HUMAN, {"from": "gpt", "value": ""}]), "no supervised token: every gpt turn is empty"),
     (record(conversations=[HUMAN, {"from": "gpt", "value": " \n"}]), "no supervised token: every gpt turn is empty"),
+    (record(conversations=[HUMAN, {"from": "gpt", "value": ""}] * 2, image=["a", "b"]), "no supervised token: every"),
     (record(conversations=[HUMAN, {"from": "gpt", "value": "see <image>"}]), "turn 1 is an answer with '<image>'"),
     (record(conversations=[HUMAN, {"from": "gpt", "value": "\ud800"}]), "its text is not valid Unicode"),
     (record(references="x"), "'references' must be a list of strings"),

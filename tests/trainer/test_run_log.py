@@ -43,7 +43,7 @@ def test_a_number_that_is_not_finite_is_null(tmp_path: Path, number: float) -> N
     log.on_log(arguments, state, control, logs)
     first, second = strict(path.read_text())
     assert first == {"step": 1, "steps": 9, "loss": None, "grad_norm": None, "seconds": 2.0}
-    assert second.pop("seconds") >= 2.0
+    assert 2.0 <= second.pop("seconds") < 100.0
     assert second == {
         "step": 2, "steps": 9, "epoch": 0.25, "loss": None, "learning_rate": 0.5, "grad_norm": None,
         "tasks": {"a": {"loss": None, "tokens": 3, "weight": 1.5}},

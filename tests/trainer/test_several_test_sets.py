@@ -25,8 +25,10 @@ from trainer.data.records import Record, write_jsonl
 from trainer.errors import UserError
 from trainer.evaluation.progress import Meter
 from trainer.evaluation.running import evaluate, finish
+from trainer.evaluation.scoring import score_key, scores_by_task
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.files import write_json
+from trainer.metrics import get_metric
 from trainer.nodes.following import _missing_files
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.evaluations import evaluation_sets
@@ -67,6 +69,25 @@ def data(run_data: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     box["test"] = {"near": box["test"], "far": box["validation"]}
     box |= {"metric": "exact_match", "test_metrics": ["perplexity"]}
     return run_data | {"comparisons": ["stl", "ew"]}
+
+
+@pytest.mark.parametrize(
+    ("part", "metrics", "keys"),
+    [
+        ("", ("exact_match",), {"vqa": ("vqa", "EM")}),
+        ("", ("exact_match", "bleu"), {"vqa EM": ("vqa", "EM"), "vqa BLEU": ("vqa", "BLEU")}),
+        ("dev", ("exact_match",), {"vqa dev EM": ("vqa", "dev EM")}),
+    ],
+)
+def test_every_score_has_a_key_of_its_own(
+    part: str, metrics: tuple[str, ...], keys: dict[str, tuple[str, str]]
+) -> None:
+    """In metrics.json, and back from there to the task and what tables call the score."""
+    chosen = EvaluationSet("vqa", (), Path(), metrics, 1, part=part)
+    table = {score_key(chosen, name): {"metric": get_metric(name).label, "value": k} for k, name in enumerate(metrics)}
+    assert list(table) == list(keys)
+    found = scores_by_task(table)
+    assert [(task, name) for task, own in found.items() for name in own] == list(keys.values())
 
 
 class Quiet(Progress):

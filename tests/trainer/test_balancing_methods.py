@@ -302,6 +302,7 @@ class TestRlw:
         # Var = 1/18, Cov = -1/36; standard errors are below 0.0012 and 0.0009.
         np.testing.assert_allclose(np.cov(w.T), np.full((3, 3), -1 / 36) + np.eye(3) / 12, atol=0.005)
 
-    def test_the_seed_decides(self) -> None:
-        np.testing.assert_array_equal(self.draws("normal", 5), self.draws("normal", 5))
-        assert not np.allclose(self.draws("normal", 5), self.draws("normal", 5, seed=1))
+    @pytest.mark.parametrize("distribution", ["normal", "dirichlet"])
+    def test_the_seed_decides(self, distribution: str) -> None:
+        np.testing.assert_array_equal(self.draws(distribution, 5), self.draws(distribution, 5))
+        assert not np.allclose(self.draws(distribution, 5), self.draws(distribution, 5, seed=1))

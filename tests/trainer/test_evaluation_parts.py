@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from PIL import Image
 
 import trainer.evaluation.manifest as manifest
 from trainer.data.encoding import ConversationEncoder, Encoded
-from trainer.data.records import write_jsonl
+from trainer.data.records import Record, Turn, write_jsonl
 from trainer.evaluation.generation import BatchScorer
 from trainer.evaluation.parts import Claims, Finished, PartFile, busy_seconds, collect, sole_use
 from trainer.evaluation.planning import Batch, plan_batches, prompt_sizes
 from trainer.evaluation.scoring import read_predictions
-from trainer.evaluation.spec import EvaluationSet
+from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
+from trainer.models.config import ImageConfig
 from trainer.models.loading import load_processor
 from trainer.report.run_directory import RunDirectory
 from trainer.task_config import TaskConfig
@@ -221,9 +222,46 @@ class TestModelDigest:
             seen.append(manifest.model_digest(folder) != before)
         assert seen == [True, True, False, True, False, True, False, True, True]
 
+    def test_changes_with_a_name(self, folder: Path) -> None:
+        before = manifest.model_digest(folder)
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+        assert manifest.model_digest(folder) != before
+
     def test_needs_a_model(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"is not a model folder: there is no config\.json in it"):
             manifest.model_digest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metric", "changes", "of_set", "differs"),
+    [
+        ("bleu", {}, {}, []),
+        ("bleu", {"batch_size": 8}, {}, ["batch_size"]),
+        ("bleu", {"precision": "bf16"}, {}, ["precision"]),
+        ("bleu", {"attention": "eager"}, {}, ["attention"]),
+        ("bleu", {"features": Path("f")}, {}, ["features"]),
+        ("bleu", {"images": ImageConfig(aspect_ratio="pad")}, {}, ["images.aspect_ratio"]),
+        ("bleu", {"devices": ("cuda:0", "cuda:1")}, {}, ["device"]),
+        ("bleu", {"devices": ("cpu", "cpu"), "threads": 2, "by_task": True, "max_length": 9}, {"label": "x"}, []),
+        ("bleu", {}, {"metrics": ("exact_match",)}, []),
+        ("bleu", {}, {"limit": 1}, ["sets.vqa.limit"]),
+        ("bleu", {}, {"image_root": Path("other")}, ["sets.vqa.image_root"]),
+        ("bleu", {}, {"max_new_tokens": 9}, ["sets.vqa.max_new_tokens"]),
+        ("perplexity", {}, {"max_new_tokens": 9}, []),
+        ("perplexity", {"max_length": 9}, {}, ["sets.vqa.max_length"]),
+    ],
+)
+def test_what_predictions_depend_on(
+    tmp_path: Path, metric: str, changes: dict[str, Any], of_set: dict[str, Any], differs: list[str]
+) -> None:
+    """These options and no others refuse to go on with what a folder has, by name."""
+    (tmp_path / "config.json").write_text("{}")
+    chosen = EvaluationSet("vqa", (), Path("images"), (metric,), 8)
+    spec = EvaluationSpec(tmp_path, (chosen,), tmp_path / "out", 4, "fp32", ("cpu",), 1)
+    other = replace(spec, **{"sets": (replace(chosen, **of_set),), **changes})
+    records = [[Record("1", ("a.png",), (Turn("<image>q", "x"),), ())]]
+    before, after = manifest.describe(spec, records), manifest.describe(other, records)
+    assert [key for key in {**before, **after} if before.get(key) != after.get(key)] == differs
 
 
 def test_part_lines_hold_everything(tmp_path: Path) -> None:

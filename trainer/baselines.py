@@ -34,10 +34,10 @@ MAX_SCORED = 2000
 _BOX = re.compile(r"\[[^\[\]]*\]")
 
 
-def normalize_question(question: str, instructions: Iterable[str] = FORMAT_INSTRUCTIONS) -> str:
+def normalize_question(question: str) -> str:
     """The question without ``<image>``, format instructions and boxes, lower-cased, white space collapsed."""
     text = question.replace("<image>", " ")
-    for instruction in instructions:
+    for instruction in FORMAT_INSTRUCTIONS:
         text = text.replace(instruction, " ")
     return " ".join(_BOX.sub(" ", text).lower().split())
 
@@ -49,21 +49,15 @@ def majority_answer(train: Sequence[Pair], evaluation: Sequence[Pair], metric: s
     return metric.compute([constant] * len(evaluation), [list(answers) for _, answers in evaluation])
 
 
-def question_only(
-    train: Sequence[Pair],
-    evaluation: Sequence[Pair],
-    metric: str | Metric,
-    instructions: Iterable[str] = FORMAT_INSTRUCTIONS,
-) -> MetricResult:
+def question_only(train: Sequence[Pair], evaluation: Sequence[Pair], metric: str | Metric) -> MetricResult:
     """Score on ``evaluation`` of the best constant among the training records with the same question text."""
     metric = get_metric(metric) if isinstance(metric, str) else metric
-    instructions = tuple(instructions)
     constants = ConstantAnswers(train, metric)
     groups: dict[str, list[int]] = defaultdict(list)
     for index, (question, _) in enumerate(train):
-        groups[normalize_question(question, instructions)].append(index)
+        groups[normalize_question(question)].append(index)
     fallback = constants.best(range(len(train)))
-    questions = [normalize_question(question, instructions) for question, _ in evaluation]
+    questions = [normalize_question(question) for question, _ in evaluation]
     answer = {question: constants.best(groups[question]) for question in set(questions) & groups.keys()}
     predictions = [answer.get(question, fallback) for question in questions]
     return metric.compute(predictions, [list(answers) for _, answers in evaluation])

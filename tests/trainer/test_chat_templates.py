@@ -171,6 +171,12 @@ def test_answers_are_trained_on_with_their_end_marks(kind: Kind, encoder: Conver
     assert found == whole[:ends] + added
 
 
+def test_blanks_around_texts_change_nothing(encoder: ConversationEncoder) -> None:
+    spaced = replace(TWO, turns=tuple(Turn(f" {turn.question}\n", f"\n{turn.answer} ") for turn in TWO.turns))
+    found, wanted = (encoder.training_sample(record, Path) for record in (spaced, TWO))
+    assert (found.input_ids, found.labels) == (wanted.input_ids, wanted.labels)
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.id)
 def test_a_prompt_is_what_stood_before_the_answer(kind: Kind, encoder: ConversationEncoder, record: Record) -> None:
     prompt = encoder.prompt(record, Path)

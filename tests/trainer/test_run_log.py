@@ -13,6 +13,7 @@ from tiny_training import NAMES, make_trainer, read_csv, resume
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.loop.callbacks import COMPLETE, RunLog, SaveWhenAsked
+from trainer.loop.learning_rates import set_own_rates
 
 
 def strict(text: str) -> list[Any]:
@@ -77,6 +78,26 @@ def test_a_warm_up_of_less_than_a_step_is_none(tmp_path: Path, steps: int, share
         for step in range(steps)
     ]
     assert [line["learning_rate"] for line in lines] == pytest.approx([0.5 * rate for rate in expected], abs=1e-12)
+
+
+def test_parts_have_rates_of_their_own() -> None:
+    """Every other option of a group stays, and the rate that is logged, of the first group, is the general one."""
+    model = torch.nn.ModuleDict({"own": torch.nn.Linear(2, 2), "rest": torch.nn.Linear(2, 2)})
+    own, rest = model["own"], model["rest"]
+    groups = [
+        {"params": [own.weight, rest.weight], "weight_decay": 0.125},
+        {"params": [own.bias, rest.bias], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.5)
+    set_own_rates(optimizer, model, {"own.": 0.25})
+    found = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    expected = [(own.weight, 0.25, 0.125), (own.bias, 0.25, 0.0), (rest.weight, 0.5, 0.125), (rest.bias, 0.5, 0.0)]
+    assert found == {id(parameter): (rate, decay) for parameter, rate, decay in expected}
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_a_checkpoint_is_saved_when_it_is_asked_for(tmp_path: Path) -> None:

@@ -145,7 +145,11 @@ class TestCostlyStages:
         assert work.run(stage(16), overwrite=True) == ["s"]
         assert not checkpoint.exists()
 
-    def test_what_no_stage_has_made_is_left_alone(self, work: Work) -> None:
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_what_no_stage_has_made_is_left_alone(self, work: Work, begun: bool) -> None:
+        """Nor in a run that has come as far as another stage, with which a new comparison finds its folder taken."""
+        if begun:
+            work.run(self.graph(work)[0])
         (work.folder / "b.txt").write_text("somebody's")
         assert work.runner(*self.graph(work)).summary().splitlines()[1:] == [
             f"not made by this run, and deleted by a run with --overwrite: {work.folder / 'b.txt'}"

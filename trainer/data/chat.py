@@ -49,7 +49,7 @@ class ChatTemplate:
         self._plain_text = text_only and not self._takes_parts()
 
     def parts(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
-        """The rendered conversation in parts; one of them is the last answer.
+        """The rendered conversation in parts, up to the last answer: what is written behind it changes nothing before.
 
         Args:
             turns: questions and answers.
@@ -122,8 +122,7 @@ class ChatTemplate:
                 whole, answer = whole[:-blanks], answer[:-blanks]
             parts.append(Part(answer, "answer"))
             done = whole
-        rest = answered[-1].removeprefix(done)
-        return [*parts, Part(rest, "prompt")] if rest else parts
+        return parts
 
     def _marked(self, turns: Sequence[Turn], system: str) -> list[Part] | None:
         """By rendering the whole with marks for answers; None if it is not the same with the answers in their place.
@@ -143,8 +142,7 @@ class ChatTemplate:
             length = end.end() if end else 0
             parts += [Part(before, "prompt"), Part(turn.answer.strip() + rest[:length], "answer")]
             rest = rest[length:]
-        parts.append(Part(rest, "prompt"))
-        return parts if "".join(part.text for part in parts) == whole else None
+        return parts if "".join(part.text for part in parts) + rest == whole else None
 
     @cached_property
     def _probe(self) -> tuple[str, str]:

@@ -252,8 +252,6 @@ class ConversationEncoder:
         except UserError as error:
             raise UserError(f"record '{record.id}': {error}") from error
         self._check_placeholders("".join(part.text for part in parts), record)
-        while parts[-1].kind != "answer":  # what a template writes behind it changes nothing before it
-            parts.pop()
         return parts
 
     def _tokenize(self, texts: list[str], images: list[list[Path]]) -> list[_Piece]:

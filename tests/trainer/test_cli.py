@@ -285,10 +285,14 @@ class TestDryRun:
         assert everything == pytest.approx((30 + 4 + 2 * (16 + 3 * 24)) / 24, abs=0.005 + 1e-9)
 
     def test_methods_that_would_not_come_to_move_their_weights(
-        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path]
+        self, cotbal: Command, run_data: dict[str, Any], write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
     ) -> None:
-        """24 samples in batches of 4 are 6 steps. CoBa's warm-up is the 4 validation batches; its update behind that
-        comes 5 intervals after the start."""
+        """24 samples in batches of 4 are 6 steps. CoBa's warm-up is the 4 validation batches of the larger set; its
+        update behind that comes 5 intervals after the start."""
+        fewer = tmp_path / "fewer.jsonl"
+        rows = Path(run_data["tasks"][1]["validation"]).read_text().splitlines(keepends=True)
+        fewer.write_text("".join(rows[:2]))
+        run_data["tasks"][1]["validation"] = str(fewer)
 
         def warned(**balancing: Any) -> list[str]:
             config = write_config(run_data | {"balancing": balancing})

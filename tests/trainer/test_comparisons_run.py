@@ -278,7 +278,7 @@ def edited(path: str, folder: Path) -> str:
     [
         ("task", "description", set(), ""),
         ("task", "test", set(), r"records\.colour\.test \w+ -> \w+"),
-        ("task", "validation", set(), r"records\.colour\.validation \w+ -> \w+"),
+        ("task", "validation", {"coba"}, r"records\.colour\.validation \w+ -> \w+"),
         ("task", "max_new_tokens", set(), r"tasks\.colour\.max_new_tokens 12 -> 7"),
         ("task", "train", EVERY - {"stl-box"}, r"records\.colour\.train \w+ -> \w+"),
         ("training", "dataloader_workers", set(), ""),
@@ -303,7 +303,8 @@ def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
     run_data: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    run(comparisons=["stl", "ew"])
+    compared = ["stl", "ew", *(["coba"] if key == "validation" else [])]  # which takes losses of these records
+    run(comparisons=compared)
     runs.trained.clear()
     values = {
         "description": "x", "max_new_tokens": 7, "dataloader_workers": 2, "gradient_checkpointing": True,
@@ -326,13 +327,13 @@ def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
         run_data[group] = run_data.get(group, {}) | {key: values[key]}
     if told:
         with pytest.raises(UserError, match=rf"already done does not fit .* \({told}\): .*; --overwrite deletes it"):
-            run(comparisons=["stl", "ew"])
+            run(comparisons=compared)
         assert runs.trained == []
     scored_again = key in ("validation", "max_new_tokens")
-    run(overwrite=bool(told), comparisons=["stl", "ew"])
+    run(overwrite=bool(told), comparisons=compared)
     # CoTBal's weights depend on the proxies, and on their scores.
     assert set(runs.trained) - {"cotbal"} == again - {"cotbal"}
-    assert ("cotbal" in runs.trained) == (bool(again) or scored_again)
+    assert ("cotbal" in runs.trained) == (bool(again & PROXIES) or scored_again)
 
 
 def test_results_of_other_settings_are_gone_before_anything_runs(

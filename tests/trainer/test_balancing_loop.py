@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from tiny_training import (
     FIXED,
     MOVING,
+    NAMES,
     OVER_RANKS,
     VOCABULARY,
     collate,
@@ -29,6 +30,7 @@ from tiny_training import (
 from trainer.balancing.method import StepReport, TaskLosses
 from trainer.balancing.registry import METHODS, is_cotbal
 from trainer.errors import UserError
+from trainer.loop.measuring import forward_only
 
 # float32 sums in another order, carried through a few steps.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -91,6 +93,14 @@ def same(found: TaskLosses | None, expected: TaskLosses, norms: bool = False) ->
     torch.testing.assert_close(found.loss_sum, expected.loss_sum, **CLOSE)
     if norms:
         torch.testing.assert_close(found.gradient_norms, expected.gradient_norms, **CLOSE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_leaves_the_mode_of_a_model(tmp_path: Path, training: bool) -> None:
+    trainer = make_trainer("ew", tmp_path)
+    model = trainer.model_wrapped.train(training)
+    forward_only(trainer, [], len(NAMES))
+    assert [module.training for module in model.modules()] == [training] * len(list(model.modules()))
 
 
 def model_with(parameters: dict[str, torch.Tensor]) -> torch.nn.Module:

@@ -150,7 +150,7 @@ def xtreme_up() -> Files:
 
 def mftcoder() -> Files:
     def rounds(number: int) -> dict[str, Any]:
-        chat = [{"role": "human", "content": f"Sort {number}"}, {"role": "bot", "content": f"sorted({number})"}]
+        chat = [{"role": "human", "content": f"Sort {number}"}, {"role": "bot", "content": f"  sorted({number})\n"}]
         if number % 2:
             chat.insert(0, {"role": "system", "content": "Be brief."})
             chat += [{"role": "human", "content": "Why?"}, {"role": "bot", "content": "Because."}]

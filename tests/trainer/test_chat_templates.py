@@ -26,7 +26,9 @@ TWO = Record("two", (), (Turn("How much is 2 plus one?", "It is 3."), Turn("What
 BRIEF = "Be brief: one word."
 # The same with a system message.
 BRIEF_ONE, BRIEF_TWO = (replace(record, id=f"brief {record.id}", system=BRIEF) for record in (ONE, TWO))
-RECORDS = (ONE, TWO, BRIEF_ONE, BRIEF_TWO)
+# Code: blanks at the ends of a text are a part of it.
+INDENTED = Record("code", (), (Turn("def one(x):\n", "    return x\n"), Turn("go on:\n", "  red \n\n")), ())
+RECORDS = (ONE, TWO, BRIEF_ONE, BRIEF_TWO, INDENTED)
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|return|>"]
 ASK = "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
 SAY = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -171,10 +173,17 @@ def test_answers_are_trained_on_with_their_end_marks(kind: Kind, encoder: Conver
     assert found == whole[:ends] + added
 
 
-def test_blanks_around_texts_change_nothing(encoder: ConversationEncoder) -> None:
-    spaced = replace(TWO, turns=tuple(Turn(f" {turn.question}\n", f"\n{turn.answer} ") for turn in TWO.turns))
-    found, wanted = (encoder.training_sample(record, Path) for record in (spaced, TWO))
-    assert (found.input_ids, found.labels) == (wanted.input_ids, wanted.labels)
+@pytest.mark.parametrize("name", ["ChatML", "thoughts in the last answer"])
+def test_blanks_that_a_template_takes_off_an_answer_are_not_trained_on(name: str) -> None:
+    """Qwen3's and Llama 3's."""
+    tokenizer = make_tokenizer(SPECIAL, {})
+    tokenizer.chat_template = KINDS[name].template.replace("m.content", "(m.content | trim)")
+    encoder = ConversationEncoder(tokenizer, 500)
+    answers = [turn.answer.strip() for turn in INDENTED.turns]
+    wanted = [text.replace("A", answer) for text, answer in zip(KINDS[name].two, answers, strict=True)]
+    assert stretches(encoder, INDENTED) == wanted
+    whole = tokenizer.apply_chat_template(messages(KINDS[name], INDENTED), tokenize=False)
+    assert tokenizer.decode(encoder.training_sample(INDENTED, Path).input_ids) == whole
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.id)
@@ -293,4 +302,4 @@ def test_a_tokenizer_without_a_token_for_padding() -> None:
     for result, prompt in zip(found.results, prompts, strict=True):
         out = model.generate(torch.tensor([prompt.input_ids]), max_new_tokens=8, do_sample=False)
         answer = tokenizer.decode(out[0, len(prompt.input_ids) :], skip_special_tokens=True)
-        assert result["prediction"] == answer.strip()
+        assert result["prediction"] == answer

@@ -263,7 +263,7 @@ class TestConversations:
         manifest = convert_raw(tmp_path, "mftcoder")
         by_id = {row["id"]: values(row) for row in rows(manifest, "train")}
         assert len(by_id) == 7
-        assert by_id["sort/a-2"] == ["Be brief.\n\nSort 1", "sorted(1)", "Why?", "Because."]
+        assert by_id["sort/a-2"] == ["Be brief.\n\nSort 1", "  sorted(1)\n", "Why?", "Because."]
         dropped = convert_raw(tmp_path, "mftcoder", system="drop", validation=2)
         assert dropped.outputs["validation"]["records"] == 2
         assert not any("brief" in text for row in rows(dropped, "train") for text in values(row))

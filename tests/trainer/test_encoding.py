@@ -153,7 +153,7 @@ class TestSupervision:
     def test_a_system_message_stands_before_the_first_question(self, encoder: ConversationEncoder) -> None:
         record = replace(TURNS, system=" Be brief. ")
         plain, encoded = encoder.training_sample(TURNS, Path), encoder.training_sample(record, Path)
-        before = encoder.tokenizer("<|user|> Be brief.", add_special_tokens=False)["input_ids"]
+        before = encoder.tokenizer("<|user|>  Be brief. ", add_special_tokens=False)["input_ids"]
         assert encoded.input_ids == before + plain.input_ids
         assert encoded.labels == [IGNORE_INDEX] * len(before) + plain.labels
         assert encoder.prompt(record, Path).input_ids == before + encoder.prompt(TURNS, Path).input_ids

@@ -117,9 +117,8 @@ class ChatTemplate:
             if self._opening and answer.startswith(self._opening):
                 parts.append(Part(self._opening, "opening"))
                 answer = answer[len(self._opening) :]
-            blanks = len(answer) - len(answer.rstrip())
-            if blanks and not self.ends_turn(answer):  # they stand between messages
-                whole, answer = whole[:-blanks], answer[:-blanks]
+            if after.isspace() and answer.endswith(after):  # it stands between messages
+                whole, answer = whole.removesuffix(after), answer.removesuffix(after)
             parts.append(Part(answer, "answer"))
             done = whole
         return parts
@@ -133,16 +132,24 @@ class ChatTemplate:
         marked = [replace(turn, answer=mark) for turn, mark in zip(turns, marks, strict=True)]
         both = [self._messages(some, system) for some in (turns, marked)]
         whole, rest = self._render(both, add_generation_prompt=False)
-        parts: list[Part] = []
-        for turn, mark in zip(turns, marks, strict=True):
+        around: list[str] = []
+        for mark in marks:
             before, found, rest = rest.partition(mark)
             if not found:
                 return None
-            end = self._mark.match(rest)
+            around.append(before)
+        texts = [re.escape(turn.answer.strip()) for turn in turns]
+        answers = [rf"(\s*{text}\s*)" if text else r"(\s*)" for text in texts]  # templates may take blanks off the ends
+        wanted = [re.escape(before) + answer for before, answer in zip(around, answers, strict=True)]
+        written = re.fullmatch("".join(wanted) + re.escape(rest), whole)
+        if written is None:
+            return None
+        parts = [Part(around[0], "prompt")]
+        for answer, after in zip(written.groups(), [*around[1:], rest], strict=True):
+            end = self._mark.match(after)
             length = end.end() if end else 0
-            parts += [Part(before, "prompt"), Part(turn.answer.strip() + rest[:length], "answer")]
-            rest = rest[length:]
-        return parts if "".join(part.text for part in parts) + rest == whole else None
+            parts += [Part(answer + after[:length], "answer"), Part(after[length:], "prompt")]
+        return parts[:-1]
 
     @cached_property
     def _probe(self) -> tuple[str, str]:
@@ -192,7 +199,7 @@ class ChatTemplate:
         texts = [("system", system)] if system.strip() else []
         texts += [item for turn in turns for item in (("user", turn.question), ("assistant", turn.answer))]
         if self._plain_text:
-            return [{"role": role, "content": text.strip()} for role, text in texts]
+            return [{"role": role, "content": text} for role, text in texts]
         return [_message(role, text) for role, text in texts]
 
     def _takes_parts(self) -> bool:
@@ -239,9 +246,11 @@ def _template_of(processor: Any, tokenizer: Any) -> str:
 
 def _message(role: str, text: str) -> dict[str, Any]:
     content: list[dict[str, str]] = []
-    for index, part in enumerate(text.split(IMAGE_PLACEHOLDER)):
+    texts = text.split(IMAGE_PLACEHOLDER)
+    for index, part in enumerate(texts):
         if index:
             content.append({"type": "image"})
-        if part.strip():
-            content.append({"type": "text", "text": part.strip()})
+        own = part.strip() if len(texts) > 1 else part  # LLaVA's "<image>\n" is a picture and a question, no empty line
+        if own:
+            content.append({"type": "text", "text": own})
     return {"role": role, "content": content}

@@ -99,8 +99,12 @@ class BatchScorer:
             pad_token_id=padding_token(self.tokenizer),
             **self._images(encoded),
         )[:, text["input_ids"].shape[1] :].cpu()
-        texts = self.tokenizer.batch_decode(generated_BN, skip_special_tokens=True)
-        return Scored([{"prediction": text.strip()} for text in texts], self._until_end(generated_BN))
+        texts = self.tokenizer.batch_decode(
+            generated_BN,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,  # "a , b" stays what it is
+        )
+        return Scored([{"prediction": text} for text in texts], self._until_end(generated_BN))
 
     def _until_end(self, generated_BN: Tensor) -> int:
         """Generated tokens of all rows, each up to and with its first end mark; after it a row is padding."""

@@ -89,7 +89,7 @@ def _sample(row: dict[str, Any], roots: list[Path], label: str) -> dict[str, Any
     return {
         **picture,
         "question": _shorten(question.replace("<image>", "").strip()),
-        "prediction": _shorten(prediction) if label != LOSSES else None,
+        "prediction": _shorten(prediction.strip()) if label != LOSSES else None,
         "references": [_shorten(reference) for reference in references[:3]],
         "more_references": max(0, len(references) - 3),
         "right": right,

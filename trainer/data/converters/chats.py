@@ -64,7 +64,13 @@ class _LlavaFile(Converter):
 
 def _message(message: Any) -> tuple[str, str]:
     raw = as_object(message)
-    return get_text(raw, "from"), get_text(raw, "value", empty=True)
+    return get_text(raw, "from"), _said(raw, "value")
+
+
+def _said(raw: dict[str, Any], key: str) -> str:
+    """A text as it is: code begins with its indentation."""
+    text = get_text(raw, key, empty=True)
+    return raw[key] if isinstance(raw[key], str) else text  # a number
 
 
 def alternating(turns: list[tuple[str, str]], asks: str, answers: str) -> list[tuple[str, str]]:
@@ -188,9 +194,9 @@ class MftCoder(Converter):
         for index, message in enumerate(get_list(raw, "chat_rounds")):
             entry = as_object(message)
             role = get_text(entry, "role")
-            text = get_text(entry, "content", empty=True)
+            text = _said(entry, "content")
             if role == "system" and index == 0:
-                system = text
+                system = text.strip()
             else:
                 turns.append((_CODER_ROLES.get(role, role), text))
         pairs = alternating(turns, "human", "gpt")

@@ -11,6 +11,7 @@ from trainer.bars import watched
 from trainer.data.pictures import oddity
 from trainer.data.records import Record, RecordError, scan_records
 from trainer.errors import SHOWN, UserError, each, first
+from trainer.metrics import takes_losses
 from trainer.task_config import TaskConfig, set_title
 
 SPLITS = ("train", "validation", "test")
@@ -65,7 +66,7 @@ def scan_task(config: TaskConfig) -> tuple[Task, list[str]]:
     """A task with the records that can be used, and what is wrong with its files.
 
     That is a file that is missing or has no records, a malformed record, named by file and position, and a record to
-    score that has not one question; the first of each file by name.
+    score that has not one question, unless it is scored by losses alone; the first of each file by name.
     """
     splits: dict[str, dict[str, list[Record]]] = {split: {} for split in SPLITS}
     problems: list[str] = []
@@ -78,10 +79,11 @@ def scan_task(config: TaskConfig) -> tuple[Task, list[str]]:
             wrong = [str(error)]
         if not records and not wrong and not (config.auxiliary and split != "train"):
             wrong = [f"task '{config.name}': the {set_title(split, part)} {path} has no records"]
-        if split != "train" and not config.auxiliary:
+        if split != "train" and not config.auxiliary and not all(map(takes_losses, config.scored_with(split))):
             wrong += [
                 f"{config.record_title(split, part, record.id)}: scoring takes one question per record, got "
-                f"{len(record.turns)} turns; split the conversation into one record per question"
+                f"{len(record.turns)} turns; split the conversation into one record per question, or "
+                "score perplexity, which takes every answer"
                 for record in records
                 if len(record.turns) != 1
             ]

@@ -107,7 +107,7 @@ def unbatched(spec: EvaluationSpec, records: list[dict[str, Any]]) -> list[str]:
         inputs.pop("token_type_ids", None)
         out = model.generate(**inputs, max_new_tokens=chosen.max_new_tokens, do_sample=False)
         answer = out[0, inputs["input_ids"].shape[1] :]
-        texts.append(processor.tokenizer.decode(answer, skip_special_tokens=True).strip())
+        texts.append(processor.tokenizer.decode(answer, skip_special_tokens=True))
     return texts
 
 

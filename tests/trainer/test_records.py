@@ -219,6 +219,23 @@ def test_ids_may_repeat_where_nothing_is_scored(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("metrics", [("perplexity", []), ("bleu", ["perplexity"]), ("perplexity", ["bleu"])])
+def test_conversations_are_scored_by_losses_alone(tmp_path: Path, metrics: tuple[str, list[str]]) -> None:
+    """Losses are of every answer; a generated one is of the last question, and the others would count for nothing."""
+    path = written(
+        tmp_path, [record(image="absent", conversations=[{"from": "human", "value": "?"}, GPT] * 2)], ".jsonl"
+    )
+    task, problems = scan_task(
+        TaskConfig(name="a", train=path, validation=path, test=path, metric=metrics[0], test_metrics=metrics[1])
+    )
+    generated = [metrics[0] == "bleu", (metrics[1] or [metrics[0]]) == ["bleu"]]
+    assert [len(task.validation), len(task.test)] == [1 - wrong for wrong in generated]
+    assert [problem.split(",")[1].split()[0] for problem in problems] == [
+        split for split, wrong in zip(("validation", "test"), generated, strict=True) if wrong
+    ]
+    assert all("or score perplexity, which takes every answer" in problem for problem in problems)
+
+
 def test_a_file_of_several_tasks_gives_each_its_own(tmp_path: Path) -> None:
     """VisATB's authors train on one file whose records name their tasks."""
     rows = [record(id=f"{task}{n}", task=task) for n in range(3) for task in ("GQA", "VQAv2")]

@@ -310,7 +310,7 @@ def test_errors_name_the_set(
     if change:
         change(rows[1])
     write_jsonl(path, rows)
-    data["tasks"][0]["test_metrics"] = ["perplexity"]
+    data["tasks"][0]["test_metrics"] = ["bleu" if change is more_turns else "perplexity"]  # of prompts or of answers
     config = parse_config(data, "x")
     with pytest.raises(UserError) as caught:
         check_config(config)

@@ -22,8 +22,16 @@ from trainer.errors import UserError, first, listed
 from trainer.files import write_whole
 
 IMAGE_PLACEHOLDER = "<image>"
-# Where other exports have their images: passed over, they would train a model blind.
-_NOT_READ = ("image_path", "image_paths", "image_file", "img", "imgs", "picture", "pictures", "video", "videos")
+# Where other exports have their images: passed over, they would train a model blind. And what they put before a chat.
+_NOT_READ = {
+    **dict.fromkeys(
+        ("image_path", "image_paths", "image_file", "img", "imgs", "picture", "pictures"), "did you mean 'image'?"
+    ),
+    **dict.fromkeys(("video", "videos"), "videos are not supported"),
+    "system": "a system message is a first turn {'from': 'system', 'value': text}",
+    "tools": "descriptions of tools go into the system message, a first turn {'from': 'system', 'value': text}",
+    "messages": "turns are 'conversations': [{'from': 'human'|'gpt', 'value': text}, ...]",
+}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -171,6 +179,9 @@ def _parse(raw: Any, where: str, answered: bool = True) -> Record:
     if isinstance(raw["id"], bool) or not isinstance(raw["id"], (str, int, float)):
         raise RecordError(f"{where}: 'id' must be a string or a number, got {raw['id']!r}")
     where = f"{where} (id '{raw['id']}')"
+    for key, remedy in _NOT_READ.items():
+        if raw.get(key):
+            raise RecordError(f"{where}: '{key}' is not read; {remedy}")
     images = _parse_images(raw, where)
     system, turns = _parse_conversation(raw.get("conversations"), where, answered)
     placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
@@ -197,10 +208,6 @@ def _parse(raw: Any, where: str, answered: bool = True) -> Record:
 
 
 def _parse_images(raw: dict[str, Any], where: str) -> list[str]:
-    for key in _NOT_READ:
-        if raw.get(key):
-            remedy = "videos are not supported" if "video" in key else "did you mean 'image'?"
-            raise RecordError(f"{where}: '{key}' is not read; {remedy}")
     given = [key for key in ("image", "images") if raw.get(key) not in (None, "", [])]
     if not given:
         return []

@@ -118,6 +118,10 @@ def answer_cut_off(data: dict[str, Any], folder: Path) -> None:
     change_record(folder, "chat_train", 6, lambda row: row["conversations"][0].update(value=200 * " what"))
 
 
+def more_tokens_than_positions(data: dict[str, Any], folder: Path) -> None:
+    data["model"]["max_length"] = 512
+
+
 def misspelt_freeze(data: dict[str, Any], folder: Path) -> None:
     data["model"]["freeze"] = ["visoin"]
 
@@ -209,6 +213,7 @@ BAD = [
      "'colour-validation-2': its images and the text around them need", "more than model.max_length = 128; raise max"]),
     (long_test_under_perplexity, ["task 'colour', test set ", "colour_test.jsonl: record 'colour-test-1': its images"]),
     (long_validation_for_a_method_that_trains_on_it, ["task 'colour', validation set ", "'colour-validation-2': its "]),
+    (more_tokens_than_positions, ["model.max_length = 512 is more than the 256 positions that '", "lower it"]),
     (misspelt_freeze, ["model.freeze: no parameter of ", " has 'visoin' in its name"]),
     (freeze_of_everything, ["nothing would be trained: model.freeze and model.lora leave no parameter"]),
     (rate_of_a_frozen_part, ["training.learning_rates: no parameter that is trained has 'vision_tower' in its name"]),

@@ -97,9 +97,9 @@ def check_model(config: RunConfig, model_path: str) -> None:
     """Checks that the model can be trained as configured, from its config.json.
 
     Raises:
-        UserError: it cannot have the loss of Eq. 2, or not the attention that is asked for; it cannot be packed
-            although ``training.packing`` is on; ``freeze``, LoRA or ``training.learning_rates`` names nothing in it, or
-            nothing is left to train.
+        UserError: it cannot have the loss of Eq. 2, or not the attention that is asked for; ``max_length`` is more than
+            its positions; it cannot be packed although ``training.packing`` is on; ``freeze``, LoRA or
+            ``training.learning_rates`` names nothing in it, or nothing is left to train.
     """
     found = load_config(model_path)
     refuse_attention(found, config.model)
@@ -117,6 +117,12 @@ def check_model(config: RunConfig, model_path: str) -> None:
         apply_fused_loss(model)
     except ValueError as error:
         raise UserError(f"model.path '{model_path}': it cannot be trained with task weights: {error}") from error
+    positions = getattr(found.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.model.max_length > positions:  # a table ends there, other models are lost
+        raise UserError(
+            f"model.max_length = {config.model.max_length} is more than the {positions} positions that '{model_path}' "
+            "was made for (max_position_embeddings of its config.json); lower it"
+        )
 
 
 @dataclass(frozen=True)

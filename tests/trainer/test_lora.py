@@ -110,7 +110,7 @@ class TestTextModel:
         encoder = ConversationEncoder(load_processor(str(text_model)), 100)
         record = Record("r", (), (Turn(" How much? ", "3."), Turn("Sure?", "Yes.")), ())
         encoded = encoder.training_sample(record, Path)
-        text = "<|user|> How much?<|assistant|> 3.</s><|user|> Sure?<|assistant|> Yes.</s>"
+        text = "<|user|>  How much? <|assistant|> 3.</s><|user|> Sure?<|assistant|> Yes.</s>"
         assert encoder.tokenizer.decode(encoded.input_ids) == text
         supervised = [token for token, label in zip(encoded.input_ids, encoded.labels, strict=True) if label != -100]
         assert encoder.tokenizer.decode(supervised) == " 3.</s> Yes.</s>"

@@ -110,7 +110,9 @@ def lengths(records: list[dict[str, Any]], folder: Path) -> list[tuple[int, int]
     for record in records:
         tokens = supervised = 0
         for index, turn in enumerate(record["conversations"]):
-            text = turn["value"].replace("<image>", "").strip()
+            text = turn["value"]
+            if "<image>" in text:
+                text = text.replace("<image>", "").strip()
             answer = index % 2
             head = "<|assistant|>" if answer else "<|user|>"
             count = len(tokenizer(f" {text}")["input_ids"])

@@ -150,9 +150,10 @@ def test_famo_sees_the_batch_before_and_after_the_step(tmp_path: Path) -> None:
 def test_validation_batches_are_measured_at_their_steps(name: str, tmp_path: Path) -> None:
     """Update u happens before step 2 u + 1 with an interval of 2; the previous batch is measured again when asked.
 
-    L(0) is of all eight records of each task, which are the first four updates.
+    L(0) is of all eight records of each task, which are the first four updates. Each of two lines of the log has the
+    mean of two updates.
     """
-    trainer = make_trainer(name, tmp_path, interval=2)
+    trainer = make_trainer(name, tmp_path, interval=2, logging_steps=3)
     spy = Spy(trainer)
     trainer.train()
     final = {key: value.clone() for key, value in trainer.model.state_dict().items()}
@@ -163,13 +164,22 @@ def test_validation_batches_are_measured_at_their_steps(name: str, tmp_path: Pat
         whole = oracle(model_with(spy.parameters[0]), collate_all(batches))
         same(initial, whole)
         torch.testing.assert_close(trainer.weighting.method.first, whole.loss_sum / whole.tokens, **CLOSE)  # type: ignore[attr-defined]
+    expected = []
     for u, (new, again) in enumerate(spy.validated):
         model = model_with([*spy.parameters, final][2 * u])
-        same(new, oracle(model, batches[u]), norms=name == "gradnorm_star")
+        expected.append(oracle(model, batches[u]))
+        same(new, expected[u], norms=name == "gradnorm_star")
         if name == "famo_star" and u:
             same(again, oracle(model, batches[u - 1]))
         else:
             assert again is None
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    for line, (first, second) in zip(lines, (expected[:2], expected[2:]), strict=True):
+        means = (first.loss_sum + second.loss_sum) / (first.tokens + second.tokens)
+        found = {key: value for key, value in line.items() if key.startswith("task_validation_loss/")}
+        assert found == pytest.approx(
+            {f"task_validation_loss/{task}": mean for task, mean in zip(NAMES, means.tolist(), strict=False)}, rel=1e-5
+        )
     weights = [row[1:3] for row in read_csv(tmp_path)]
     assert weights[0] == weights[1] != weights[2] == weights[3] != weights[4] == weights[5]
 

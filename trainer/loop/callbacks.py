@@ -17,6 +17,8 @@ from trainer.files import force_to_disk, known, write_whole
 
 COMPLETE = "COMPLETE"  # written last into a checkpoint folder: one without it was cut off
 
+_OF_A_TASK = ("loss", "tokens", "weight", "validation_loss")
+
 
 class RunLog(TrainerCallback):
     """``log.jsonl``: one line per logged step, continued after a resume without a gap or a repeated step.
@@ -55,7 +57,7 @@ class RunLog(TrainerCallback):
         line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
         line["seconds"] = time.monotonic() - self._started
         line["tasks"] = {
-            name: {key: logs[f"task_{key}/{name}"] for key in ("loss", "tokens", "weight")}
+            name: {key: logs[f"task_{key}/{name}"] for key in _OF_A_TASK if f"task_{key}/{name}" in logs}
             for name in self.task_names
             if f"task_loss/{name}" in logs
         }

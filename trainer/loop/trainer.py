@@ -77,6 +77,13 @@ class TaskWeightedTrainer(TaskWeightedTrainerMixin, Trainer):
         self.weighting.micro_batch(outputs["task_loss"], outputs["task_tokens"])
         return (loss, outputs) if return_outputs else loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what the method has seen of validation records."""
+        if "loss" in logs:
+            found = self.weighting.take_validation_losses()
+            logs |= {f"task_validation_loss/{name}": loss for name, loss in found.items()}
+        super().log(logs, start_time)
+
     def logged_task_weights(self) -> Tensor:
         """Not those of the model, which may be measuring with others."""
         return self.weighting.weights

@@ -67,6 +67,7 @@ class TaskWeighting(TrainerCallback):
         self._interval = interval
         self._updates = 0
         self._sums = torch.zeros(2, len(tasks.names), dtype=torch.float64, device=method.context.device)
+        self._validated = torch.zeros_like(self._sums)  # of the updates since the last line of the log
         self._window: Sequence[Batch] = ()
         self._micro_batch = 0
         self._norms: Tensor | None = None
@@ -133,6 +134,11 @@ class TaskWeighting(TrainerCallback):
                 self.method.started(self._of_balanced(initial))
             self._validate()
 
+    def take_validation_losses(self) -> dict[str, float]:
+        """Mean validation loss of each task over the updates since the last time; nothing of a task without any."""
+        sums, self._validated = self._validated.tolist(), torch.zeros_like(self._validated)
+        return {name: total / tokens for name, total, tokens in zip(self.tasks.names, *sums, strict=True) if tokens}
+
     # -- checkpoints and files -----------------------------------------------------------------------------
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -176,7 +182,9 @@ class TaskWeighting(TrainerCallback):
             )
         tap = self._tap if needs.validation_gradient_norms else None
         batches = self._validation(self._updates)
-        self.method.validated(self._of_balanced(forward_only(self._trainer, batches, len(self.weights), tap)), again)
+        losses = forward_only(self._trainer, batches, len(self.weights), tap)
+        self._validated += torch.stack([losses.loss_sum, losses.tokens])
+        self.method.validated(self._of_balanced(losses), again)
         self._updates += 1
 
     def _of_balanced(self, losses: TaskLosses) -> TaskLosses:

@@ -264,6 +264,11 @@ class TestConversations:
         by_id = {row["id"]: values(row) for row in rows(manifest, "train")}
         assert len(by_id) == 7
         assert by_id["sort/a-2"] == ["Be brief.\n\nSort 1", "  sorted(1)\n", "Why?", "Because."]
+        kept = convert_raw(tmp_path, "mftcoder", system="keep")
+        (brief,) = (row["conversations"] for row in rows(kept, "train") if row["id"] == "sort/a-2")
+        assert [turn["from"] for turn in brief] == ["system", "human", "gpt", "human", "gpt"]
+        assert [turn["value"] for turn in brief[:2]] == ["Be brief.", "Sort 1"]
+        assert kept.outputs["train"]["questions"] == manifest.outputs["train"]["questions"] == 7 + 3
         dropped = convert_raw(tmp_path, "mftcoder", system="drop", validation=2)
         assert dropped.outputs["validation"]["records"] == 2
         assert not any("brief" in text for row in rows(dropped, "train") for text in values(row))

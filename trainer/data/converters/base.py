@@ -47,7 +47,7 @@ class Options:
         tokenizer: folder with ``tokenizer.json``, for ``max_tokens``.
         max_tokens: longest conversation; whole turns past it are dropped, a first answer is cut.
         blocked_words: a dialogue with one of them is dropped.
-        system: a system message goes before the first question, or is dropped.
+        system: a system message goes before the first question, stays one, or is dropped.
     """
 
     seed: int = 0
@@ -68,7 +68,7 @@ class Options:
     tokenizer: str | None = None
     max_tokens: int | None = None
     blocked_words: tuple[str, ...] = ()
-    system: Literal["prepend", "drop"] = "prepend"
+    system: Literal["prepend", "keep", "drop"] = "prepend"
 
     @classmethod
     def build(cls, values: Mapping[str, Any], usable: Sequence[str], name: str) -> Options:
@@ -91,7 +91,7 @@ _LITERALS = {
     "references": ("all", "consensus"),
     "boxes": ("image", "pad"),
     "shared_images": ("keep", "drop"),
-    "system": ("prepend", "drop"),
+    "system": ("prepend", "keep", "drop"),
 }
 
 
@@ -150,7 +150,8 @@ class Item:
 
     An empty last answer is one that the data set keeps secret: the record ends with its question.
     In a pool that merges, items of the same ``group`` become one conversation. ``pool`` is for files that hold
-    several splits; otherwise it is the source's. ``placed``: the questions say themselves where images go.
+    several splits; otherwise it is the source's. ``placed``: the questions say themselves where images go. ``system``
+    is the system message, which a merged conversation has none of.
     """
 
     id: str
@@ -160,6 +161,7 @@ class Item:
     group: str | None = None
     pool: str | None = None
     placed: bool = False
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ class Converter(ABC):
 
 def conversation(item: Item, prompt: str, prompt_turns: str) -> list[dict[str, str]]:
     """LLaVA turns of an item: image placeholders before the first question, the instruction after questions."""
-    turns: list[dict[str, str]] = []
+    turns = [{"from": "system", "value": item.system}] if item.system else []
     for index, (question, answer) in enumerate(item.turns):
         if prompt and (index == 0 or prompt_turns == "every"):
             question = f"{question}\n{prompt}"

@@ -202,5 +202,6 @@ class MftCoder(Converter):
         pairs = alternating(turns, "human", "gpt")
         if system and context.options.system == "prepend":
             pairs[0] = (f"{system}\n\n{pairs[0][0]}", pairs[0][1])
+        kept = system if context.options.system == "keep" else ""
         # Ids count from 0 again in every one of its files.
-        return [Item(f"{context.source.label}-{element.where.removeprefix('line ')}", tuple(pairs))]
+        return [Item(f"{context.source.label}-{element.where.removeprefix('line ')}", tuple(pairs), system=kept)]

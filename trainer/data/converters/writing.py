@@ -39,7 +39,7 @@ class OutputFile:
         self._file.write(line)
         self.digest.update(line)
         self.records += 1
-        self.turns += -(-len(row.get("conversations", ())) // 2)  # the last answer may be missing
+        self.turns += sum(turn["from"] == "human" for turn in row.get("conversations", ()))
 
     def finish(self) -> dict[str, Any]:
         """Gives the file its name; returns what the manifest says of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -105,7 +106,11 @@ def test_refuse_names_them(data: dict[str, Any], tmp_path: Path) -> None:
         counts(data, tmp_path)
     for number, line in zip(LONG, str(caught.value).splitlines()[1:], strict=True):
         assert f"chat.jsonl: record 'chat-train-{number}'" in line
-    data["model"]["max_length"] = 4000
+    model = shutil.copytree(data["model"]["path"], tmp_path / "model")
+    content = json.loads((model / "config.json").read_text())
+    content["text_config"]["max_position_embeddings"] = 4000
+    (model / "config.json").write_text(json.dumps(content))
+    data["model"] |= {"path": str(model), "max_length": 4000}
     assert counts(data, tmp_path)["truncated_records"] == 0
 
 

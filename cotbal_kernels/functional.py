@@ -140,9 +140,12 @@ def linear_task_cross_entropy(
     validation.check_max_tokens(max_tokens)
     if backend == "reference" and head.group is not None:
         raise ValueError("process_group must be None with backend='reference', which needs the whole head")
+    if backend == "reference" and grad_weight_out is not None:
+        raise ValueError("grad_weight_out must be None with backend='reference', whose gradients go to weight.grad")
     head, shard = place_head(head._replace(weight=weight, bias=bias))
     weight, bias, grad_weight_out = head.weight, head.bias, head.grad_weight_out
     if backend == "reference":
+        _check_values(labels, task_ids, task_weights, weight.shape[0], ignore_index, shift)
         return reference_linear_task_cross_entropy(
             hidden,
             weight,
@@ -243,6 +246,7 @@ def task_cross_entropy(
         **token_loss,
     )
     if backend == "reference":
+        _check_values(labels, task_ids, task_weights, logits.shape[-1], ignore_index, shift)
         return reference_task_cross_entropy(
             logits,
             labels,
@@ -270,14 +274,7 @@ def task_cross_entropy(
         backend,
     )
     return _aggregate_rows(
-        rows,
-        targets,
-        task_weights,
-        normalizer,
-        aggregation,
-        labels.shape,
-        differentiable_tasks,
-        backend,
+        rows, targets, task_weights, normalizer, aggregation, labels.shape, differentiable_tasks, backend
     )
 
 
@@ -366,6 +363,14 @@ def _prepare(
             labels_M, task_ids_M, task_weights.detach(), vocab_size, ignore_index, skip_zero, check, capacity, backend
         )
     )
+
+
+def _check_values(
+    labels: Tensor, task_ids: Tensor, task_weights: Tensor, vocab_size: int, ignore_index: int, shift: bool
+) -> None:
+    """What the ops check on a CPU, for the reference: a label of -5 would be a column, task -1 would drop out."""
+    labels_M, task_ids_M = flatten_targets(labels, task_ids, ignore_index, shift)
+    validation.check_target_values(labels_M, task_ids_M, task_weights.detach(), labels_M != ignore_index, vocab_size)
 
 
 def _token_loss(

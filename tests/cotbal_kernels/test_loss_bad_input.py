@@ -37,6 +37,7 @@ LINEAR = [
     ({"labels": torch.zeros(3, 17, dtype=torch.uint16)}, "labels must be integers .*uint8.*, got torch.uint16"),
     ({"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
     ({"vocab_size": "60"}, "vocab_size must be an integer, got '60'"),
+    ({"grad_weight_out": torch.zeros(67, 24), "backend": "reference"}, "grad_weight_out must be None with backend="),
 ]
 VALUES = [
     ({"labels": 67}, r"labels must be in \[0, 67\) where supervised, got 67 at flattened position 20 \(1 such"),
@@ -98,9 +99,10 @@ def test_linear(wrong: dict, message: str) -> None:
         linear_task_cross_entropy(**{**arguments(), **wrong})
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("function", ["linear", "logits"])
 @pytest.mark.parametrize(("wrong", "message"), VALUES)
-def test_values(function: str, wrong: dict, message: str) -> None:
+def test_values(function: str, wrong: dict, message: str, backend: str) -> None:
     good = arguments()
     ((name, value),) = wrong.items()
     good[name][(2,) if name == "task_weights" else (1, 3)] = value
@@ -108,7 +110,7 @@ def test_values(function: str, wrong: dict, message: str) -> None:
     if function == "logits":
         run, good["logits"] = task_cross_entropy, good.pop("hidden") @ good.pop("weight").t()
     with pytest.raises(ValueError, match=message):
-        run(**good)
+        run(**good, backend=backend)
 
 
 @pytest.mark.parametrize(("wrong", "message"), OPTIONS)

@@ -28,7 +28,7 @@ from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, co
 from .per_task import task_scales as task_scales
 from .per_task import task_sums as task_sums
 from .portable_softmax import Rows, logits_to_gradient, row_losses, scale_and_cap
-from .rows import at_rows
+from .rows import at_rows, on_cpu
 from .validation import check_capacity, check_target_values, checks_requested
 
 # Bound on the float32 logits of one chunk, and on one widened block of the weight.
@@ -54,7 +54,7 @@ def prepare_targets(
     """
     num_tasks = task_weights_K.shape[0]
     supervised_M = labels_M != ignore_index
-    raises = labels_M.device.type == "cpu" or checks_requested(check)
+    raises = on_cpu(labels_M) or checks_requested(check)
     if raises:
         check_target_values(labels_M, task_ids_M, task_weights_K, supervised_M, vocab_size)
     tasks_M = task_ids_M.clamp(0, num_tasks - 1)
@@ -239,7 +239,7 @@ def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> None:
 
     Blocks of rows keep the widened copy within the workspace.
     """
-    if out is grad and factor.device.type == "cpu" and factor.item() == 1:
+    if out is grad and on_cpu(factor) and factor.item() == 1:
         return
     wide = compute_dtype(grad.dtype)
     factor = factor.to(wide)
@@ -252,7 +252,7 @@ def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> None:
 
 def _with_spare(targets_M: Tensor) -> int:
     """Positions, and one more to write to for the rows that are none where their number is not known here."""
-    return targets_M.shape[0] + (targets_M.device.type != "cpu")
+    return targets_M.shape[0] + (not on_cpu(targets_M))
 
 
 def _all_rows(targets_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +263,7 @@ def _row_chunks(
     rows_N: Tensor, num_rows: Tensor, vocab_size: int, chunk_size: int, limit: int | None = None
 ) -> Iterator[Tensor]:
     """Yield at most C row indices at a time: those that exist on a CPU, up to the capacity elsewhere."""
-    if rows_N.device.type == "cpu":
+    if on_cpu(rows_N):
         rows_N = rows_N[: int(num_rows)]
     else:
         limit = None  # launches cost more than passes over memory
@@ -287,7 +287,7 @@ def _chunks(problem: LinearProblem, chunk_size: int) -> Iterator[tuple[Tensor, T
 
 def _gather(source_MX: Tensor, rows_C: Tensor, wide: torch.dtype) -> Tensor:
     """Rows of a chunk in float32, a copy; zeros behind the last one, where a NaN would survive a factor of 0."""
-    if source_MX.device.type == "cpu":
+    if on_cpu(source_MX):
         return source_MX.index_select(0, rows_C).to(wide)  # whole rows: faster than an index
     last = source_MX.shape[0] - 1
     return source_MX[rows_C.clamp(max=last)].to(wide).masked_fill_((rows_C > last)[:, None], 0)
@@ -295,7 +295,7 @@ def _gather(source_MX: Tensor, rows_C: Tensor, wide: torch.dtype) -> Tensor:
 
 def _put_rows(out_MX: Tensor, rows_C: Tensor, values_CX: Tensor) -> None:
     """``out[rows] = values``; on a CPU consecutive rows are one copy, several times as fast as an index."""
-    if rows_C.device.type == "cpu" and int(rows_C[-1]) - int(rows_C[0]) + 1 == rows_C.shape[0]:
+    if on_cpu(rows_C) and int(rows_C[-1]) - int(rows_C[0]) + 1 == rows_C.shape[0]:
         out_MX[int(rows_C[0]) : int(rows_C[-1]) + 1] = values_CX
     else:
         out_MX[rows_C] = values_CX.to(out_MX.dtype)
@@ -356,7 +356,7 @@ def _gradient_in_blocks(
         scale_and_cap(logits_BV, spec)
         # The largest first: both differences are small, whatever offset the logits have.
         probs_BV = (logits_BV - max_B[:, None]).sub_(log_sum_B[:, None]).exp_()
-        if rows_B.device.type != "cpu":  # behind the last row the statistics are none and the logits are the bias
+        if not on_cpu(rows_B):  # behind the last row the statistics are none and the logits are the bias
             probs_BV.masked_fill_((rows_B >= targets_M.shape[0])[:, None], 0)
         scale_B = at_rows(grad_M, rows_B).to(logits_BV.dtype)
         logits_to_gradient(logits_BV, probs_BV, _targets_at(targets_M, rows_B), scale_B, max_B + log_sum_B, spec)
@@ -365,7 +365,7 @@ def _gradient_in_blocks(
 def _cache_blocks(logits_CV: Tensor) -> Iterator[tuple[int, int]]:
     """A few rows at a time on a CPU, so that their several passes find them in the cache."""
     rows, vocab_size = logits_CV.shape
-    return _blocks(rows, vocab_size, CACHE_BYTES if logits_CV.device.type == "cpu" else WORKSPACE_BYTES)
+    return _blocks(rows, vocab_size, CACHE_BYTES if on_cpu(logits_CV) else WORKSPACE_BYTES)
 
 
 def _targets_at(targets_M: Tensor, rows_B: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .interface import TokenLoss
+from .rows import on_cpu
 
 
 class Rows(NamedTuple):
@@ -48,7 +49,7 @@ def _largest_and_hits(logits_BV: Tensor, targets_B: Tensor, target_B: Tensor) ->
     On a CPU an argmax takes as long as the softmax, a maximum a tenth of it: so that of all the others, and the
     argmax only where the target equals it.
     """
-    if logits_BV.device.type != "cpu":
+    if not on_cpu(logits_BV):
         max_B, argmax_B = logits_BV.max(dim=1)
         return max_B, argmax_B == targets_B
     index_B1 = targets_B.clamp(min=0)[:, None]

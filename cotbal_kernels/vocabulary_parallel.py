@@ -30,6 +30,7 @@ from torch import Tensor
 from . import ops
 from .interface import Targets, TokenLoss, compute_dtype
 from .refusals import refuse_batched_backward, refuse_double_backward
+from .rows import on_cpu
 from .sharded_head import Shard, gather
 from .validation import checks_requested
 
@@ -54,7 +55,7 @@ def sharded_rows(
     """
     arguments = (targets.targets_M, targets.rows_N, targets.num_rows, grad_weight_out, shard, spec, chunk_size, backend)
     loss_M, hit_M, stats_2M, agree = _ShardedRows.apply(hidden_MD, weight_VD, bias_V, *arguments)
-    if (hidden_MD.device.type == "cpu" or checks_requested(check)) and not bool(agree):
+    if (on_cpu(hidden_MD) or checks_requested(check)) and not bool(agree):
         raise ValueError(
             "labels must be the same on all ranks of process_group (and so must hidden, task_ids and task_weights): "
             "its ranks share the vocabulary, not the batch. A weight that FSDP has sharded is to be gathered first"
@@ -201,7 +202,7 @@ def _sum_over_ranks(
 ) -> Tensor:
     """The sum of the computed rows over the ranks, in the dtype of ``grad_MD``, then rounded; the others are zero."""
     positions = grad_MD.shape[0]
-    if rows_N.device.type == "cpu":
+    if on_cpu(rows_N):
         rows_N = rows_N[: int(num_rows)]
     packed_ND = grad_MD
     if rows_N.shape[0] < positions:  # only they travel

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loss_problems import FP32, Problem, error, make_problem
 
-from cotbal_kernels import TaskLoss, linear_task_cross_entropy, task_cross_entropy
+from cotbal_kernels import TaskLoss, linear_task_cross_entropy, portable, portable_softmax, task_cross_entropy
 from cotbal_kernels.reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 
 AGGREGATIONS = ["token", "task", "sum", "none"]
@@ -82,6 +82,40 @@ def test_logits_match_reference(aggregation: str, options: dict) -> None:
         assert_same(out, expected, FP32)
         inputs = (logits, p.task_weights)
         assert_same_gradients(out, expected, inputs, p.task_weights)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "none"])
+@pytest.mark.parametrize(("options", "largest_bias"), [({}, None), ({}, 100.0), (OPTIONS[-1], 100.0)])
+def test_portable_where_the_host_does_not_know_the_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch, aggregation: str, options: dict, largest_bias: float | None
+) -> None:
+    """What a GPU does, shown on the CPU: rows up to the capacity, of which those behind the last count for nothing."""
+    for module in (portable, portable_softmax):
+        monkeypatch.setattr(module, "on_cpu", lambda _: False)
+    p = make_problem(sharpness=2.0)
+    p.labels[-1, -1] = -100
+    if largest_bias is not None:  # the logit of a row without hidden states: beyond 88 its exponential is infinite
+        p.bias.data[3] = largest_bias
+    supervised = p.labels >= 0
+    p.labels[0, :4], supervised[0, :4] = torch.tensor([3, 3, 8, -100]), torch.tensor([True, True, True, False])
+    kwargs = {"aggregation": aggregation, "bias": p.bias, **options}
+    inputs = [p.hidden, p.weight, p.task_weights, p.bias]
+    expected = reference_linear_task_cross_entropy(*p.tensors, **kwargs)
+    wanted = gradients(expected, *inputs)
+    p.hidden.data[~supervised] = torch.nan
+    count = int(supervised.sum())
+    for max_tokens, chunk_size in ((None, None), (count, 7), (count + 3, 7)):
+        out = linear_task_cross_entropy(*p.tensors, max_tokens=max_tokens, chunk_size=chunk_size, **kwargs)
+        assert_same(out, expected, FP32)
+        for actual, exact in zip(gradients(out, *inputs), wanted, strict=True):
+            assert error(actual, exact) <= 2 * FP32
+    assert bool(linear_task_cross_entropy(*p.tensors, max_tokens=count - 1, **kwargs).loss.isnan().any())
+    logits = (p.hidden @ p.weight.t() + p.bias).detach().requires_grad_()
+    out = task_cross_entropy(logits, *p.tensors[2:], aggregation=aggregation, chunk_size=7, **options)
+    assert_same(out, expected, FP32)
+    wide = logits.detach().double().masked_fill(logits.isnan(), 0).requires_grad_()
+    again = reference_task_cross_entropy(wide, *p.tensors[2:], aggregation=aggregation, **options)
+    assert error(*gradients(out, logits), *gradients(again, wide)) <= 2 * FP32
 
 
 def test_reference_is_pytorch_cross_entropy() -> None:

@@ -89,8 +89,9 @@ def test_a_confident_token_keeps_its_small_gradient() -> None:
     torch.testing.assert_close(found[0], expected[0], rtol=6e-3, atol=0)
 
 
-def test_bfloat16_inputs_are_accumulated_in_float32() -> None:
-    hidden, weight, _, labels, tasks = problem((3, 9), dtype=torch.bfloat16)
+@pytest.mark.parametrize("width", [9, 40])  # tasks with fewer tokens than D = 8, and with more
+def test_bfloat16_inputs_are_accumulated_in_float32(width: int) -> None:
+    hidden, weight, _, labels, tasks = problem((3, width), dtype=torch.bfloat16)
     found = head_gradient_norms([rows_of(hidden, weight, labels, tasks)], weight, K)
     torch.testing.assert_close(found, brute_force([(hidden, labels, tasks)], weight), rtol=RELATIVE, atol=1e-12)
 

@@ -38,11 +38,6 @@ class Settings:
         return self.variant == "mftcoder"
 
     @property
-    def first_fitted(self) -> int:
-        """First step whose ratios are fitted: the authors' code takes its first sample after its second update."""
-        return 2 if self.mftcoder else 0
-
-    @property
     def first_peak(self) -> int:
         """First step j whose largest slope a(j) enters Eq. 7."""
         return self.warmup if self.mftcoder else 1
@@ -133,7 +128,8 @@ def _ratios(settings: Settings, state: State, val_losses: Tensor, present: Tenso
         return ratio_K, seen_K
     envelope = torch.where(seen_K, ratio_K, -math.inf).amax(0, keepdim=True)
     seen_R = torch.cat((seen_K, seen_K.any(0, keepdim=True)))
-    return torch.cat((ratio_K, envelope)), seen_R & (state.step >= settings.first_fitted)
+    # The authors' code takes its first sample after its second update.
+    return torch.cat((ratio_K, envelope)), seen_R & (state.step >= 2)
 
 
 def _fit_slopes(settings: Settings, state: State, ratio_R: Tensor, seen_R: Tensor) -> None:

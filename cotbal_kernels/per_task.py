@@ -12,7 +12,6 @@ def task_normalizer(task_weights_K: Tensor, tokens_K: Tensor, aggregation: str) 
     "token": sum_k lambda_k T_k (Eq. 2). "task": T_k * sum of lambda over the tasks present, 0 for an absent
     one.
     """
-    tokens_K = tokens_K.to(task_weights_K.dtype)
     if aggregation == "task":
         return tokens_K * torch.where(tokens_K > 0, task_weights_K, 0).sum()
     return (task_weights_K * tokens_K).sum()

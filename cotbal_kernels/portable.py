@@ -148,7 +148,7 @@ class _LinearGradients:
         total_VD, into = self.sum_weight_VD, self.into
         if not self.need_weight or into is not None:
             if into is not None and total_VD is not None and total_VD is not into:
-                into.copy_(into.to(total_VD.dtype) + total_VD)
+                into.copy_(into + total_VD)  # in the wider dtype of the two
             return self.weight_VD.new_zeros(0, dtype=self.dtypes[1])
         if total_VD is None:  # no row at all
             return torch.zeros_like(self.weight_VD, dtype=self.dtypes[1])

@@ -284,7 +284,9 @@ def test_autocast_accepts_mixed_dtypes_and_logits() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = linear_task_cross_entropy(p.hidden.bfloat16(), *p.tensors[1:])
         logits = task_cross_entropy((p.hidden.float() @ p.weight.t()), *p.tensors[2:])
+        wide = linear_task_cross_entropy(p.hidden.double(), p.weight.double(), *p.tensors[2:])  # autocast leaves it
     assert error(mixed.loss, wanted.loss) <= FP32
+    assert error(wide.loss, reference_linear_task_cross_entropy(*p.tensors).loss) <= 1e-7  # lambda is float32
     # bf16 logits out of autocast: each off by 2^-9 of values up to 4, averaged over 30 tokens.
     assert error(logits.loss, wanted.loss) <= 2e-3
 

@@ -244,7 +244,8 @@ def test_differentiable_tasks(problem: Problem) -> None:
         strict=True,
     ):
         assert error(a, b) <= FP32
-    assert not linear_task_cross_entropy(*p.tensors).task_loss.requires_grad
+    for options in ({}, {"recompute": True}, {"aggregation": "none"}):
+        assert not linear_task_cross_entropy(*p.tensors, **options).task_loss.requires_grad
     logits = (p.hidden @ p.weight.t()).detach().requires_grad_()
     out = task_cross_entropy(logits, *p.tensors[2:], differentiable_tasks=True)
     expected = reference_task_cross_entropy(logits, *p.tensors[2:])

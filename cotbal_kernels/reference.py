@@ -71,7 +71,7 @@ def reference_task_cross_entropy(
     Unlike the fused functions it computes tasks of weight zero too.
     """
     if task_ids.shape != labels.shape:  # one id per sequence
-        task_ids = torch.stack([torch.full_like(row, int(task)) for row, task in zip(labels, task_ids, strict=True)])
+        task_ids = (torch.zeros_like(labels).movedim(0, -1) + task_ids).movedim(-1, 0)
     if shift:  # position t predicts label t + 1; the last one predicts nothing
         nothing = torch.full_like(labels[..., :1], ignore_index)
         labels = torch.cat([labels[..., 1:], nothing], dim=-1)

@@ -30,10 +30,11 @@ def call(function: str, p: Problem, **kwargs):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 5), (0, 5), (2, 0)])
-def test_nothing_supervised(function: str, aggregation: str, shape: tuple[int, ...]) -> None:
+def test_nothing_supervised(function: str, aggregation: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Loss 0 attached to the graph and zero gradients, so that no rank falls out of a collective."""
-    p = make_problem(shape, ignored=1.1)
+    p = make_problem(shape, ignored=1.1, dtype=dtype)
     out, leaves = call(function, p, aggregation=aggregation)
     assert out.loss.requires_grad
     assert bool((out.loss == 0).all())
@@ -42,6 +43,10 @@ def test_nothing_supervised(function: str, aggregation: str, shape: tuple[int, .
         assert leaf.grad is not None
         assert bool((leaf.grad == 0).all())
     assert out.task_loss.tolist() == out.task_tokens.tolist() == out.task_correct.tolist() == [0] * 4
+    p.task_ids = torch.zeros(shape[0], dtype=torch.int64)
+    for backend in ("auto", "reference"):
+        of_sequences, _ = call(function, p, aggregation=aggregation, backend=backend)
+        assert torch.equal(of_sequences.loss.float(), out.loss)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "task"])

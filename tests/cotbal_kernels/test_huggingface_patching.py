@@ -181,6 +181,9 @@ def test_refusals() -> None:
         apply_fused_loss(model, [1.0, -1.0])
     with pytest.raises(ValueError, match="task_weights must be float32"):
         apply_fused_loss(model, torch.ones(2).bfloat16())
+    for weights in (torch.ones(2, 2), torch.ones(0), []):
+        with pytest.raises(ValueError, match=r"task_weights must be \[K\] with K >= 1"):
+            apply_fused_loss(model, weights)
     with pytest.raises(ValueError, match="aggregation must be 'token', 'task' or 'sum'"):
         apply_fused_loss(model, aggregation="none")
     with pytest.raises(ValueError, match=r"label_smoothing must be in"):
@@ -210,6 +213,25 @@ def test_refusals() -> None:
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match=r"plain torch.nn.Linear.*Sequential"):
         apply_fused_loss(model)
+
+
+def test_refuses_a_head_that_others_have_changed() -> None:
+    model = build("llama")
+    model.lm_head.forward = lambda hidden: 2 * nn.functional.linear(hidden, model.lm_head.weight)
+    with pytest.raises(ValueError, match="the head of LlamaForCausalLM has a forward of its own"):
+        apply_fused_loss(model)
+    del model.lm_head.forward
+    model.lm_head.weight.device_mesh = None  # what a DTensor is known by
+    with pytest.raises(ValueError, match=r"head of LlamaForCausalLM is sharded .* before FSDP shards it"):
+        apply_fused_loss(model)
+    del model.lm_head.weight.device_mesh
+    apply_fused_loss(model)
+    ours = type(model.lm_head)
+    model.lm_head.__class__ = type("Wrapped", (ours,), {})
+    with pytest.raises(ValueError, match="head's class was changed to Wrapped after apply_fused_loss"):
+        remove_fused_loss(model)
+    model.lm_head.__class__ = ours
+    assert type(remove_fused_loss(model).lm_head) is nn.Linear
 
 
 def test_refuses_other_kinds_of_models() -> None:

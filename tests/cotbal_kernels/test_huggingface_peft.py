@@ -269,6 +269,8 @@ def test_refusals() -> None:
     config = peft.VeraConfig(r=3, target_modules=["lm_head"])
     with pytest.raises(ValueError, match=r"head wrapped by peft.tuners.vera.*modules_to_save are supported"):
         apply_fused_loss(peft.get_peft_model(build("llama"), config))
+    with pytest.raises(ValueError, match=r"rows of its head trained by trainable_token_indices.*modules_to_save="):
+        apply_fused_loss(with_lora(build("llama"), target_modules=TRUNK, trainable_token_indices={"lm_head": [1, 2]}))
 
     class Quantised(nn.Linear):
         pass

@@ -154,8 +154,6 @@ class FusedLoss:
             )
         self.result = TaskLoss(*fields)
         loss = self.result.loss
-        if loss.dim() != 0:
-            raise RuntimeError(f"the fused loss must be a scalar, got shape {tuple(loss.shape)}")
         # A tensor of its own: models add router losses to it in place.
         return loss.clone() if correction is None else loss + correction.to(loss.device)
 

@@ -39,13 +39,15 @@ def test_weights_can_be_set() -> None:
     labels = labels_for(batch)
     ids = torch.tensor([0, 2, 1])
     logits = model(**batch).logits
-    apply_fused_loss(model, [2.01, 0.3, 1.4])
+    first = torch.tensor([2.01, 0.3, 1.4])
+    apply_fused_loss(model, first)
     for lam in ([2.01, 0.3, 1.4], [0.5, 1.0, 5.0]):
         set_task_weights(model, lam)
         expected = reference_task_cross_entropy(logits, labels, ids, torch.tensor(lam), shift=True)
         out = model(**batch, labels=labels, loss_task_ids=ids)
         assert error(out.loss, expected.loss) <= FP32
         assert error(out.task_loss, expected.task_loss) <= FP32
+    assert first.tolist() == torch.tensor([2.01, 0.3, 1.4]).tolist()  # the caller's stay what they are
 
 
 @pytest.mark.parametrize("kind", ["llama", "llava"])
@@ -341,6 +343,17 @@ def test_refuses_other_labels_and_several_losses(changes: dict[str, Any], messag
     batch = batch_for("llama")
     with pytest.raises(ValueError, match=message):
         model(**batch, labels=labels_for(batch))
+
+
+def test_refuses_another_ignored_label_and_a_loss_before_the_head() -> None:
+    model = apply_fused_loss(build("llama"))
+    batch = batch_for("llama")
+    labels = labels_for(batch)
+    with pytest.raises(ValueError, match="ignores label 3: pass ignore_index=3 when patching"):
+        model(**batch, labels=labels, ignore_index=3)
+    model.model.register_forward_hook(lambda *_: model.loss_function(torch.zeros(1, 1, 97), labels))
+    with pytest.raises(RuntimeError, match="called its loss before its head"):
+        model(**batch, labels=labels)
 
 
 def test_refuses_a_head_that_is_called_twice() -> None:

@@ -14,6 +14,7 @@ from cotbal_kernels import (
     LinearTaskCrossEntropy,
     TaskCrossEntropy,
     linear_task_cross_entropy,
+    modules,
     task_cross_entropy,
 )
 
@@ -91,12 +92,17 @@ def test_bound_of_the_computed_positions() -> None:
     ("kind", "function"),
     [(LinearTaskCrossEntropy, linear_task_cross_entropy), (TaskCrossEntropy, task_cross_entropy)],
 )
-def test_modules_have_every_argument(kind: type, function: Callable[..., Any]) -> None:
+def test_modules_have_every_argument(monkeypatch: pytest.MonkeyPatch, kind: type, function: Callable[..., Any]) -> None:
+    """And hand all of them on."""
     module = kind(torch.ones(2))
     found = {**module.options, **inspect.signature(module.forward).parameters, "task_weights": None}
     arguments = inspect.signature(function).parameters
     assert found.keys() == arguments.keys()
     assert {name: arguments[name].default for name in module.options} == module.options
+    bind = inspect.signature(function).bind
+    monkeypatch.setattr(modules, function.__name__, lambda *args, **kwargs: bind(*args, **kwargs).arguments)
+    given = {name: object() for name in inspect.signature(module.forward).parameters}
+    assert module(**given) == {**given, **module.options, "task_weights": module.task_weights}
 
 
 def test_task_weights_that_learn_are_refused() -> None:

@@ -121,6 +121,7 @@ def test_task_weights_stay_float32(cast: str) -> None:
     assert torch.equal(model["loss"].task_weights, lam)
     assert model.to(torch.bfloat16)["loss"].task_weights.dtype == torch.float32
     assert model.to("meta")["loss"].task_weights.device.type == "meta"
+    assert getattr(model, cast)()["loss"].task_weights.dtype == torch.float32
     assert model.to_empty(device="cpu")["loss"].task_weights.dtype == torch.float32
 
 
@@ -131,6 +132,9 @@ def test_state_dict() -> None:
     other = LinearTaskCrossEntropy(torch.ones(2))
     other.load_state_dict(state)
     assert torch.equal(other.task_weights, lam)
+    own = LinearTaskCrossEntropy(lam)
+    own.load_state_dict({"task_weights": torch.ones(2)})
+    assert not torch.equal(own.task_weights, lam)  # a copy: the caller's stays what it is
 
 
 def test_bad_options_are_refused_at_construction() -> None:

@@ -329,6 +329,9 @@ def test_the_device_of_the_tensors_decides_and_not_the_current_one(monkeypatch: 
             assert backends.resolve_backend(name, new) == name
             with pytest.raises(ValueError, match=f"backend='{name}' cannot run on cuda:0: .*compute capability"):
                 backends.resolve_backend(name, old)
+        with pytest.raises(ValueError, match=f"backend='{name}' needs tensors on a CUDA device, got cpu"):
+            backends.resolve_backend(name, torch.device("cpu"))
+    assert backends.resolve_backend("auto", torch.device("cpu")) == "portable"
     assert backends.resolve_backend("auto", new) == "triton"
     assert backends.resolve_backend("auto", old) == "portable"
     monkeypatch.setattr(torch.cuda, "get_device_capability", None)  # and is not asked at every step

@@ -117,7 +117,10 @@ def check_gradient_buffer(buffer: Tensor | None, weight: Tensor) -> None:
         return
     require_tensor("grad_weight_out", buffer)
     if buffer.shape != weight.shape or not buffer.is_contiguous():
-        raise ValueError(f"grad_weight_out must be contiguous {tuple(weight.shape)}, got {tuple(buffer.shape)}")
+        raise ValueError(
+            f"grad_weight_out must be contiguous {tuple(weight.shape)}, got {tuple(buffer.shape)} with strides "
+            f"{buffer.stride()}"
+        )
     if buffer.dtype not in (torch.float32, weight.dtype):
         raise ValueError(f"grad_weight_out must be torch.float32 or {weight.dtype}, got {buffer.dtype}")
     if buffer.requires_grad:

@@ -323,12 +323,15 @@ def test_damaged_state_is_refused_whole() -> None:
     for damage, message in (
         ({"weights": torch.ones(2, dtype=torch.float64)}, r"state\['weights'\] must be torch.float32 of shape \(2,\)"),
         ({"peaks": torch.ones(3, dtype=torch.float64)}, r"state\['peaks'\] must be .* got torch.float64 \(3,\)"),
+        ({"peaks": [0.0]}, r"state\['peaks'\] must be a torch.Tensor, got list"),
         ({"weight": torch.ones(2)}, "state must have the keys"),
     ):
         fresh = ConvergenceBalancer(2, window=4, warmup=1)
         with pytest.raises(ValueError, match=message):
             fresh.load_state_dict({**state, **damage})
         assert int(fresh.state_dict()["step"]) == 0
+    balancer.step(torch.ones(2))
+    assert int(state["step"]) == 1  # a copy, which later steps leave as it is
 
 
 def test_a_balancer_made_in_inference_mode_steps_outside_of_it() -> None:

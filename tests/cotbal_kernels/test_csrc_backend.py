@@ -566,3 +566,35 @@ def test_the_module_is_a_backend() -> None:
     """Everything the protocol asks for, and nothing compiled by importing it."""
     names = {name for name in vars(Backend) if not name.startswith("_")}
     assert {name for name in names if callable(getattr(cuda_backend, name, None))} == names
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_sums_over_chunks_are_rounded_once(into: bool) -> None:
+    """dW and db of 16-bit inputs, and dW added to a 16-bit buffer: float32 until all chunks are in."""
+    generator = torch.Generator().manual_seed(0)
+    dlogits, hidden, weight = (
+        torch.randn(*size, generator=generator).bfloat16() for size in ((12, 9), (12, 5), (9, 5))
+    )
+    buffer, before = (weight.clone(), weight.double()) if into else (None, torch.zeros(9, 5).double())
+    dtypes = (torch.bfloat16,) * 3
+    sums = cuda_gradients.LinearGradients(WideningProducts(), hidden, weight, (True,) * 3, dtypes, None, buffer)
+    for rows in torch.arange(12).split(4):
+        sums.add(cuda_gradients.Chunk(int(rows[0]), rows, hidden[rows], torch.empty(0), dlogits[rows], False))
+    _, grad_weight, grad_bias = sums.rounded()
+    exact = before + dlogits.double().t() @ hidden.double()
+    for found, wanted in ((buffer if into else grad_weight, exact), (grad_bias, dlogits.double().sum(0))):
+        assert found is not None
+        assert found.dtype == torch.bfloat16
+        # One rounding of its own value; float32 sums of a few terms of order one.
+        assert bool(
+            ((found.double() - wanted).abs() <= torch.finfo(torch.bfloat16).eps / 2 * wanted.abs() + 1e-5).all()
+        )
+
+
+def test_lifts_are_powers_of_two_however_small_the_gradient() -> None:
+    for largest in (1e25, 1.0, 1e-38, 1e-45, 0.0):
+        lift = cuda_gradients.lift_for(torch.tensor([0.0, -largest]), torch.float16, 0.5)
+        assert lift is not None
+        assert float(lift.up) > 0
+        assert float(lift.up) * float(lift.down) == 1
+        assert float(lift.up) * largest * 0.5 < 16

@@ -143,10 +143,27 @@ def test_reference_is_pytorch_cross_entropy() -> None:
 
 def test_backend_reference_is_the_oracle(problem: Problem) -> None:
     p = problem
-    expected = reference_linear_task_cross_entropy(*p.tensors, shift=True)
-    out = linear_task_cross_entropy(*p.tensors, shift=True, backend="reference")
+    options = {
+        "bias": p.bias,
+        "shift": True,
+        "ignore_index": 7,
+        "aggregation": "none",
+        "normalizer": 3.0,
+        **OPTIONS[-1],
+    }
+    p.labels[p.labels == -100] = 7
+    expected = reference_linear_task_cross_entropy(*p.tensors, **options)
+    out = linear_task_cross_entropy(*p.tensors, **options, backend="reference")
     assert out.loss.dtype == torch.float64
     assert torch.equal(out.loss, expected.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_normalizers_of_other_dtypes(problem: Problem, dtype: torch.dtype) -> None:
+    for options in ({}, {"differentiable_tasks": True}, {"aggregation": "none"}):
+        out = linear_task_cross_entropy(*problem.tensors, normalizer=torch.tensor(7, dtype=dtype), **options)
+        assert out.loss.dtype == torch.float32
+        assert torch.equal(out.loss, linear_task_cross_entropy(*problem.tensors, normalizer=7.0, **options).loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

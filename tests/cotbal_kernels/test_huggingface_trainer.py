@@ -382,5 +382,11 @@ def test_refusals(tmp_path: Path) -> None:
         WeightedTrainer(model=model, args=arguments(tmp_path, 2, 1, label_smoothing_factor=0.1))
     with pytest.raises(ValueError, match="aggregation='sum' has no normalizer"):
         WeightedTrainer(model=apply_fused_loss(build("llama"), aggregation="sum"), args=args)
+    model.accepts_loss_kwargs = False
+    with pytest.raises(ValueError, match="the trainer hands no normalizer to the model"):
+        WeightedTrainer(model=model, args=args)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="start one process per GPU"):
+        WeightedTrainer(model=model, args=args)
     with pytest.raises(ValueError, match="came without labels: either the batch has none, or compute_loss_func"):
         train(PlainTrainer, model, tmp_path, 2, 1, compute_loss_func=lambda outputs, labels, **_: outputs.logits.sum())

@@ -80,7 +80,7 @@ def linear_task_cross_entropy(
             forward pass (3F): nothing as large as ``weight`` waits in between.
         grad_weight_out: ``[V, D]`` float32 or dtype of ``weight``: the backward pass adds the gradient of the
             weight to it, in float32 and with one rounding, and ``weight.grad`` stays as it is (trainers with
-            main gradients). Implies ``recompute``. Eager mode only.
+            main gradients). Implies ``recompute``. Eager mode only, and not with "reference".
         max_tokens: an upper bound of the computed positions that the caller knows, say from the labels before
             they went to the GPU. Backends that cannot read the count on the device then do no work beyond it.
             With more positions than that the loss is NaN, or an error where values are checked.

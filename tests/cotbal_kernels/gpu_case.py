@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
     chunk: int  # rows of logits that make the slices
 
 
-# Tiles are up to 128 x 256 (x 64 in D), in float32 64 x 64 (x 32), where multiply-adds run one by one.
+# Tiles are up to 128 x 256 (x 64 in D), in float32 64 x 64 (x 16), where multiply-adds run one by one.
 SIZES = Sizes((7, 111), 520, 1003, 32003, 64) if ON_GPU else Sizes((3, 57), 136, 601, 1003, 32)
 FP32_SIZES = SIZES if ON_GPU else Sizes((3, 41), 72, 203, 331, 32)
 

@@ -78,11 +78,12 @@ def test_what_is_compiled_is_what_is_launched(capability: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", PRODUCTS)
-def test_float32_products_do_not_spill_in_their_loops(kernel: str) -> None:
+@pytest.mark.parametrize("capability", [80, 90])
+def test_float32_products_do_not_spill_in_their_loops(kernel: str, capability: int) -> None:
     """Their operands go through registers, all accumulators with them."""
-    launches = ahead_of_time.training_launches(90, torch.float32, PLAIN[:1])
+    launches = ahead_of_time.training_launches(capability, torch.float32, PLAIN[:1])
     (launch,) = (launch for launch in launches if launch.kernel.__name__ == f"{kernel}_kernel")
-    used = ahead_of_time.compile_launch(launch, 90)
+    used = ahead_of_time.compile_launch(launch, capability)
     assert (used.matrix_instructions, used.main_loops) == ("none", 1)
     assert used.loop_spills == 0
 

@@ -37,9 +37,9 @@ def softcapped(z, softcap):
 
 @triton.jit
 def cap_slope(z, softcap):
-    """The derivative of :func:`softcapped`, from what it returned."""
+    """The derivative of :func:`softcapped`, from what it returned; not negative, however 1 / softcap is rounded."""
     capped = z * (1 / softcap)
-    return 1 - capped * capped
+    return tl.maximum(1 - capped * capped, 0.0)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _finish(
         keep_M = live_M
     # Rows are padded to whole tiles: no mask along them, so the stores are wide at any vocabulary size.
     if WRITE == WRITE_PACKED:
-        first, second, third = pack(tl.abs(out) if HAS_SOFTCAP else out, BLOCK_M, BLOCK)  # a slope of -1e-7 is one of 0
+        first, second, third = pack(out, BLOCK_M, BLOCK)
         QUARTER: tl.constexpr = BLOCK // 4
         word = column // BLOCK * (3 * QUARTER) + tl.arange(0, QUARTER)
         word_at = local_M.to(tl.int64)[:, None] * out_stride + word[None, :]

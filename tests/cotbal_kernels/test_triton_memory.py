@@ -17,6 +17,7 @@ from interpreter import interpreted
 from cotbal_kernels import triton_backend
 from cotbal_kernels.interface import saved_grad_dtypes
 from cotbal_kernels.triton_kernels.head import KeptRows
+from cotbal_kernels.triton_kernels.project import cap_slope
 from cotbal_kernels.triton_kernels.row_scales import Scale
 from cotbal_kernels.triton_kernels.slices import Room, Slices, plan_slices
 from cotbal_kernels.triton_kernels.twelve_bits import decode, pack, unpack
@@ -187,7 +188,7 @@ def test_no_exponential_is_overwritten_before_it_is_used(rows, vocab_size, width
 
 
 @pytest.mark.parametrize("workspace", range(0, 60_000, 1500))
-@pytest.mark.parametrize("storage", [0, 16_000, 80_000, None])
+@pytest.mark.parametrize("storage", [0, 16_000, 60_800, 80_000, None])
 @pytest.mark.parametrize("quarters", [3, 4])
 def test_plans_hold_as_many_rows_as_their_memory(workspace: int, storage: int | None, quarters: int) -> None:
     """Counted slice by slice; and there is no room for another block of rows, neither in dW nor in the workspace."""
@@ -216,6 +217,23 @@ def test_plans_hold_as_many_rows_as_their_memory(workspace: int, storage: int | 
         assert stored % align == held % align == 0
         assert (stored + align) * row_of_dw > storage
         assert used + align * row_of_workspace > workspace
+
+
+@triton.jit
+def _slopes(z_ptr, out_ptr, softcap, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out_ptr + at, cap_slope(tl.load(z_ptr + at), softcap))
+
+
+def test_slopes_of_a_soft_cap_are_never_negative() -> None:
+    """Times an exponential they are what is packed, which has no sign. A GPU's 1 / softcap is off by two units."""
+    softcap = 30.0
+    z = torch.tensor([-softcap * (1 + 2.0**-21), -softcap, 0.0, 15.0, softcap, softcap * (1 + 2.0**-22), 3.0, -29.0])
+    out = torch.empty_like(z)
+    with interpreted():
+        _slopes[(1,)](z, out, softcap, 8)
+    torch.testing.assert_close(out, (1 - (z / softcap).square()).clamp(min=0), rtol=1e-5, atol=3e-7)
+    assert float(out.min()) == 0
 
 
 @triton.jit

@@ -6,6 +6,7 @@ here are small ones of that kind; the reference is the whole conversation, token
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
 from trainer.data.records import Record, Turn
+from trainer.evaluation.generation import BatchScorer
+from trainer.evaluation.spec import EvaluationSet
 from trainer.models.loading import load_processor
 
 TEXT = ["USER: How much is 2 plus one? ASSISTANT: It is 3. What colour is it? red [INST] [/INST] <| user assistant |>"]
@@ -44,6 +47,8 @@ PHI_3 = (
     LOOP + "{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
     "{{ '<|assistant|>\n' if add_generation_prompt }}"
 )
+LLAVA_15_TEXT = LLAVA_15.replace("m.content if part", "[{'type': 'text', 'text': m.content}] if part")
+HEADERS = "{% for m in messages %}{{ '<|end|>' + m.content }}{% endfor %}{{ '<|end|>' if add_generation_prompt }}"
 TURNS = Record("turns", (), (Turn("How much is 2 plus one?", "It is 3."), Turn("What colour?", "red")), ())
 IMAGES = Record(
     "images", ("a", "b"), (Turn("<image>\nHow much is it?", "3"), Turn("<image>\nWhat colour is it?", "red")), ()
@@ -58,6 +63,9 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         TEXT, trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL + BYTES, show_progress=False)
     )
+    trained = json.loads(tokenizer.to_str())
+    trained["added_tokens"] = [token for token in trained["added_tokens"] if token["content"] not in BYTES]
+    tokenizer = Tokenizer.from_str(json.dumps(trained))  # bytes are text, which decoding keeps
     if kind == "legacy":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer.pre_tokenizer = None
@@ -109,7 +117,7 @@ def test_the_whole_conversation_in_one_go(kind: str, template: str) -> None:
 @KINDS
 def test_llava_15_is_trained_on_what_its_authors_trained_it_on(kind: str) -> None:
     """``ASSISTANT: red</s>``: a word and the end of the answer carry a loss, and nothing else."""
-    encoder = make_encoder(kind, LLAVA_15.replace("m.content if part", "[{'type': 'text', 'text': m.content}] if part"))
+    encoder = make_encoder(kind, LLAVA_15_TEXT)
     text = "USER: How much is 2 plus one? ASSISTANT: It is 3.</s>USER: What colour? ASSISTANT: red</s>"
     ids = encoder.training_sample(TURNS, Path).input_ids
     whole = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -126,6 +134,33 @@ def test_an_answer_behind_a_newline_begins_without_a_blank(kind: str) -> None:
         "It is 3.<|end|>\nred<|end|>\n"
     )
     assert found.count("</s>") == 0  # a blank between the end mark and the newline is no missing end mark
+
+
+class Says(torch.nn.Module):
+    """Goes on after any prompt with the same tokens."""
+
+    def __init__(self, ids: list[int]) -> None:
+        super().__init__()
+        self.said = torch.nn.Parameter(torch.tensor([ids], dtype=torch.float64), requires_grad=False)
+
+    def generate(self, input_ids: Tensor, **_: Any) -> Tensor:
+        return torch.cat([input_ids, self.said.long().expand(len(input_ids), -1)], 1)
+
+
+@KINDS
+@pytest.mark.parametrize("template", [ZEPHYR, MISTRAL, PHI_3, LLAVA_15_TEXT, HEADERS])
+@pytest.mark.parametrize("answer", ["red", "    red\n", " It\n  is 3."])
+def test_a_prediction_is_the_answer_that_a_model_was_trained_on(kind: str, template: str, answer: str) -> None:
+    """To the blank: decoders take one off the beginning of a text, and templates write one before answers."""
+    encoder = make_encoder(kind, template)
+    record = Record("code", (), (Turn("How much is it?", answer),), ())
+    encoded = encoder.training_sample(record, Path)
+    said = [label for label in encoded.labels if label != IGNORE_INDEX]
+    said = said[: 1 + next(place for place, token in enumerate(said) if token in encoder.chat.end_marks)]
+    scorer = BatchScorer(Says(said), encoder.tokenizer, 2, encoder.chat.gap)
+    chosen = EvaluationSet("code", (), Path(), ("exact_match",), 8)
+    found = scorer(chosen, [encoder.prompt(record, Path)] * 2).results
+    assert [row["prediction"] for row in found] == [answer] * 2
 
 
 class Features:

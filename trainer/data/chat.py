@@ -165,6 +165,11 @@ class ChatTemplate:
         """What every answer begins with and a prompt lacks, such as an empty thought; blanks do not count."""
         return self._probe[0] if self._probe[0].strip() else ""
 
+    @property
+    def gap(self) -> str:
+        """Blanks between a prompt and every answer, which the prompt lacks: a model writes them first."""
+        return self._probe[0] if self._probe[0].isspace() else ""
+
     @cached_property
     def _marks(self) -> tuple[str, ...]:
         """Special tokens but an image's, longer ones first."""

@@ -56,12 +56,13 @@ class BatchScorer:
             generate different numbers of tokens wait for each other for ever.
         tokenizer: of the model.
         batch_size: most records of a batch.
+        gap: blanks that the model writes between a prompt and its answer, which are no part of it.
 
     Raises:
         UserError: the model's parameters are spread over ranks.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, gap: str = "") -> None:
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise UserError(
                 "this model is inside a ZeRO-3 engine, where generation hangs as soon as ranks differ in length; "
@@ -70,6 +71,7 @@ class BatchScorer:
         self.model = model.eval()
         self.tokenizer = copy.deepcopy(tokenizer)  # decodes here while another thread encodes with the original
         self.batch_size = batch_size
+        self.gap = gap
         self._patched = False
 
     def __call__(self, chosen: EvaluationSet, encoded: Sequence[Encoded]) -> Scored:
@@ -99,12 +101,31 @@ class BatchScorer:
             pad_token_id=padding_token(self.tokenizer),
             **self._images(encoded),
         )[:, text["input_ids"].shape[1] :].cpu()
-        texts = self.tokenizer.batch_decode(
-            generated_BN,
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,  # "a , b" stays what it is
-        )
-        return Scored([{"prediction": text} for text in texts], self._until_end(generated_BN))
+        texts = self._decoded(text["input_ids"][:, -1].tolist(), generated_BN.tolist())
+        return Scored([{"prediction": own.removeprefix(self.gap)} for own in texts], self._until_end(generated_BN))
+
+    def _decoded(self, last: Sequence[int], generated: Sequence[list[int]]) -> list[str]:
+        """Texts that go on after prompts, of which `last` are the last tokens.
+
+        Decoders of SentencePiece's kind take a blank off the beginning of a text, so a word is put before it.
+        """
+        words = {token: [] if self._begins_anew(token) else self._ids("a") for token in set(last)}
+        rows = [[*words[token], *row] for token, row in zip(last, generated, strict=True)]
+        starts = self._texts([words[token] for token in last])
+        return [text.removeprefix(start) for text, start in zip(self._texts(rows), starts, strict=True)]
+
+    def _begins_anew(self, token: int) -> bool:
+        """Whether the token is a special one behind which the tokenizer writes the blank of the beginning of a text."""
+        (seen,), (skipped,) = self._texts([[token]], special=True), self._texts([[token]])
+        word = self._ids("a")
+        return bool(seen and not skipped) and self._ids(f"{seen}a")[-len(word) :] == word
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _texts(self, rows: Sequence[list[int]], special: bool = False) -> list[str]:
+        # Not cleaned up: "a , b" stays what it is.
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
     def _until_end(self, generated_BN: Tensor) -> int:
         """Generated tokens of all rows, each up to and with its first end mark; after it a row is padding."""

@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.evaluation.spec import EvaluationSpec
 from trainer.files import write_json
 
-FORMAT = 4
+FORMAT = 5
 _PIECES, _PIECE = 256, 16 * 1024  # of a large file: what its digest reads, evenly spread, in bytes
 
 

@@ -126,4 +126,4 @@ def _load(spec: EvaluationSpec, rank: int, encoder: ConversationEncoder) -> Batc
     options = ModelConfig(path=str(spec.model_path), freeze=[], attention=spec.attention)
     dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
     model = load_model(str(spec.model_path), options, dtype).to(spec.devices[rank])
-    return BatchScorer(model, encoder.tokenizer, spec.batch_size)
+    return BatchScorer(model, encoder.tokenizer, spec.batch_size, encoder.chat.gap)

@@ -46,7 +46,7 @@ def majority_answer(train: Sequence[Pair], evaluation: Sequence[Pair], metric: s
     """Score on ``evaluation`` of answering every question with the best constant of ``train``."""
     metric = get_metric(metric) if isinstance(metric, str) else metric
     constant = ConstantAnswers(train, metric).best(range(len(train)))
-    return metric.compute([constant] * len(evaluation), [list(answers) for _, answers in evaluation])
+    return metric.compute([constant] * len(evaluation), _answers(evaluation))
 
 
 def question_only(train: Sequence[Pair], evaluation: Sequence[Pair], metric: str | Metric) -> MetricResult:
@@ -60,7 +60,7 @@ def question_only(train: Sequence[Pair], evaluation: Sequence[Pair], metric: str
     questions = [normalize_question(question) for question, _ in evaluation]
     answer = {question: constants.best(groups[question]) for question in set(questions) & groups.keys()}
     predictions = [answer.get(question, fallback) for question in questions]
-    return metric.compute(predictions, [list(answers) for _, answers in evaluation])
+    return metric.compute(predictions, _answers(evaluation))
 
 
 class ConstantAnswers:
@@ -69,7 +69,7 @@ class ConstantAnswers:
     def __init__(self, train: Sequence[Pair], metric: Metric) -> None:
         if not train:
             raise UserError("a baseline needs at least one training record")
-        self.answers = [list(answers) for _, answers in train]
+        self.answers = _answers(train)
         self.metric = metric
         self._captions = CiderCorpus(self.answers, metric.tokenize) if isinstance(metric, Cider) else None
 
@@ -112,6 +112,11 @@ class ConstantAnswers:
         if not boxes:
             return []
         return ["[" + ",".join(f"{statistics.median(side):.6g}" for side in zip(*boxes, strict=True)) + "]"]
+
+
+def _answers(pairs: Sequence[Pair]) -> list[list[str]]:
+    """Without blanks at their ends, which count in no model's score either."""
+    return [[answer.strip() for answer in answers] for _, answers in pairs]
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

@@ -123,6 +123,13 @@ def test_the_best_constant_where_lower_is_better():
     assert ConstantAnswers(train, Distance()).best(range(len(train))) == "3"
 
 
+@pytest.mark.parametrize("baseline", [majority_answer, question_only])
+def test_blanks_at_the_ends_of_answers_do_not_count(baseline):
+    """As in a model's predictions; the metric compares strings."""
+    train = pairs(("?", " red"), ("?", "red\n"), ("?", "box"), ("?", "box"), ("?", "red"))
+    assert baseline(train, pairs(("?", "red "), ("?", "red"), ("?", "box")), "gqa_accuracy").per_sample == [100, 100, 0]
+
+
 class TestQuestions:
     @pytest.mark.parametrize(
         ("question", "expected"),

@@ -31,7 +31,7 @@ class TestScore:
     def test_predictions_from_elsewhere(self, cotbal: Command, write: Callable[..., Path]) -> None:
         """2 of 4 right: 50 %, and a standard error of sqrt(4 * 50^2 / 3) / sqrt(4) = 28.8675 by hand."""
         rows = [
-            {"prediction": text, "references": ["red", "blue"], "model": "other"}
+            {"prediction": text, "references": [" red", "blue\n"], "model": "other"}
             for text in (" Red.\n", "blue\n", "x", "y")
         ]
         outcome = cotbal("score", write(rows[0], "", *rows[1:]), "--metric", "exact_match", "--metric", "gqa_accuracy")

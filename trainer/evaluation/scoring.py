@@ -20,12 +20,13 @@ Row = dict[str, Any]
 def compute(metric: str, rows: Sequence[Row]) -> MetricResult:
     """A metric of predictions: of ``prediction`` and ``references``, or of ``loss_sum`` and ``tokens``.
 
-    Blanks at the ends of a prediction, such as the indentation of code, count in no metric.
+    Blanks at the ends of predictions and references, such as the indentation of code, count in no metric.
     """
     if takes_losses(metric):
         return perplexity([row["loss_sum"] for row in rows], [row["tokens"] for row in rows])
     predictions = [row["prediction"].strip() for row in rows]
-    return get_metric(metric).compute(predictions, [row["references"] for row in rows])
+    references = [[answer.strip() for answer in row["references"]] for row in rows]
+    return get_metric(metric).compute(predictions, references)
 
 
 def entry(metric: str, result: MetricResult) -> dict[str, Any]:

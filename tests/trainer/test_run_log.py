@@ -36,18 +36,18 @@ def test_a_number_that_is_not_finite_is_null(tmp_path: Path, number: float) -> N
     path.write_text("\n".join(lines))
     arguments, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerControl()
     state = TrainerState(global_step=1, max_steps=9, is_world_process_zero=True)
-    log = RunLog(path, ["a", "b"])
+    log = RunLog(path, ["a", "b", "c"])
     log.on_train_begin(arguments, state, control)
     state.global_step = 2
     logs = {"loss": number, "grad_norm": number, "learning_rate": 0.5, "epoch": 0.25}
-    logs |= {"task_loss/a": number, "task_tokens/a": 3, "task_weight/a": 1.5}
+    logs |= {"task_loss/a": number, "task_tokens/a": 3, "task_weight/a": 1.5, "task_validation_loss/b": 0.5}
     log.on_log(arguments, state, control, logs)
     first, second = strict(path.read_text())
     assert first == {"step": 1, "steps": 9, "loss": None, "grad_norm": None, "seconds": 2.0}
     assert 2.0 <= second.pop("seconds") < 100.0
     assert second == {
         "step": 2, "steps": 9, "epoch": 0.25, "loss": None, "learning_rate": 0.5, "grad_norm": None,
-        "tasks": {"a": {"loss": None, "tokens": 3, "weight": 1.5}},
+        "tasks": {"a": {"loss": None, "tokens": 3, "weight": 1.5}, "b": {"validation_loss": 0.5}},
     }  # fmt: skip
 
 

@@ -56,11 +56,11 @@ class RunLog(TrainerCallback):
         line: dict[str, Any] = {"step": state.global_step, "steps": state.max_steps, "epoch": logs.get("epoch", 0.0)}
         line |= {key: float(logs[key]) for key in ("loss", "learning_rate", "grad_norm") if key in logs}
         line["seconds"] = time.monotonic() - self._started
-        line["tasks"] = {
+        of_tasks = {
             name: {key: logs[f"task_{key}/{name}"] for key in _OF_A_TASK if f"task_{key}/{name}" in logs}
             for name in self.task_names
-            if f"task_loss/{name}" in logs
         }
+        line["tasks"] = {name: own for name, own in of_tasks.items() if own}  # one may have been validated only
         with self.path.open("a") as file:
             file.write(_line(line))
 

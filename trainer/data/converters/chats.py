@@ -147,10 +147,10 @@ class ShareGpt(Converter):
             word = next((word for word in context.options.blocked_words if word.lower() in text.lower()), None)
             if word is not None:
                 raise Rejected("blocked word", f"it has '{word}'")
-            if role == "gpt" and text.startswith(_RATE_LIMIT):
+            if role == "gpt" and text.strip().startswith(_RATE_LIMIT):
                 raise Rejected("blocked word", "an answer is a rate limit's message")
         pairs = alternating(turns, "human", "gpt")
-        if sum(len(question) + len(answer) for question, answer in pairs) < _LEAST_CHARACTERS:
+        if sum(len(text.strip()) for pair in pairs for text in pair) < _LEAST_CHARACTERS:
             raise Rejected("too short", f"fewer than {_LEAST_CHARACTERS} characters")
         if context.options.tokenizer and context.options.max_tokens:
             from trainer.data.converters.lengths import TokenLimit

@@ -55,6 +55,20 @@ class TestPartialRuns:
         assert "weights.json: Expecting" in found.words
         assert "contributions" not in found.tables
 
+    def test_an_infinite_perplexity_of_a_seed_is_no_damage(self, run):
+        """Null in the table: the mean is not known, nor how far seeds are apart."""
+        table = json.loads((run / "results.json").read_text())
+        ew = table["methods"]["EW"]
+        table["seeds"] = {"EW": [json.loads(json.dumps(ew)) for _ in range(3)]}
+        table["seeds"]["EW"][1]["captions"]["CIDEr"] = ew["captions"]["CIDEr"] = None
+        table["standard_errors"]["EW"]["captions"]["CIDEr"] = None
+        write(run / "results.json", table)
+        found = page(run)
+        assert found.row("test-scores", "captions")[4] == "–"
+        assert found.row("test-scores", "questions")[4] == "44.0 ± 1.5seeds ± 0.0at chance"
+        assert "methods['EW']['captions']['CIDEr'] must be a finite number" in found.words
+        assert "Could not be read" not in found.words
+
     @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tasks": 3}'])
     def test_damaged_weights_of_a_variant(self, run, text):
         write(run / "weights/hot.json", text)

@@ -130,12 +130,12 @@ def scores_by_seed(run: RunDirectory) -> dict[str, list[Any]]:
 
 
 def _over_seeds(run: RunDirectory) -> dict[str, dict[tuple[str, str], float]]:
-    """The standard deviation over seeds of every score that more than one seed has."""
+    """The standard deviation over seeds of every score that all of them have: a perplexity may be infinite, null."""
     found: dict[str, dict[tuple[str, str], float]] = {}
     for method, tables in scores_by_seed(run).items():
         rows = [_flat(table) for table in tables]
         for key in rows[0] if rows else ():
-            deviation = spread([row[key] for row in rows if key in row])
+            deviation = spread([row[key] for row in rows]) if all(key in row for row in rows) else None
             if deviation is not None:
                 found.setdefault(method, {})[key] = deviation
     return found
@@ -217,13 +217,17 @@ def comparisons(
 
 
 def seed_comparisons(run: RunDirectory) -> dict[str, list[Comparison]]:
-    """Eq. 12-14 of every seed against the mean of the single-task models; empty when there is one seed."""
+    """Eq. 12-14 of every seed against the mean of the single-task models; empty when there is one seed.
+
+    A method with an infinite score is left out: it has no mean either, as :func:`comparisons` says.
+    """
     results = run.results or {}
     if not results.get("baseline"):
         return {}
     found = {}
     for method, tables in scores_by_seed(run).items():
-        if method == SINGLE:
+        unknown = any(None in row.values() for table in tables if _is_table(table) for row in table.values())
+        if method == SINGLE or unknown:
             continue
         methods = {str(number): table for number, table in enumerate(tables)}
         try:

@@ -368,6 +368,16 @@ class TestLosses:
         assert found["value"] == pytest.approx(torch.tensor(total / tokens).exp().item(), rel=1e-5)
         assert found["samples"] == COUNT
 
+    def test_conversations_are_cut_at_the_positions_of_the_model(
+        self, make_spec: Callable[..., EvaluationSpec], tmp_path: Path
+    ) -> None:
+        """256, where --records asks for 2048: a table of positions ends there."""
+        spec = replace(make_spec(tmp_path, metrics=("perplexity",)), max_length=2048)
+        (chosen,) = spec.sets
+        record = chosen.load()[0]
+        long = replace(record, turns=(*record.turns, replace(record.turns[0], question="red " * 400)))
+        assert len(load_encoder(spec).training_sample(long, chosen.image_path).input_ids) == 256
+
     def test_do_not_mix_with_answers(self, make_spec: Callable[..., EvaluationSpec], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="perplexity scores the given answers, exact_match generated ones"):
             evaluate(make_spec(tmp_path, metrics=("perplexity", "exact_match")))

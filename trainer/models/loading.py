@@ -62,6 +62,11 @@ def load_config(path: str, *, local_only: bool = False) -> Any:
         raise UserError(f"model.path '{path}': no config.json could be loaded ({error})") from error
 
 
+def positions(config: Any) -> int | None:
+    """Tokens that a model with this configuration was made for; None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def reads_images(config: Any) -> bool:
     """Whether a model with this configuration takes images beside text."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

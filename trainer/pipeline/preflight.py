@@ -25,7 +25,7 @@ from trainer.loop.learning_rates import own_rates
 from trainer.loop.tracking import check_trackers
 from trainer.metrics import AccuracyIoU, get_metric
 from trainer.models.images import refuse_cropped_boxes
-from trainer.models.loading import empty_model, load_config, load_processor, refuse_attention
+from trainer.models.loading import empty_model, load_config, load_processor, positions, refuse_attention
 from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
 from trainer.pipeline.evaluations import check_scoring, evaluation_sets
@@ -117,10 +117,10 @@ def check_model(config: RunConfig, model_path: str) -> None:
         apply_fused_loss(model)
     except ValueError as error:
         raise UserError(f"model.path '{model_path}': it cannot be trained with task weights: {error}") from error
-    positions = getattr(found.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and config.model.max_length > positions:  # a table ends there, other models are lost
+    most = positions(found)
+    if most is not None and config.model.max_length > most:  # a table ends there, other models are lost
         raise UserError(
-            f"model.max_length = {config.model.max_length} is more than the {positions} positions that '{model_path}' "
+            f"model.max_length = {config.model.max_length} is more than the {most} positions that '{model_path}' "
             "was made for (max_position_embeddings of its config.json); lower it"
         )
 

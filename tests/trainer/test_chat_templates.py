@@ -27,7 +27,7 @@ BRIEF = "Be brief: one word."
 # The same with a system message.
 BRIEF_ONE, BRIEF_TWO = (replace(record, id=f"brief {record.id}", system=BRIEF) for record in (ONE, TWO))
 # Code: blanks at the ends of a text are a part of it.
-INDENTED = Record("code", (), (Turn("def one(x):\n", "    return x\n"), Turn("go on:\n", "  red \n\n")), ())
+INDENTED = Record("code", (), (Turn("def one(x):\n", "    return x\n"), Turn("\n  go on:\n", "  red \n\n")), ())
 RECORDS = (ONE, TWO, BRIEF_ONE, BRIEF_TWO, INDENTED)
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|return|>"]
 ASK = "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
@@ -105,6 +105,14 @@ KINDS = {
     "headers alone": Kind(
         f"{LOOP}{{{{ '<|' + m.role + '|>' + m.content }}}}{{% endfor %}}"
         "{{ '<|assistant|>' if add_generation_prompt }}",
+        ["A<|im_end|>"],
+        ["A<|user|>", "A<|im_end|>"],
+        "<|assistant|>",
+    ),
+    # The same, where a prompt begins a thought.
+    "headers alone, thoughts in the prompt": Kind(
+        f"{LOOP}{{{{ '<|' + m.role + '|>' + m.content }}}}{{% endfor %}}"
+        "{{ '<|assistant|><think>' if add_generation_prompt }}",
         ["A<|im_end|>"],
         ["A<|user|>", "A<|im_end|>"],
         "<|assistant|>",

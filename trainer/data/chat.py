@@ -103,16 +103,16 @@ class ChatTemplate:
         done, after = "", self._probe[1]
         end = self._mark.match(after)
         more = after[end.end() :] if end else ""  # behind the end mark; nothing that a model has to write
-        for prompt, whole in zip(asked, answered, strict=True):
+        for turn, prompt, whole in zip(turns, asked, answered, strict=True):
             if not prompt.startswith(done) or not whole.startswith(prompt):
                 return None
             between, answer = prompt[len(done) :], whole[len(prompt) :]
             if more and answer.endswith(after):
                 whole, answer = whole.removesuffix(more), answer.removesuffix(more)
-            mark = self._mark.match(between)
-            if mark and parts and not self.ends_turn(parts[-1].text):  # written once a message follows
-                parts[-1] = Part(parts[-1].text + mark[0], "answer")
-                between = between[mark.end() :]
+            if parts and not self.ends_turn(parts[-1].text):  # it may be written once a message follows
+                mark = self._mark_before(between, turn.question)
+                parts[-1] = Part(parts[-1].text + mark, "answer")
+                between = between[len(mark) :]
             parts.append(Part(between, "prompt"))
             if self._opening and answer.startswith(self._opening):
                 parts.append(Part(self._opening, "opening"))
@@ -145,10 +145,10 @@ class ChatTemplate:
         if written is None:
             return None
         parts = [Part(around[0], "prompt")]
-        for answer, after in zip(written.groups(), [*around[1:], rest], strict=True):
-            end = self._mark.match(after)
-            length = end.end() if end else 0
-            parts += [Part(answer + after[:length], "answer"), Part(after[length:], "prompt")]
+        questions = [*(turn.question for turn in turns[1:]), ""]
+        for answer, after, question in zip(written.groups(), [*around[1:], rest], questions, strict=True):
+            mark = self._mark_before(after, question)
+            parts += [Part(answer + mark, "answer"), Part(after[len(mark) :], "prompt")]
         return parts[:-1]
 
     @cached_property
@@ -180,6 +180,14 @@ class ChatTemplate:
     def _mark(self) -> re.Pattern[str]:
         """A special token and the blanks around it."""
         return re.compile(rf"\s*(?:{'|'.join(map(re.escape, self._marks))})\s*" if self._marks else r"(?!)")
+
+    def _mark_before(self, text: str, question: str) -> str:
+        """The special token at the beginning of a text and the blanks around it, not the question's own; or nothing."""
+        mark = self._mark.match(text)
+        if mark is None:
+            return ""
+        said = question.lstrip()
+        return mark[0].removesuffix(question[: -len(said)]) if said and text.startswith(said, mark.end()) else mark[0]
 
     def ends_turn(self, text: str) -> bool:
         """Whether a text ends in a special token (``<|im_end|>`` and its like), blanks after it aside."""

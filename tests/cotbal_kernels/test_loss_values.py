@@ -141,6 +141,25 @@ def test_reference_is_pytorch_cross_entropy() -> None:
     assert error(out.loss, by_task) <= 1e-14
 
 
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_words_forbidden_by_a_bias_of_minus_infinity(backend: str, aggregation: str) -> None:
+    """As if the other words were all; without a supervised position the loss is 0."""
+    p = make_problem((3, 9), V=20)
+    p.bias.data[17:] = float("-inf")
+    p.labels[p.labels >= 0] %= 17
+    for labels in (p.labels, torch.full_like(p.labels, -100)):
+        where = (labels, p.task_ids, p.task_weights)
+        options = {"aggregation": aggregation}
+        out = linear_task_cross_entropy(p.hidden, p.weight, *where, bias=p.bias, backend=backend, **options)
+        shown = (p.hidden, p.weight[:17], *where)
+        expected = reference_linear_task_cross_entropy(*shown, bias=p.bias[:17], **options)
+        assert error(out.loss, expected.loss) <= FP32
+        inputs = (p.hidden, p.weight, p.bias, p.task_weights)
+        for a, b in zip(gradients(out, *inputs), gradients(expected, *inputs), strict=True):
+            assert error(a, b) <= FP32
+
+
 def test_backend_reference_is_the_oracle(problem: Problem) -> None:
     p = problem
     options = {

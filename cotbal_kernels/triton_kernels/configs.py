@@ -80,7 +80,7 @@ def blocks_for(device: torch.device) -> Blocks:
 
 
 def can_use_tma(weight_VD: Tensor) -> bool:
-    """Tensor memory access needs sm_90 and rows that begin on 16-byte boundaries, dW's too when it is storage."""
+    """Tensor memory access needs sm_90 and rows that begin on 16-byte boundaries, those of packed rows too."""
     limits = limits_of(weight_VD.device)
     if limits is None or limits.capability < 90:
         return False

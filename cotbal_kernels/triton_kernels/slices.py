@@ -60,17 +60,19 @@ def plan_slices(rows: int, vocab_size: int, cols: int, room: Room, align: int) -
         """One slice of every row in the workspace, and as many rows as fit beside it."""
         width = -(-vocab_size // (count * cols)) * cols
         bounds = (*range(0, vocab_size, width), vocab_size)
+        left = workspace - rows * width if keeps else 0
         stored = fitting(storage, (len(bounds) - 1) * width, 0, rows)
-        left = workspace - rows * width - stored * statistics if keeps else 0
-        return Slices(bounds, width, stored, fitting(left, padded, statistics, rows - stored))
+        if stored * statistics > max(0, left):
+            stored = fitting(left, 0, statistics, rows)
+        return Slices(bounds, width, stored, fitting(left - stored * statistics, padded, statistics, rows - stored))
 
     def cost(plan: Slices) -> int:
         """Flop / D, without what every cut costs."""
         again = rows - plan.stored_rows - plan.held_rows
         return 2 * vocab_size * again + 8 * FLOP_PER_BYTE * rows * len(plan.ranges())
 
-    left = workspace - fitting(storage, padded, 0, rows) * statistics
-    fewest = -(-vocab_size // max(cols, left // rows // cols * cols))
+    # Where memory is scarce, statistics of stored rows would make slices narrow, and cost more than their products.
+    fewest = -(-vocab_size // max(cols, workspace // rows // cols * cols))
     return min(map(cut, range(fewest, fewest + (MORE_SLICES if keeps else 1))), key=cost)
 
 

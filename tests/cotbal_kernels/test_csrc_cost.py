@@ -1,0 +1,144 @@
+"""What a step of the CUDA backend costs, on the CPU build of its kernels: reads by the host, memory, products."""
+
+import math
+
+import pytest
+import torch
+from csrc_backend_case import arguments, linear_loss, needs_compiler, registered  # noqa: F401
+from cuda_on_cpu import WideningProducts, kernels_for
+from loss_problems import FP32, error, make_problem
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cotbal_kernels import cuda_backend
+from cotbal_kernels.cuda_backend import CudaBackend
+from cotbal_kernels.interface import TokenLoss
+from cotbal_kernels.reference import reference_linear_task_cross_entropy
+
+pytestmark = needs_compiler
+
+
+class Watch(TorchDispatchMode):
+    """Notes every op that reads a value back to the host or has a shape that depends on one, and the largest result."""
+
+    SYNCHRONISING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.synchronised: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.SYNCHRONISING:
+            self.synchronised.append(str(func))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel() * result.element_size())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_is_read_back_to_the_host(cuda_on_cpu: CudaBackend, dtype: torch.dtype) -> None:
+    p = make_problem(dtype=dtype)
+    problem, targets, lam = arguments(p)
+    spec, need = TokenLoss(2.0, 0.1, 0.01, 0.7, 0.1 / 67), (True,) * 3
+    logits, grad_M = torch.randn(51, 67).to(dtype), torch.rand(51)
+    with Watch() as watch:
+        out = cuda_on_cpu.linear_forward(problem, targets.tasks_M, lam, need, spec, 7)
+        cuda_on_cpu.scale_gradient(out.grad_weight_VD, torch.tensor(2.0), out.grad_weight_VD.to(dtype))
+        *_, stats = cuda_on_cpu.linear_rows_forward(problem, spec, 7)
+        for into in (None, torch.zeros(67, 24), torch.zeros(67, 24, dtype=dtype)):
+            cuda_on_cpu.linear_rows_backward(problem, grad_M, stats, into, need, spec, 7, dtype)
+        *_, stats = cuda_on_cpu.logits_rows_forward(logits, targets.targets_M, spec, 0)
+        cuda_on_cpu.logits_rows_backward(grad_M, logits, targets.targets_M, stats, spec, 0)
+    assert watch.synchronised == []
+    assert watch.largest > 0
+    with Watch() as watch:
+        assert bool(grad_M.sum() > 0)
+    assert watch.synchronised != []  # it can tell
+
+
+def test_the_workspace_is_bounded(cuda_on_cpu: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No result beyond the workspace: M x V in float32 would be 30 times larger."""
+    monkeypatch.setattr(cuda_backend, "WORKSPACE_BYTES", 2**16)
+    p = make_problem((1, 400), D=4, V=1000, ignored=0.0, dtype=torch.bfloat16)
+    problem, targets, lam = arguments(p)
+    with Watch() as watch:
+        cuda_on_cpu.linear_forward(problem, targets.tasks_M, lam, (True,) * 3, TokenLoss(), 0)
+    assert 2**15 < watch.largest <= 2**16
+    expected = reference_linear_task_cross_entropy(*p.tensors)
+    assert error(linear_loss(*p.tensors).loss, expected.loss) <= FP32
+
+
+def test_default_chunks_are_as_few_as_whole_tiles_allow() -> None:
+    """At V = 128256 a row of logits takes 501 KiB of the 512 MiB."""
+    row_bytes = 4 * 128256
+    limit = cuda_backend.WORKSPACE_BYTES // row_bytes
+    assert limit == 1046
+    for capacity, size in ((1, 1), (700, 700), (1046, 1046), (1047, 640), (1700, 896), (1966, 1024), (20000, 1024)):
+        assert cuda_backend.default_chunk(capacity, row_bytes) == size
+    for capacity in (8192, 16384):
+        assert capacity % cuda_backend.default_chunk(capacity, row_bytes) == 0  # all of 1024
+    for capacity in range(1047, 30_000, 131):
+        sizes = range(128, limit, 128)
+        fewest = min(math.ceil(capacity / size) for size in sizes)
+        smallest = min(size for size in sizes if math.ceil(capacity / size) == fewest)
+        assert cuda_backend.default_chunk(capacity, row_bytes) == smallest
+    assert cuda_backend.default_chunk(7, 2**28) == 2  # two rows of a quarter of a gigabyte
+    assert cuda_backend.default_chunk(7, 2**30) == 1  # a row that does not fit is computed nevertheless
+
+
+class NotedProducts(WideningProducts):
+    """Which product went where."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+
+    def wide(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        self.calls.append(("wide", tuple(out.shape), out.dtype))
+        super().wide(left, right, out)
+
+    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        self.calls.append(("add", tuple(total.shape), total.dtype))
+        super().add(total, left, right)
+
+    def rounded(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        self.calls.append(("rounded", tuple(out.shape), out.dtype))
+        super().rounded(left, right, out)
+
+
+def test_products_and_buffers() -> None:
+    """Three products a chunk, none for a side that is frozen; float32 V x D only where 16-bit dW has several chunks."""
+    f32, bf16, V, D = torch.float32, torch.bfloat16, 400, 64
+    logits, hidden = ("wide", (30, V), f32), ("wide", (30, D), f32)
+    for dtype, need, chunk_size, expected in (
+        (bf16, (True, True, True), 0, [logits, hidden, ("rounded", (V, D), bf16)]),
+        (f32, (True, True, True), 0, [logits, hidden, ("wide", (V, D), f32)]),
+        (bf16, (True, False, False), 0, [logits, hidden]),
+        (bf16, (False, True, False), 0, [logits, ("rounded", (V, D), bf16)]),
+        (bf16, (False, False, False), 0, [logits]),
+        (
+            *(bf16, (False, True, False), 20),
+            [("wide", (20, V), f32), ("wide", (V, D), f32), ("wide", (10, V), f32), ("add", (V, D), f32)],
+        ),
+    ):
+        p = make_problem((1, 30), D=D, V=V, dtype=dtype)
+        problem, targets, lam = arguments(p)
+        products = NotedProducts()
+        backend = CudaBackend(kernels_for, products)
+        out = backend.linear_forward(problem, targets.tasks_M, lam, need, TokenLoss(), chunk_size)
+        assert products.calls == expected
+        found = (out.grad_hidden_MD, out.grad_weight_VD, out.grad_bias_V)
+        full = (30 * D, V * D, V)
+        assert [g.numel() for g in found] == [n if wanted else 0 for n, wanted in zip(full, need, strict=True)]
+    # Into a float32 buffer there is no other one, whatever the number of chunks.
+    p = make_problem((1, 30), D=D, V=V, dtype=bf16)
+    problem, *_ = arguments(p)
+    products = NotedProducts()
+    backend, spec = CudaBackend(kernels_for, products), TokenLoss()
+    *_, stats = backend.linear_rows_forward(problem, spec, 20)
+    products.calls.clear()
+    need = (False, True, False)
+    backend.linear_rows_backward(problem, torch.ones(30), stats, torch.zeros(V, D), need, spec, 20, bf16)
+    add = ("add", (V, D), f32)
+    assert products.calls == [("wide", (20, V), f32), add, ("wide", (10, V), f32), add]

@@ -6,7 +6,7 @@ float32 row); two more products give dX and dW. Nothing is read back to the host
 capacity ``rows_N.shape[0]``, and rows behind the last computed one have zero hidden states and zero gradients.
 
 Workspace: ``WORKSPACE_BYTES`` for the logits of a chunk, whatever M and V are (one row at least), and beside them its
-hidden rows and its dX, 8 C D bytes in 16 bits. With several chunks a 16-bit dW is summed in float32, which is 4 V D
+hidden rows and its dX, 6 C D bytes in 16 bits. With several chunks a 16-bit dW is summed in float32, which is 4 V D
 bytes more until it is rounded once; with one chunk, or into a float32 ``grad_weight_out``, there is no such buffer.
 
 Numerics: products accumulate in float32; loss, softmax and p - 1 in float32; the gradient of the logits is rounded
@@ -29,6 +29,7 @@ from .cuda_kernels import ChunkRows, RowResults, load
 from .cuda_products import LibraryProducts, Products
 from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, saved_grad_dtypes
 from .rows import at_rows
+from .validation import check_capacity, check_target_values, checks_requested
 
 # Bound on the float32 logits of a chunk.
 WORKSPACE_BYTES = 512 * 2**20
@@ -63,6 +64,27 @@ class Kernels(Protocol):
 
     def scale_gradient(self, grad: Tensor, factor: Tensor, out: Tensor) -> None: ...
 
+    def compact(
+        self,
+        labels_M: Tensor,
+        task_ids_M: Tensor,
+        task_weights_K: Tensor,
+        vocab_size: int,
+        ignore_index: int,
+        skip_zero: bool,
+        capacity: int,
+    ) -> Targets: ...
+
+    def task_scales(
+        self, task_weights_K: Tensor, tokens_K: Tensor, poison: Tensor, normalizer: Tensor | None, per_task: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def gather_rows(self, problem: LinearProblem, start: int, rows: int) -> Tensor: ...
+
+    def scatter_rows(
+        self, grad_CD: Tensor, factor: Tensor | None, problem: LinearProblem, start: int, out_MD: Tensor
+    ) -> None: ...
+
 
 class CudaBackend:
     """:class:`~cotbal_kernels.interface.Backend` over kernels and products; it holds no state.
@@ -86,16 +108,23 @@ class CudaBackend:
         check: bool,
         capacity: int,
     ) -> Targets:
-        """The portable one: a running count, no host synchronisation."""
-        return portable.prepare_targets(
-            labels_M, task_ids_M, task_weights_K, vocab_size, ignore_index, skip_zero, check, capacity
-        )
+        """One launch."""
+        raises = checks_requested(check)
+        if raises:
+            check_target_values(labels_M, task_ids_M, task_weights_K, labels_M != ignore_index, vocab_size)
+        vectors = (labels_M.contiguous(), task_ids_M.contiguous(), task_weights_K.contiguous())
+        out = self._kernels(labels_M.device).compact(*vectors, vocab_size, ignore_index, skip_zero, capacity)
+        if raises:
+            check_capacity(out.num_rows, capacity)
+        return out
 
     def task_scales(
         self, task_weights_K: Tensor, tokens_K: Tensor, poison: Tensor, normalizer: Tensor | None, per_task: bool
     ) -> tuple[Tensor, Tensor]:
-        """The portable ones."""
-        return portable.task_scales(task_weights_K, tokens_K, poison, normalizer, per_task)
+        """One launch."""
+        normalizer = normalizer if normalizer is None else normalizer.contiguous()
+        kernels = self._kernels(task_weights_K.device)
+        return kernels.task_scales(task_weights_K.contiguous(), tokens_K, poison, normalizer, per_task)
 
     def task_sums(self, loss_M: Tensor, hit_M: Tensor, tasks_M: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]:
         """One launch."""
@@ -113,18 +142,17 @@ class CudaBackend:
         chunk_size: int,
     ) -> LinearOutput:
         """Gradients in forward: 1F for the loss and 1F for each of dX and dW, over the capacity."""
-        hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows = problem
+        hidden_MD, _, bias_V, targets_M, rows_N, num_rows = problem
         if hidden_MD.dtype == torch.float64:
             return portable.linear_forward(problem, tasks_M, scale_K, need, spec, chunk_size)
         kernels = self._kernels(hidden_MD.device)
         results, stats_2M = _new_results(targets_M)
-        lift = lift_for(scale_K, hidden_MD.dtype, spec.scale)
+        lift = lift_for(scale_K, spec.scale) if hidden_MD.dtype == torch.float16 else None
         wanted_K = (scale_K if lift is None else scale_K * lift.up).contiguous() if any(need) else None
-        gradients = LinearGradients(
-            self._products, hidden_MD, weight_VD, need, saved_grad_dtypes(hidden_MD.dtype), lift
-        )
+        dtypes = saved_grad_dtypes(hidden_MD.dtype)
+        gradients = LinearGradients(kernels, self._products, problem, need, dtypes, lift)
         wide_bias_V = _float_vector(bias_V)
-        for chunk in self._chunks(hidden_MD, weight_VD, rows_N, chunk_size):
+        for chunk in self._chunks(kernels, problem, chunk_size):
             where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, tasks_M, wanted_K)
             out_CV = chunk.dlogits_CV if any(need) else None
             kernels.chunk_gradient(chunk.logits_CV, out_CV, wide_bias_V, where, spec, results)
@@ -141,12 +169,12 @@ class CudaBackend:
         chunk_size: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """1F over the capacity."""
-        hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows = problem
+        hidden_MD, _, bias_V, targets_M, rows_N, num_rows = problem
         if hidden_MD.dtype == torch.float64:
             return portable.linear_rows_forward(problem, spec, chunk_size)
         kernels, wide_bias_V = self._kernels(hidden_MD.device), _float_vector(bias_V)
         results, stats_2M = _new_results(targets_M)
-        for chunk in self._chunks(hidden_MD, weight_VD, rows_N, chunk_size):
+        for chunk in self._chunks(kernels, problem, chunk_size):
             where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, None, None)
             kernels.chunk_gradient(chunk.logits_CV, None, wide_bias_V, where, spec, results)
         return results.loss_M, results.hit_M, stats_2M
@@ -163,20 +191,22 @@ class CudaBackend:
         grad_hidden_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """1F to compute the logits again, 1F for each of dX and dW, over the capacity."""
-        hidden_MD, weight_VD, bias_V, targets_M, rows_N, num_rows = problem
+        hidden_MD, _, bias_V, targets_M, rows_N, num_rows = problem
         if hidden_MD.dtype == torch.float64:
             return portable.linear_rows_backward(
                 problem, grad_M, stats_2M, grad_weight_out, need, spec, chunk_size, grad_hidden_dtype
             )
         kernels, wide_bias_V = self._kernels(hidden_MD.device), _float_vector(bias_V)
         grad_M = grad_M.to(torch.float32)
-        # What arrives at a position that is not computed is never looked at, here neither.
-        lift = lift_for(at_rows(grad_M, rows_N), hidden_MD.dtype, spec.scale)
+        lift = None
+        if hidden_MD.dtype == torch.float16:
+            # What arrives at a position that is not computed is never looked at, here neither.
+            lift = lift_for(at_rows(grad_M, rows_N), spec.scale)
         scale_M = (grad_M if lift is None else grad_M * lift.up).contiguous()
         dtypes = (grad_hidden_dtype, hidden_MD.dtype, hidden_MD.dtype)
-        gradients = LinearGradients(self._products, hidden_MD, weight_VD, need, dtypes, lift, grad_weight_out)
+        gradients = LinearGradients(kernels, self._products, problem, need, dtypes, lift, grad_weight_out)
         stats_2M = stats_2M.contiguous()
-        for chunk in self._chunks(hidden_MD, weight_VD, rows_N, chunk_size):
+        for chunk in self._chunks(kernels, problem, chunk_size):
             where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, None, scale_M)
             kernels.saved_gradient(chunk.logits_CV, chunk.dlogits_CV, wide_bias_V, where, spec, stats_2M)
             gradients.add(chunk)
@@ -220,23 +250,22 @@ class CudaBackend:
         else:
             self._kernels(grad.device).scale_gradient(grad, factor.to(torch.float32), out)
 
-    def _chunks(self, hidden_MD: Tensor, weight_VD: Tensor, rows_N: Tensor, chunk_size: int) -> Iterator[Chunk]:
+    def _chunks(self, kernels: Kernels, problem: LinearProblem, chunk_size: int) -> Iterator[Chunk]:
         """Yield the logits of at most C rows at a time, all in the same workspace."""
-        capacity, vocab_size = rows_N.shape[0], weight_VD.shape[0]
+        hidden_MD, weight_VD = problem.hidden_MD, problem.weight_VD
+        hidden_MD = hidden_MD if hidden_MD.stride(1) == 1 else hidden_MD.contiguous()
+        problem = problem._replace(hidden_MD=hidden_MD)
+        capacity, vocab_size = problem.rows_N.shape[0], weight_VD.shape[0]
         # Rows start at 16-byte boundaries whatever V is.
         stride = -(-vocab_size // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
         size = min(chunk_size or default_chunk(capacity, 4 * stride), capacity)
         workspace = torch.empty((size, stride), dtype=torch.float32, device=hidden_MD.device)
-        last = hidden_MD.shape[0] - 1
         for start in range(0, capacity, max(size, 1)):
-            rows_C = rows_N[start : start + size]
-            hidden_CD = hidden_MD.index_select(0, rows_C.clamp(max=last))
-            # A NaN behind the last row would survive its gradient of 0 in the products.
-            hidden_CD.masked_fill_((rows_C > last)[:, None], 0)
-            used = workspace[: rows_C.shape[0]]
+            used = workspace[: min(size, capacity - start)]
+            hidden_CD = kernels.gather_rows(problem, start, used.shape[0])
             logits_CV, dlogits_CV = used[:, :vocab_size], used.view(hidden_MD.dtype)[:, :vocab_size]
             self._products.wide(hidden_CD, weight_VD.t(), logits_CV)
-            yield Chunk(start, rows_C, hidden_CD, logits_CV, dlogits_CV, size == capacity)
+            yield Chunk(start, hidden_CD, logits_CV, dlogits_CV, size == capacity)
 
 
 def default_chunk(capacity: int, row_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""What the CUDA backend accumulates over the chunks of a batch: dX, dW and db, in float32, each rounded once.
+"""What the CUDA backend makes of the chunks of a batch: dX, dW and db, in float32, each rounded once.
 
 float16 cannot hold gradients divided by a million tokens. So there the gradient of the logits is lifted by a power of
 two before it is rounded, and the products are lowered again: both are exact.
@@ -7,13 +7,13 @@ two before it is rounded, and the products are lowered again: both are exact.
 # Shapes: M positions, C rows of one chunk, D hidden width, V vocabulary, B vocabulary rows of one block.
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .cuda_products import Products
-from .interface import Need
+from .interface import LinearProblem, Need
 
 # Bound on a block of dW in float32 where it is added to something else, and what its rows are a multiple of.
 BLOCK_BYTES, BLOCK_ROWS = 64 * 2**20, 128
@@ -28,11 +28,18 @@ class Lift(NamedTuple):
 
 class Chunk(NamedTuple):
     start: int  # of the chunk in rows_N
-    rows_C: Tensor
     hidden_CD: Tensor
     logits_CV: Tensor  # float32, without the bias
     dlogits_CV: Tensor  # the same memory, in the dtype of the hidden states
     only: bool  # there is no other chunk
+
+
+class RowKernels(Protocol):
+    """The launch that dX needs; :class:`~cotbal_kernels.cuda_kernels.KernelLibrary` documents it."""
+
+    def scatter_rows(
+        self, grad_CD: Tensor, factor: Tensor | None, problem: LinearProblem, start: int, out_MD: Tensor
+    ) -> None: ...
 
 
 class LinearGradients:
@@ -43,21 +50,21 @@ class LinearGradients:
 
     def __init__(
         self,
+        kernels: RowKernels,
         products: Products,
-        hidden_MD: Tensor,
-        weight_VD: Tensor,
+        problem: LinearProblem,
         need: Need,
         dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
         lift: Lift | None,
         into: Tensor | None = None,
     ) -> None:
-        self.products, self.weight_VD, self.dtypes, self.lift, self.into = products, weight_VD, dtypes, lift, into
+        self.kernels, self.products, self.problem = kernels, products, problem
+        self.dtypes, self.lift, self.into = dtypes, lift, into
         self.need_hidden, self.need_weight, self.need_bias = need
-        self.positions = hidden_MD.shape[0]
-        # One row more than positions, to write to for the rows that are none.
-        shape = (self.positions + 1, hidden_MD.shape[1]) if self.need_hidden else (0,)
-        self.hidden_MD = hidden_MD.new_zeros(shape, dtype=dtypes[0])
-        self.sum_bias_V = weight_VD.new_zeros(weight_VD.shape[:1] if self.need_bias else (0,), dtype=torch.float32)
+        hidden_MD, self.weight_VD = problem.hidden_MD, problem.weight_VD
+        self.hidden_MD = hidden_MD.new_zeros(hidden_MD.shape if self.need_hidden else (0,), dtype=dtypes[0])
+        bias_shape = self.weight_VD.shape[:1] if self.need_bias else (0,)
+        self.sum_bias_V = self.weight_VD.new_zeros(bias_shape, dtype=torch.float32)
         self.total_VD: Tensor | None = None  # lifted if float32
 
     def add(self, chunk: Chunk) -> None:
@@ -65,7 +72,8 @@ class LinearGradients:
         if self.need_hidden:
             grad_CD = chunk.hidden_CD.new_empty(chunk.hidden_CD.shape, dtype=torch.float32)
             self.products.wide(chunk.dlogits_CV, self.weight_VD, grad_CD)
-            self.hidden_MD.index_copy_(0, chunk.rows_C, self._lowered(grad_CD).to(self.dtypes[0]))
+            down = None if self.lift is None else self.lift.down
+            self.kernels.scatter_rows(grad_CD, down, self.problem, chunk.start, self.hidden_MD)
         if self.need_bias:
             self.sum_bias_V += chunk.dlogits_CV.sum(0, dtype=torch.float32)
         if self.need_weight:
@@ -102,7 +110,7 @@ class LinearGradients:
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of hidden states, weight and bias, each rounded once to its dtype."""
         bias_V = self._lowered(self.sum_bias_V).to(self.dtypes[2])
-        return self.hidden_MD[: self.positions], self._weight(), bias_V
+        return self.hidden_MD, self._weight(), bias_V
 
     def _weight(self) -> Tensor:
         total_VD, into = self.total_VD, self.into
@@ -123,13 +131,13 @@ class LinearGradients:
         return lifted if self.lift is None else lifted.mul_(self.lift.down)
 
 
-def lift_for(upstream: Tensor, dtype: torch.dtype, logit_scale: float) -> Lift | None:
-    """Bring the largest factor of a gradient to 8 ... 16 where float16 is what it is rounded to.
+def lift_for(upstream: Tensor, logit_scale: float) -> Lift | None:
+    """Bring the largest factor of a float16 gradient to 8 ... 16.
 
     Below 6e-5 float16 loses digits, and below 6e-8 everything, while a factor of 1e-6 is usual. Above, 65504 leaves
     room for a z-loss, whose factor 1 + 2 z_loss lse exceeds 1.
     """
-    if dtype != torch.float16 or upstream.numel() == 0:
+    if upstream.numel() == 0:
         return None
     exponent = torch.frexp(upstream.abs().amax() * logit_scale).exponent
     power = (4 - exponent.to(torch.int32)).clamp(-100, 100)

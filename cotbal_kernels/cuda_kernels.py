@@ -1,4 +1,4 @@
-"""The kernels of csrc/ for Python: where the library comes from, why it may be missing, and its four launches.
+"""The kernels of csrc/ for Python: where the library comes from, why it may be missing, and its launches.
 
 ``unavailable_reason()`` says whether the kernels can run on a device; ``load()`` returns them, compiling csrc/ on first
 use if no compiled library was installed. The launches check what the C API cannot see (device, dtype, layout) and turn
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_build
-from .interface import TokenLoss, compute_capability
+from .interface import LinearProblem, Targets, TokenLoss, compute_capability
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/numeric.cuh
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -29,6 +29,10 @@ _SIGNATURES = {
     "cotbal_saved_gradient": [*_CHUNK, *[_POINTER] * 2, _POINTER],
     "cotbal_task_sums": [*[_POINTER] * 3, _SIZE, _SIZE, *[_POINTER] * 2, _POINTER],
     "cotbal_scale_gradient": [_POINTER, _INT, _POINTER, _POINTER, _INT, _SIZE, _POINTER],
+    "cotbal_compact": [*[_POINTER] * 3, *[_SIZE] * 4, _INT, *[_POINTER] * 6, _SIZE, _POINTER],
+    "cotbal_task_scales": [*[_POINTER] * 4, _INT, _SIZE, *[_POINTER] * 2, _POINTER],
+    "cotbal_gather_rows": [_POINTER, _SIZE, *[_POINTER] * 2, *[_SIZE] * 3, _POINTER, _POINTER],
+    "cotbal_scatter_rows": [*[_POINTER] * 4, *[_SIZE] * 3, _POINTER, _INT, _POINTER],
 }
 _build_failure: str | None = None
 
@@ -128,6 +132,67 @@ class KernelLibrary:
         codes = _DTYPE_CODES[grad.dtype], _DTYPE_CODES[out.dtype]
         pointers = _pointer(grad), codes[0], _pointer(factor), _pointer(out), codes[1]
         self._launch("cotbal_scale_gradient", grad, *pointers, grad.numel())
+
+    def compact(
+        self,
+        labels_M: Tensor,
+        task_ids_M: Tensor,
+        task_weights_K: Tensor,
+        vocab_size: int,
+        ignore_index: int,
+        skip_zero: bool,
+        capacity: int,
+    ) -> Targets:
+        """The rows to compute and what belongs to them; int64 labels and task ids, float32 weights, contiguous."""
+        self._require_vectors((labels_M, task_ids_M, task_weights_K))
+        out = Targets.empty(labels_M, task_weights_K, capacity)
+        sizes = (labels_M.shape[0], task_weights_K.shape[0], vocab_size, ignore_index, skip_zero)
+        pointers = map(_pointer, (labels_M, task_ids_M, task_weights_K))
+        self._launch("cotbal_compact", labels_M, *pointers, *sizes, *map(_pointer, out), capacity)
+        return out
+
+    def task_scales(
+        self, task_weights_K: Tensor, tokens_K: Tensor, poison: Tensor, normalizer: Tensor | None, per_task: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Lambda over the normalizer and that, ``[K]`` both, as the protocol of backends says; all contiguous."""
+        self._require_vectors((task_weights_K, tokens_K, poison, normalizer))
+        out = task_weights_K.new_empty(task_weights_K.shape), task_weights_K.new_empty(task_weights_K.shape)
+        given = map(_pointer, (task_weights_K, tokens_K, poison, normalizer))
+        sizes = (per_task, task_weights_K.shape[0])
+        self._launch("cotbal_task_scales", task_weights_K, *given, *sizes, *map(_pointer, out))
+        return out
+
+    def gather_rows(self, problem: LinearProblem, start: int, rows: int) -> Tensor:
+        """Hidden states of the rows from ``start`` on ``[C, D]``, 0 where they are no position.
+
+        Float32, bfloat16 or float16, ``stride(1) == 1``, any row stride.
+        """
+        hidden_MD, size = problem.hidden_MD, problem.hidden_MD.element_size()
+        if hidden_MD.shape[1] > 1 and hidden_MD.stride(1) != 1:
+            raise ValueError(f"hidden must have neighbouring columns (stride 1), got stride {hidden_MD.stride(1)}")
+        self._require_vectors((problem.rows_N, problem.num_rows))
+        out_CD = hidden_MD.new_empty((rows, hidden_MD.shape[1]))
+        listed = (_pointer(problem.rows_N), _pointer(problem.num_rows), start, rows)
+        source = (_pointer(hidden_MD), hidden_MD.stride(0) * size)
+        self._launch("cotbal_gather_rows", hidden_MD, *source, *listed, hidden_MD.shape[1] * size, _pointer(out_CD))
+        return out_CD
+
+    def scatter_rows(
+        self, grad_CD: Tensor, factor: Tensor | None, problem: LinearProblem, start: int, out_MD: Tensor
+    ) -> None:
+        """``out[position] = grad * factor`` for the rows from ``start`` on, rounded once; rows that are none are left.
+
+        Args:
+            grad_CD: float32, contiguous.
+            factor: one float32, or None for 1.
+            out_MD: float32, bfloat16 or float16, contiguous.
+        """
+        if not grad_CD.is_contiguous() or grad_CD.dtype != torch.float32 or not out_MD.is_contiguous():
+            raise ValueError("grad must be contiguous and float32, and out contiguous")
+        self._require_vectors((problem.rows_N, problem.num_rows, factor))
+        listed = (_pointer(problem.rows_N), _pointer(problem.num_rows), start)
+        out = (_pointer(out_MD), _DTYPE_CODES[out_MD.dtype])
+        self._launch("cotbal_scatter_rows", grad_CD, _pointer(grad_CD), _pointer(factor), *listed, *grad_CD.shape, *out)
 
     def _chunk(
         self, logits_CV: Tensor, out_CV: Tensor | None, bias_V: Tensor | None, where: ChunkRows, spec: TokenLoss

@@ -39,6 +39,18 @@ class Targets(NamedTuple):
     rows_N: Tensor  # int64: the computed positions in ascending order, then M
     num_rows: Tensor  # int64 [1]: how many of rows_N are positions
 
+    @classmethod
+    def empty(cls, labels_M: Tensor, task_weights_K: Tensor, capacity: int) -> "Targets":
+        """Memory for them."""
+        return cls(
+            targets_M=torch.empty_like(labels_M, memory_format=torch.contiguous_format),
+            tasks_M=torch.empty_like(labels_M, memory_format=torch.contiguous_format),
+            tokens_K=labels_M.new_empty(task_weights_K.shape),
+            poison=task_weights_K.new_empty(()),
+            rows_N=labels_M.new_empty(capacity),
+            num_rows=labels_M.new_empty(1),
+        )
+
 
 class LinearProblem(NamedTuple):
     """A linear head, the hidden states that it projects, and the rows of them whose loss is wanted."""

@@ -23,7 +23,8 @@ def task_scales(
     """Lambda over the normalizer, 0 where that is 0, and the normalizer of every task; see the protocol of backends."""
     task_weights_K = task_weights_K + poison
     if normalizer is None:
-        normalizer = task_normalizer(task_weights_K, tokens_K, "task" if per_task else "token")
+        # Added once more: no task may be present.
+        normalizer = task_normalizer(task_weights_K, tokens_K, "task" if per_task else "token") + poison
     right = (normalizer >= 0) & (normalizer < torch.inf)
     denominator_K = torch.where(right, normalizer, torch.nan).expand(task_weights_K.shape).clone()
     return divide_or_zero(task_weights_K, denominator_K), denominator_K

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
+from .interface import Targets
 from .per_task import divide_or_zero
 from .refusals import refuse_double_backward
 
@@ -72,16 +73,7 @@ def _(
     capacity: int,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    targets_M, tasks_M = (labels_M.new_empty(labels_M.shape) for _ in range(2))
-    tokens_K = labels_M.new_empty(task_weights_K.shape)
-    return (
-        targets_M,
-        tasks_M,
-        tokens_K,
-        task_weights_K.new_empty(()),
-        labels_M.new_empty(capacity),
-        tokens_K.new_empty(1),
-    )
+    return tuple(Targets.empty(labels_M, task_weights_K, capacity))
 
 
 # --- scales of tasks: lambda over the normalizer ----------------------------------------------------------

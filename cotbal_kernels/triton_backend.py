@@ -111,14 +111,8 @@ def prepare_targets(
     if raises:
         check_target_values(labels_M, task_ids_M, task_weights_K, labels_M != ignore_index, vocab_size)
     size, num_tasks = labels_M.shape[0], task_weights_K.shape[0]
-    out = Targets(
-        targets_M=torch.empty_like(labels_M),
-        tasks_M=torch.empty_like(labels_M),
-        tokens_K=labels_M.new_zeros(num_tasks),
-        poison=task_weights_K.new_empty(()),
-        rows_N=labels_M.new_empty(capacity),
-        num_rows=labels_M.new_empty(1),
-    )
+    out = Targets.empty(labels_M, task_weights_K, capacity)
+    out.tokens_K.zero_()
     with on_device(labels_M):
         compact_kernel[(1,)](
             labels_M.contiguous(),

@@ -4,10 +4,14 @@
 // capture it) and returns a cudaError_t. Sizes and strides are in elements. Null pointers are allowed where said.
 // cotbal_kernels/cuda_kernels.py declares the same signatures and checks the arguments.
 #include <climits>
+#include <initializer_list>
 #include <type_traits>
 
 #include "chunk_gradient.cuh"
+#include "chunk_rows.cuh"
+#include "compact.cuh"
 #include "scale_gradient.cuh"
+#include "task_scales.cuh"
 #include "task_sums.cuh"
 
 namespace cotbal {
@@ -74,6 +78,27 @@ cudaError_t scale_to(const void* grad, const float* factor, void* out, int out_d
     return cudaErrorInvalidValue;
 }
 
+// Every pointer and size is a multiple of what one access moves.
+bool whole_accesses(int bytes, std::initializer_list<const void*> pointers, std::initializer_list<int64_t> sizes) {
+    for (const void* pointer : pointers) {
+        if (reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) != 0) return false;
+    }
+    for (const int64_t size : sizes) {
+        if (size % bytes != 0) return false;
+    }
+    return true;
+}
+
+template <typename Out>
+cudaError_t scatter_to(const float* source, const float* factor, const Positions& positions, int64_t chunk_rows,
+                       int64_t width, void* out, cudaStream_t stream) {
+    constexpr int kPer = 4;
+    const bool whole = width % kPer == 0 && whole_accesses(kPer * sizeof(float), {source}, {}) &&
+                       whole_accesses(kPer * sizeof(Out), {out}, {});
+    return launch(whole ? scatter_rows_kernel<Out, kPer> : scatter_rows_kernel<Out, 1>, chunk_rows, kRowThreads, stream,
+                  source, factor, positions, width, static_cast<Out*>(out));
+}
+
 }  // namespace
 }  // namespace cotbal
 
@@ -132,6 +157,50 @@ int cotbal_scale_gradient(const void* grad, int grad_dtype, const float* factor,
     if (grad_dtype == kFloat32) return scale_to<float>(grad, factor, out, out_dtype, count, stream);
     if (grad_dtype == kBFloat16) return scale_to<bf16>(grad, factor, out, out_dtype, count, stream);
     if (grad_dtype == kFloat16) return scale_to<fp16>(grad, factor, out, out_dtype, count, stream);
+    return cudaErrorInvalidValue;
+}
+
+// Kernel E. `labels` and `task_ids` [M], `weights` [K] to `targets`, `tasks` [M], `tokens` [K], `poison` [1],
+// `rows` [capacity] and `num_rows` [1].
+int cotbal_compact(const int64_t* labels, const int64_t* task_ids, const float* weights, int64_t positions,
+                   int64_t num_tasks, int64_t vocab, int64_t ignore_index, int skip_zero, int64_t* targets,
+                   int64_t* tasks, int64_t* tokens, float* poison, int64_t* rows, int64_t* num_rows, int64_t capacity,
+                   cudaStream_t stream) {
+    return launch(compact_kernel, 1, kCompactThreads, stream,
+                  Supervision{labels, task_ids, weights, positions, num_tasks, vocab, ignore_index, skip_zero},
+                  Targets{targets, tasks, tokens, poison, rows, num_rows, capacity});
+}
+
+// Kernel F. `normalizer` null: that of `tokens`; else [1], or [K] where `per_task`. `scale` and `denominator` [K].
+int cotbal_task_scales(const float* weights, const int64_t* tokens, const float* poison, const float* normalizer,
+                       int per_task, int64_t num_tasks, float* scale, float* denominator, cudaStream_t stream) {
+    return launch(task_scales_kernel, 1, kTaskScaleThreads, stream, weights, poison,
+                  Normalizer{normalizer, tokens, per_task}, num_tasks, scale, denominator);
+}
+
+// Kernel G. `source` has positions as rows, `stride` bytes apart, `out` the rows of the chunk, `row_bytes` each, without
+// gaps. Values of two bytes or more.
+int cotbal_gather_rows(const void* source, int64_t stride, const int64_t* rows, const int64_t* num_rows, int64_t start,
+                       int64_t chunk_rows, int64_t row_bytes, void* out, cudaStream_t stream) {
+    const Positions positions{rows, num_rows, nullptr, start};
+    const auto by = [&](auto unit) {
+        using Unit = decltype(unit);
+        return launch(gather_rows_kernel<Unit>, chunk_rows, kRowThreads, stream, static_cast<const Unit*>(source),
+                      stride / static_cast<int64_t>(sizeof(Unit)), positions,
+                      row_bytes / static_cast<int64_t>(sizeof(Unit)), static_cast<Unit*>(out));
+    };
+    using Whole = Pack<uint32_t, 4>;
+    return whole_accesses(sizeof(Whole), {source, out}, {stride, row_bytes}) ? by(Whole()) : by(uint16_t());
+}
+
+// Kernel H. `source` is [chunk_rows, width] float32, `out` [M, width]; `factor` is one float32 or null.
+int cotbal_scatter_rows(const float* source, const float* factor, const int64_t* rows, const int64_t* num_rows,
+                        int64_t start, int64_t chunk_rows, int64_t width, void* out, int out_dtype,
+                        cudaStream_t stream) {
+    const Positions positions{rows, num_rows, nullptr, start};
+    if (out_dtype == kFloat32) return scatter_to<float>(source, factor, positions, chunk_rows, width, out, stream);
+    if (out_dtype == kBFloat16) return scatter_to<bf16>(source, factor, positions, chunk_rows, width, out, stream);
+    if (out_dtype == kFloat16) return scatter_to<fp16>(source, factor, positions, chunk_rows, width, out, stream);
     return cudaErrorInvalidValue;
 }
 

@@ -10,6 +10,7 @@ namespace cotbal {
 
 constexpr int kWarp = 32;
 constexpr int kMaxWarps = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
 
 struct Add {
     template <typename T>
@@ -30,7 +31,7 @@ template <typename T, typename Combine>
 __device__ T warp_reduce(T value, Combine combine) {
 #pragma unroll
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-        value = combine(value, __shfl_xor_sync(0xffffffffu, value, distance));
+        value = combine(value, __shfl_xor_sync(kWholeWarp, value, distance));
     }
     return value;
 }

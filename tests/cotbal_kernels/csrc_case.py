@@ -1,13 +1,17 @@
 """Shared by the tests of the kernels of csrc/: random rows in every layout, and their float64 results."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_cpu import cpu_kernels
+from cuda_on_cpu.as_ptx import ptx_kernels
 from loss_problems import FP32
 from torch import Tensor
 
-from cotbal_kernels.cuda_kernels import ChunkRows, RowResults
+from cotbal_kernels.cuda_build import find_nvcc
+from cotbal_kernels.cuda_kernels import ChunkRows, KernelLibrary, RowResults
 from cotbal_kernels.interface import TokenLoss
 
 # Shapes: C rows of a chunk, M positions, V vocabulary, K tasks.
@@ -107,6 +111,28 @@ def in_front(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
     ratio = logits_CV.element_size() // dtype.itemsize
     flat = torch.empty(0, dtype=dtype).set_(logits_CV.untyped_storage())
     return flat.as_strided(logits_CV.shape, (logits_CV.stride(0) * ratio, 1), logits_CV.storage_offset() * ratio)
+
+
+class WithoutLaunches(KernelLibrary):
+    """Checks its arguments, notes the launch, and does nothing."""
+
+    def __init__(self, device_type: str) -> None:
+        self.path, self.device_type = Path("none"), device_type
+        self.launched: list[str] = []
+
+    def _launch(self, name: str, on: Tensor, *arguments: object) -> None:
+        self._require_device(on)
+        self.launched.append(name)
+
+
+@pytest.fixture(params=["host", "90a"], name="kernels")
+def compiled(request: pytest.FixtureRequest) -> KernelLibrary:
+    """Compiled by the host's compiler, and by nvcc."""
+    if request.param == "host":
+        return cpu_kernels()
+    if find_nvcc() is None:
+        pytest.skip(NO_NVCC)
+    return ptx_kernels(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,8 @@
 
 On a CPU the programs (blocks) of a launch run one after the other, so a result that needs that order looks right. Here
 every access is noted with its program: memory outside every tensor that the kernel was given is an error, and so is
-memory that one program stores and another one loads or stores. Atomic operations may meet each other; what a program
-loads behind one that acquires is taken to be ordered by it.
+memory that one program stores and another one loads or stores. Atomic operations may meet each other, and plain ones
+of the same program; what a program loads behind one that acquires is taken to be ordered by it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,7 +74,7 @@ class Accesses:
         return ((addresses - self.shifts[at])[:, None] + np.arange(size)).ravel()
 
     def _by_others(self, seen: np.ndarray, program: int, places: np.ndarray | None = None) -> bool:
-        others = (seen != _NOBODY) & (seen != program)
+        others = (seen != _NOBODY) & (seen != program) & (seen != self.program)
         return bool(np.count_nonzero(others if places is None else others & ~self.benign[places]))
 
     def load(self, addresses: np.ndarray, size: int) -> None:
@@ -98,4 +98,6 @@ class Accesses:
             raise AssertionError(f"{self.kernel}: several programs store to the same memory")
         if not ordered and self._by_others(self.reader[places], program, places):
             raise AssertionError(f"{self.kernel}: a program loads what another one stores in the same launch")
-        self.writer[places] = program
+        # What a program stores and then adds to atomically stays its own: another one might add before that store.
+        own = (self.writer[places] == self.program) & (program == _ATOMIC)
+        self.writer[places] = np.where(own, self.program, program)

@@ -1,16 +1,19 @@
 """What a step of the CUDA backend costs, on the CPU build of its kernels: reads by the host, memory, products."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from csrc_backend_case import arguments, linear_loss, needs_compiler, registered  # noqa: F401
+from csrc_case import WithoutLaunches
 from cuda_on_cpu import WideningProducts, kernels_for
 from loss_problems import FP32, error, make_problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cotbal_kernels import cuda_backend
+from bench.full_size import Operators
+from cotbal_kernels import backends, cuda_backend, linear_task_cross_entropy
 from cotbal_kernels.cuda_backend import CudaBackend
 from cotbal_kernels.interface import TokenLoss
 from cotbal_kernels.reference import reference_linear_task_cross_entropy
@@ -142,3 +145,46 @@ def test_products_and_buffers() -> None:
     backend.linear_rows_backward(problem, torch.ones(30), stats, torch.zeros(V, D), need, spec, 20, bf16)
     add = ("add", (V, D), f32)
     assert products.calls == [("wide", (20, V), f32), add, ("wide", (10, V), f32), add]
+
+
+class NoProducts:
+    """Each would be one launch."""
+
+    def wide(self, left: Tensor, right: Tensor, out: Tensor) -> None: ...
+
+    def add(self, total: Tensor, left: Tensor, right: Tensor) -> None: ...
+
+    def rounded(self, left: Tensor, right: Tensor, out: Tensor) -> None: ...
+
+
+# Zeros for losses, hits, statistics, dX and db, two for the loss, lse, the upstream gradient, and one that is a launch
+# of ours: the preparation of the targets.
+# float16 is lifted and lowered; 16-bit dW of several chunks is rounded in the end.
+@pytest.mark.parametrize(
+    ("dtype", "chunks", "operators"),
+    [
+        (torch.float32, 1, 10),
+        (torch.float32, 4, 10),
+        (torch.bfloat16, 1, 10),
+        (torch.bfloat16, 4, 11),
+        (torch.float16, 4, 25),
+    ],
+)
+def test_operators_beside_the_launches(dtype: torch.dtype, chunks: int, operators: int) -> None:
+    """A step takes a few operators of PyTorch, none of them once a chunk, and three launches a chunk."""
+    kernels = WithoutLaunches("cpu")
+    backends.register_backend("recorded", CudaBackend(lambda device: kernels, NoProducts()))
+    try:
+        hidden, weight = (torch.empty(rows, 16, dtype=dtype, requires_grad=True) for rows in (24, 40))
+        labels, lam = torch.zeros(24, dtype=torch.int64), torch.ones(3)
+        with Operators() as counted:
+            out = linear_task_cross_entropy(
+                hidden, weight, labels, labels, lam, backend="recorded", chunk_size=24 // chunks
+            )
+            out.loss.backward()
+    finally:
+        del backends.BACKENDS["recorded"]
+    assert counted.count == operators
+    of_chunk = dict.fromkeys(("cotbal_gather_rows", "cotbal_chunk_gradient", "cotbal_scatter_rows"), chunks)
+    once = dict.fromkeys(("cotbal_compact", "cotbal_task_scales", "cotbal_task_sums"), 1)
+    assert Counter(kernels.launched) == {**of_chunk, **once, "cotbal_scale_gradient": 2}

@@ -9,11 +9,11 @@ from csrc_case import (
     F16,
     F32,
     FORMATS,
-    NO_NVCC,
     PLAIN,
     SENTINEL,
     Case,
     check_gradient,
+    compiled,  # noqa: F401 (a fixture, "kernels")
     everything,
     one_thread,  # noqa: F401 (a fixture)
     oracle,
@@ -27,25 +27,14 @@ from cuda_on_cpu import (
     find_compiler,
     schedule,
 )
-from cuda_on_cpu.as_ptx import PtxKernels, ptx_kernels
+from cuda_on_cpu.as_ptx import PtxKernels
 from loss_problems import FP32
 from torch import Tensor
 
-from cotbal_kernels.cuda_build import find_nvcc
 from cotbal_kernels.cuda_kernels import ChunkRows, KernelLibrary, RowResults
 from cotbal_kernels.interface import TokenLoss
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler: CXX, g++, c++")
-
-
-@pytest.fixture(params=["host", "90a"])
-def kernels(request: pytest.FixtureRequest) -> KernelLibrary:
-    """Compiled by the host's compiler, and by nvcc."""
-    if request.param == "host":
-        return cpu_kernels()
-    if find_nvcc() is None:
-        pytest.skip(NO_NVCC)
-    return ptx_kernels(request.param)
 
 
 # Threads and columns per tile are 128 and 2048 up to 4096 columns, 512 and 8192 up to 65536, 1024 and 16384 beyond:

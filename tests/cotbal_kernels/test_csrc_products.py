@@ -3,13 +3,13 @@
 import pytest
 import torch
 from csrc_backend_case import arguments, assert_same, linear_loss, needs_compiler, registered  # noqa: F401
-from cuda_on_cpu import WideningProducts, kernels_for
+from cuda_on_cpu import WideningProducts, cpu_kernels, kernels_for
 from loss_problems import FP32, error, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cotbal_kernels import backends, cuda_backend, cuda_gradients, cuda_products, ops
 from cotbal_kernels.cuda_backend import CudaBackend
-from cotbal_kernels.interface import Backend, TokenLoss
+from cotbal_kernels.interface import Backend, LinearProblem, TokenLoss
 from cotbal_kernels.reference import reference_linear_task_cross_entropy
 
 pytestmark = needs_compiler
@@ -140,9 +140,11 @@ def test_sums_over_chunks_are_rounded_once(into: bool) -> None:
     )
     buffer, before = (weight.clone(), weight.double()) if into else (None, torch.zeros(9, 5).double())
     dtypes = (torch.bfloat16,) * 3
-    sums = cuda_gradients.LinearGradients(WideningProducts(), hidden, weight, (True,) * 3, dtypes, None, buffer)
-    for rows in torch.arange(12).split(4):
-        sums.add(cuda_gradients.Chunk(int(rows[0]), rows, hidden[rows], torch.empty(0), dlogits[rows], False))
+    every = torch.arange(12)
+    problem = LinearProblem(hidden, weight, None, every, every, torch.tensor([12]))
+    sums = cuda_gradients.LinearGradients(cpu_kernels(), WideningProducts(), problem, (True,) * 3, dtypes, None, buffer)
+    for rows in every.split(4):
+        sums.add(cuda_gradients.Chunk(int(rows[0]), hidden[rows], torch.empty(0), dlogits[rows], False))
     _, grad_weight, grad_bias = sums.rounded()
     exact = before + dlogits.double().t() @ hidden.double()
     for found, wanted in ((buffer if into else grad_weight, exact), (grad_bias, dlogits.double().sum(0))):
@@ -156,7 +158,7 @@ def test_sums_over_chunks_are_rounded_once(into: bool) -> None:
 
 def test_lifts_are_powers_of_two_however_small_the_gradient() -> None:
     for largest in (1e25, 1.0, 1e-38, 1e-45, 0.0):
-        lift = cuda_gradients.lift_for(torch.tensor([0.0, -largest]), torch.float16, 0.5)
+        lift = cuda_gradients.lift_for(torch.tensor([0.0, -largest]), 0.5)
         assert lift is not None
         assert float(lift.up) > 0
         assert float(lift.up) * float(lift.down) == 1

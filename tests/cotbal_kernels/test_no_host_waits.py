@@ -6,17 +6,19 @@ between host and device is too (it waits, and no CUDA graph can capture it). ``t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from csrc_case import WithoutLaunches
+from cuda_on_cpu import WideningProducts
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cotbal_kernels import functional, linear_task_cross_entropy, portable, task_cross_entropy
-from cotbal_kernels.interface import LinearProblem, TokenLoss
+from cotbal_kernels import cuda_kernels, functional, linear_task_cross_entropy, portable, task_cross_entropy
+from cotbal_kernels.cuda_backend import CudaBackend
+from cotbal_kernels.interface import Backend, LinearProblem, TokenLoss
 
 M, D, V, K = 24, 16, 40, 3
 
@@ -79,7 +81,7 @@ def test_around_the_ops(
     task_cross_entropy(logits, *rest, **options).loss.sum().backward()
 
 
-def run_backend(backend: ModuleType, dtype: torch.dtype, spec: TokenLoss, chunk_size: int) -> None:
+def run_backend(backend: Backend, dtype: torch.dtype, spec: TokenLoss, chunk_size: int) -> None:
     """Every function of a backend once; frozen sides too."""
     hidden, weight, labels, task_ids, task_weights = (tensor.detach() for tensor in tensors(dtype))
     targets = backend.prepare_targets(labels, task_ids, task_weights, V, -100, True, False, M - 3)
@@ -145,3 +147,13 @@ def test_triton(
         with ahead_of_time.recorded() as launches:
             run_backend(triton_backend, dtype, spec, chunk_size)
         assert {"compact_kernel", "project_kernel", "scale_kernel"} <= {one.kernel.__name__ for one in launches}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["plain", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda(watched: None, dtype: torch.dtype, spec: TokenLoss) -> None:
+    kernels = WithoutLaunches("meta")
+    backend = CudaBackend(lambda device: kernels, WideningProducts())
+    for chunk_size in (0, 7):
+        run_backend(backend, dtype, spec, chunk_size)
+    assert set(kernels.launched) == set(cuda_kernels._SIGNATURES)

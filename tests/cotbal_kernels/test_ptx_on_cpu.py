@@ -129,6 +129,9 @@ def test_wide_integers(data: st.DataObject) -> None:
     assert apply("bfe.s32 {}, {}, 3, 5", x, out=torch.int32).tolist() == [wrapped(n >> 3, 5) for n in low]
     assert apply("bfe.u32 {}, {}, 3, 5", x, out=torch.int32).tolist() == [(n >> 3) % 32 for n in low]
     assert apply("popc.b32 {}, {}", x, out=torch.int32).tolist() == [(n % 2**32).bit_count() for n in a]
+    assert apply("clz.b32 {}, {}", x, out=torch.int32).tolist() == [32 - (n % 2**32).bit_length() for n in a]
+    inserted = [(q % 2**32) & ~(31 << 3) | (p % 32) << 3 for p, q in zip(a, b, strict=True)]
+    assert apply("bfi.b32 {}, {}, {}, 3, 5", x, y, out=torch.int32).tolist() == [wrapped(n, 32) for n in inserted]
     pieces = [(p % 2**32).to_bytes(4, "little") + (q % 2**32).to_bytes(4, "little") for p, q in zip(a, b, strict=True)]
     chosen = [int.from_bytes(bytes(piece[at] for at in (2, 7, 0, 4)), "little", signed=True) for piece in pieces]
     assert apply("prmt.b32 {}, {}, {}, 0x4072U", x, y, out=torch.int32).tolist() == chosen
@@ -244,6 +247,9 @@ def test_lanes() -> None:
     }
     for operation, wanted in shuffled.items():
         assert apply(f"shfl.sync.{operation}", x, out=torch.int32).tolist() == wanted
+    votes = sum((value > 0) << lane for lane, value in enumerate(values))
+    ballot = "setp.gt.s32 %p1, {1}, 0;\nvote.sync.ballot.b32 {0}, %p1, -1"
+    assert apply(ballot, x, out=torch.int32).tolist() == [wrapped(votes, 32)] * WARP
     assert apply("redux.sync.max.s32 {}, {}, -1", x, out=torch.int32).tolist() == [max(values)] * WARP
     y = awkward(3)
     assert float(y[y == y].max()) == math.inf

@@ -1,7 +1,6 @@
-"""Parts of the Triton backend: packing of the targets, sums per task, scales, windows of rows."""
+"""Parts of the Triton backend: sums per task, scales of rows, windows of rows."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ pytest.importorskip("triton")
 from interpreter import interpreted
 from triton_on_cpu import INTERPRETED
 
-from cotbal_kernels import portable
 from cotbal_kernels.triton_kernels import configs
 from cotbal_kernels.triton_kernels.dlogits import dlogits_kernel
 from cotbal_kernels.triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
@@ -22,46 +20,6 @@ from cotbal_kernels.triton_kernels.project import project_kernel
 from cotbal_kernels.triton_kernels.row_losses import row_losses_kernel
 from cotbal_kernels.triton_kernels.row_scales import Scale
 from cotbal_kernels.triton_kernels.slices import window_rows
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    size=st.integers(0, 100),  # blocks of 32
-    ignored=st.sampled_from([0.0, 0.5, 1.0]),
-    zeros=st.integers(0, 2),
-    skip_zero=st.booleans(),
-    bound=st.sampled_from([None, 0, 7, 64]),
-    wrong=st.sampled_from([None, "label", "task", "weight"]),
-    seed=st.integers(0, 1000),
-)
-def test_prepare_targets_is_numpy(size, ignored, zeros, skip_zero, bound, wrong, seed) -> None:
-    """Stable order of the packed rows, counts, what fills the rest, and the poison."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 20, size)
-    labels[rng.random(size) < ignored] = -1
-    tasks, weights = rng.integers(0, 3, size), rng.random(3).astype(np.float32)
-    weights[:zeros] = 0
-    capacity = size if bound is None else min(bound, size)
-    valid_tasks = tasks.copy()
-    if wrong and size:
-        {"label": labels, "task": tasks, "weight": weights}[wrong][0] = {"label": 20, "task": -2, "weight": np.inf}[
-            wrong
-        ]
-        valid_tasks = tasks.clip(0, 2)
-    found = INTERPRETED.prepare_targets(
-        *map(torch.from_numpy, (labels.copy(), tasks.copy(), weights.copy())), 20, -1, skip_zero, False, capacity
-    )
-    supervised = labels != -1
-    computed = supervised & (weights[valid_tasks] != 0) if skip_zero else supervised
-    rows = np.flatnonzero(computed)
-    assert found.num_rows.tolist() == [len(rows)]
-    assert found.rows_N.tolist() == [*rows[:capacity], *[size] * (capacity - len(rows[:capacity]))]
-    assert found.targets_M.tolist() == np.where(computed, labels.clip(0, 19), -1).tolist()
-    assert found.tasks_M.tolist() == valid_tasks.tolist()
-    assert found.tokens_K.tolist() == np.bincount(valid_tasks[supervised], minlength=3).tolist()
-    bad = len(rows) > capacity or (labels > 19).any() or (supervised & (tasks < 0)).any() or np.isinf(weights).any()
-    assert bool(found.poison.isnan()) == bool(bad)
-    assert bad or float(found.poison) == 0
 
 
 @pytest.mark.parametrize("size", [1, 15, 53])
@@ -78,40 +36,6 @@ def test_task_sums_bit_by_bit(size: int) -> None:
             lanes[: len(here)] += here
         assert sums_K[task].numpy() == np.float32(lanes.sum())
         assert correct_K[task] == hit[tasks == task].sum()
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    num_tasks=st.sampled_from([1, 3, 300]),  # blocks of 256
-    per_task=st.booleans(),
-    own=st.booleans(),
-    bad=st.sampled_from([None, "poison", -1.0, math.inf, math.nan]),
-    seed=st.integers(0, 1000),
-)
-def test_scales_of_tasks_are_numpy(num_tasks: int, per_task: bool, own: bool, bad: Any, seed: int) -> None:
-    """Absent tasks and a normalizer of 0 among them; what is out of range is NaN, in its own task if it is per task."""
-    rng = np.random.default_rng(seed)
-    weights, tokens = rng.random(num_tasks).astype(np.float32), rng.integers(0, 4, num_tasks)
-    given = rng.integers(0, 3, num_tasks if per_task else ()).astype(np.float32)
-    if own:
-        total = (weights.astype(np.float64) * (tokens > 0 if per_task else tokens)).sum()
-        denominator = total * tokens if per_task else np.full(num_tasks, total)
-    else:
-        if isinstance(bad, float):
-            np.atleast_1d(given)[...] = np.where(np.arange(given.size) == 0, bad, given)
-        denominator = np.broadcast_to(given.astype(np.float64), num_tasks)
-        denominator = np.where((denominator >= 0) & np.isfinite(denominator), denominator, math.nan)
-    expected = np.divide(weights, denominator, out=np.zeros(num_tasks), where=denominator != 0)
-    if bad == "poison":
-        expected = np.where(denominator != 0, math.nan, 0) if not own else np.full(num_tasks, math.nan)
-    poison = torch.tensor(math.nan if bad == "poison" else 0.0)
-    arguments = (torch.from_numpy(weights), torch.from_numpy(tokens), poison)
-    arguments += (None if own else torch.from_numpy(given), per_task)
-    for backend in (INTERPRETED, portable):
-        scale_K, denominator_K = backend.task_scales(*arguments)
-        np.testing.assert_allclose(scale_K.numpy(), expected, rtol=1e-6)
-        if bad != "poison" or not own:
-            np.testing.assert_allclose(denominator_K.numpy(), denominator, rtol=1e-6)
 
 
 @settings(max_examples=20, deadline=None)

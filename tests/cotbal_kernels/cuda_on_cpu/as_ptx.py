@@ -47,7 +47,8 @@ class PtxKernels(KernelLibrary):
         self._ptx, self._tensors, self._failure = ptx, [], None
         self._blocks: dict[tuple[str, int], Block] = {}
         self._callback = _ELSEWHERE(self._run)  # kept: the library calls it
-        for name in ("chunk_gradient", "saved_gradient", "task_sums", "scale_gradient"):
+        launches = (name for name, value in vars(KernelLibrary).items() if callable(value) and name[0] != "_")
+        for name in launches:
             setattr(self, name, self._noting_tensors(getattr(self, name)))
 
     def _noting_tensors(self, launch: Callable[..., Any]) -> Callable[..., Any]:

@@ -215,6 +215,29 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
     return cuda_on_cpu::shuffle(value, cuda_on_cpu::lane() ^ static_cast<unsigned>(distance));
 }
 
+template <typename T>
+T __shfl_sync(unsigned, T value, int from) {
+    return cuda_on_cpu::shuffle(value, static_cast<unsigned>(from));
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+    const unsigned lane = cuda_on_cpu::lane(), by = static_cast<unsigned>(distance);
+    return cuda_on_cpu::shuffle(value, lane < by ? lane : lane - by);
+}
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+    unsigned votes = static_cast<unsigned>(vote) << cuda_on_cpu::lane();
+    for (int distance = 16; distance > 0; distance /= 2) votes |= __shfl_xor_sync(~0u, votes, distance);
+    return votes;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }
+
+inline void atomicAdd(unsigned long long* address, unsigned long long value) { *address += value; }
+
 inline float __uint_as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof(value));

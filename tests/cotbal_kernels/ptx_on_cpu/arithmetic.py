@@ -354,6 +354,26 @@ def _extract_bits(block: Block, operation: Operation) -> Action:
     return lambda mask: np.copyto(out, (value << up) >> down, where=mask)
 
 
+@decodes("bfi")
+def _insert_bits(block: Block, operation: Operation) -> Action:
+    to, source, base, start, length = operation.operands
+    if operation.type not in ("b32", "b64"):
+        raise NotImplementedError(operation.opcode)
+    kind = "u" + operation.type[1:]
+    inserted, into, out = block.read(source, kind), block.read(base, kind), block.write(to, kind)
+    first, bits = out.dtype.type(int(start, 0)), out.dtype.type(2 ** int(length, 0) - 1)
+    return lambda mask: np.copyto(out, (into & ~(bits << first)) | ((inserted & bits) << first), where=mask)
+
+
+@decodes("clz")
+def _leading_zeros(block: Block, operation: Operation) -> Action:
+    if operation.type != "b32":
+        raise NotImplementedError(operation.opcode)
+    value, out = block.read(operation.operands[1], "u32"), block.write(operation.operands[0], "u32")
+    # frexp of a float64 is exact: the exponent is the number of digits.
+    return lambda mask: np.copyto(out, (32 - np.frexp(value.astype(np.float64))[1]).astype(np.uint32), where=mask)
+
+
 @decodes("popc")
 def _population(block: Block, operation: Operation) -> Action:
     if operation.type != "b32":

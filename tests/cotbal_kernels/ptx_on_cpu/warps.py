@@ -79,6 +79,23 @@ def _reduce(block: Block, operation: Operation) -> Action:
     return reduce
 
 
+@decodes("vote")
+def _ballot(block: Block, operation: Operation) -> Action:
+    if operation.opcode != "vote.sync.ballot.b32":
+        raise NotImplementedError(operation.opcode)
+    to, voted, members = operation.operands
+    check = require_all_lanes(block, members)
+    vote, out = block.read(voted, "pred"), block.write(to, "u32")
+
+    def ballot(mask: Mask) -> None:
+        check(mask)
+        lanes = np.broadcast_to(vote, block.threads).reshape(block.warps, WARP)
+        bits = (lanes.astype(np.uint32) << np.arange(WARP, dtype=np.uint32)).sum(1, dtype=np.uint32)
+        np.copyto(out, np.repeat(bits, WARP), where=mask)
+
+    return ballot
+
+
 @decodes("elect")
 def _elect(block: Block, operation: Operation) -> Action:
     to, _, flag = operation.operands[0].partition("|")

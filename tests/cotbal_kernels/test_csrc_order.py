@@ -120,7 +120,7 @@ def test_a_missing_barrier_is_noticed(without_barriers: Path, tmp_path: Path) ->
 def test_a_missing_barrier_is_noticed_as_compiled(without_barriers: Path, tmp_path: Path) -> None:
     broken = PtxKernels(ptx_kernels("80").path, compile_to_ptx("80", without_barriers, tmp_path))
     assert is_right(broken)  # all threads keep together: what makes the other order necessary
-    with warps_take_turns(broken, seed=1):
+    with warps_take_turns(broken, 1):
         assert not is_right(broken)
 
 

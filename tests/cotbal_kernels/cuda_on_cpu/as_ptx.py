@@ -1,7 +1,7 @@
 """The kernels of csrc/ as nvcc compiles them for a GPU, run as PTX on the CPU; host code is that of the CPU build.
 
 kernels = ptx_kernels("80")             # the launches alone; "90a" for Hopper
-with warps_take_turns(kernels, seed=3): ...
+with warps_take_turns(kernels, 3): ...
 """
 
 import atexit
@@ -104,9 +104,12 @@ class PtxKernels(KernelLibrary):
 
 
 @contextmanager
-def warps_take_turns(kernels: PtxKernels, seed: int) -> Iterator[None]:
-    """Let the warps of a block run one by one from barrier to barrier, in an order drawn at random."""
-    kernels.turns = random.Random(seed).choice
+def warps_take_turns(kernels: PtxKernels, order: int | Callable[[list[int]], int]) -> Iterator[None]:
+    """Let the warps of a block run one by one, each until its threads part or wait, as ``order`` chooses among them.
+
+    A number is the seed of a random choice. ``max`` is unfair: the last warp goes as far as it can first.
+    """
+    kernels.turns = random.Random(order).choice if isinstance(order, int) else order
     try:
         yield
     finally:

@@ -232,16 +232,16 @@ class CudaBackend:
         stats_2M: Tensor,
         spec: TokenLoss,
         chunk_size: int,
-    ) -> Tensor:
+        out_MV: Tensor,
+    ) -> None:
         """One launch over all positions: the logits are read once more."""
         if logits_MV.dtype == torch.float64:
-            return portable.logits_rows_backward(grad_M, logits_MV, targets_M, stats_2M, spec, chunk_size)
-        out_MV = torch.empty_like(logits_MV, memory_format=torch.contiguous_format)
+            portable.logits_rows_backward(grad_M, logits_MV, targets_M, stats_2M, spec, chunk_size, out_MV)
+            return
         where = ChunkRows(None, None, 0, targets_M, None, grad_M.to(torch.float32).contiguous())
         logits_MV = _rows_of_neighbours(logits_MV)
         kernels = self._kernels(logits_MV.device)
         kernels.saved_gradient(logits_MV, out_MV, None, where, spec, stats_2M.contiguous())
-        return out_MV
 
     def scale_gradient(self, grad: Tensor, factor: Tensor, out: Tensor) -> None:
         """One pass, none in place where the factor is 1."""

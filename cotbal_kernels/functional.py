@@ -218,6 +218,7 @@ def task_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     differentiable_tasks: bool = False,
+    inplace_backward: bool = False,
     backend: str = "auto",
     chunk_size: int | None = None,
     check: bool = False,
@@ -227,6 +228,12 @@ def task_cross_entropy(
     Same arguments and edge cases. ``task_loss`` is differentiable at no extra cost if
     ``differentiable_tasks``. The backward pass reads the logits again and allocates nothing but their
     gradient and one chunk.
+
+    Args:
+        inplace_backward: write the gradient of the logits over the logits, half of the memory. After the backward pass
+            they hold it, so anything else whose backward pass needs them, a second one of this loss too, is a
+            ``RuntimeError`` of autograd. Logits without a memory of their own in rows (expanded, transposed) are
+            left alone, as they are while a compiler traces, which plans memory itself.
     """
     validation.check_scores("logits", logits)
     validation.check_task_weights(task_weights, "logits", logits)
@@ -266,12 +273,14 @@ def task_cross_entropy(
     targets = _prepare(
         labels, task_ids, task_weights, vocab_size, ignore_index, shift, differentiable_tasks, check, None, backend
     )
+    logits_MV = logits.reshape(-1, vocab_size)
     rows = ops.task_ce_rows(
-        logits.reshape(-1, vocab_size),
+        logits_MV,
         targets.targets_M,
         _token_loss(vocab_size, **token_loss),
         chunk_size or 0,
         backend,
+        inplace_backward and not torch.compiler.is_compiling() and _rows_apart(logits_MV),
     )
     return _aggregate_rows(
         rows, targets, task_weights, normalizer, aggregation, labels.shape, differentiable_tasks, backend
@@ -377,6 +386,12 @@ def _token_loss(
     vocab_size: int, logit_scale: float, logit_softcap: float | None, label_smoothing: float, z_loss: float
 ) -> TokenLoss:
     return TokenLoss(logit_softcap or 0.0, label_smoothing, z_loss, logit_scale, label_smoothing / vocab_size)
+
+
+def _rows_apart(logits_MV: Tensor) -> bool:
+    """No element is in two places, and columns are neighbours."""
+    rows, columns = logits_MV.shape
+    return (columns <= 1 or logits_MV.stride(1) == 1) and (rows <= 1 or logits_MV.stride(0) >= columns)
 
 
 def _needs_grad(tensor: Tensor) -> bool:

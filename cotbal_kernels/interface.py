@@ -183,8 +183,12 @@ class Backend(Protocol):
         stats_2M: Tensor,
         spec: TokenLoss,
         chunk_size: int,
-    ) -> Tensor:
-        """Gradient of the logits in their dtype; zero rows where not computed."""
+        out_MV: Tensor,
+    ) -> None:
+        """Gradient of the logits into ``out_MV`` of their dtype, zero rows where not computed.
+
+        ``out_MV`` may be ``logits_MV`` itself if its rows lie apart and columns are neighbours.
+        """
         ...
 
     def scale_gradient(self, grad: Tensor, factor: Tensor, out: Tensor) -> None:

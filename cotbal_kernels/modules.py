@@ -129,6 +129,10 @@ class LinearTaskCrossEntropy(_TaskWeighted):
 class TaskCrossEntropy(_TaskWeighted):
     """:func:`task_cross_entropy` with lambda and the options fixed, as :class:`LinearTaskCrossEntropy`."""
 
+    def __init__(self, task_weights: Tensor, *, inplace_backward: bool = False, **options: Any) -> None:
+        super().__init__(task_weights, **options)
+        self.options["inplace_backward"] = inplace_backward
+
     def forward(
         self, logits: Tensor, labels: Tensor, task_ids: Tensor, *, normalizer: Tensor | float | None = None
     ) -> TaskLoss:

@@ -222,16 +222,27 @@ def logits_rows_forward(
 
 
 def logits_rows_backward(
-    grad_M: Tensor, logits_MV: Tensor, targets_M: Tensor, stats_2M: Tensor, spec: TokenLoss, chunk_size: int
-) -> Tensor:
+    grad_M: Tensor,
+    logits_MV: Tensor,
+    targets_M: Tensor,
+    stats_2M: Tensor,
+    spec: TokenLoss,
+    chunk_size: int,
+    out_MV: Tensor,
+) -> None:
     """The logits are read again."""
     wide = compute_dtype(logits_MV.dtype)
-    grad_logits_MV = logits_MV.new_zeros((_with_spare(targets_M), logits_MV.shape[1]))
-    for rows_C in _row_chunks(*_all_rows(targets_M), logits_MV.shape[1], chunk_size, CACHE_BYTES):
+    rows_N, num_rows = _all_rows(targets_M)
+    if not on_cpu(targets_M):  # one after the other: those that are not computed need a place too
+        rows_N = torch.arange(targets_M.shape[0], device=targets_M.device)
+    for rows_C in _row_chunks(rows_N, num_rows, logits_MV.shape[1], chunk_size, CACHE_BYTES):
         logits_CV = _gather(logits_MV, rows_C, wide)
         _gradient_in_blocks(logits_CV, rows_C, targets_M, grad_M, stats_2M, spec)
-        _put_rows(grad_logits_MV, rows_C, logits_CV)
-    return grad_logits_MV[: targets_M.shape[0]]
+        _put_rows(out_MV, rows_C, logits_CV)
+    if on_cpu(targets_M):
+        out_MV.index_fill_(0, (targets_M < 0).nonzero()[:, 0], 0)
+    else:
+        out_MV.masked_fill_((targets_M < 0)[:, None], 0)
 
 
 def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> None:

@@ -324,13 +324,19 @@ def logits_rows_forward(
 
 
 def logits_rows_backward(
-    grad_M: Tensor, logits_MV: Tensor, targets_M: Tensor, stats_2M: Tensor, spec: TokenLoss, chunk_size: int
-) -> Tensor:
+    grad_M: Tensor,
+    logits_MV: Tensor,
+    targets_M: Tensor,
+    stats_2M: Tensor,
+    spec: TokenLoss,
+    chunk_size: int,
+    out_MV: Tensor,
+) -> None:
     """Every logit read once more and its gradient written."""
     if logits_MV.dtype == torch.float64:
-        return portable.logits_rows_backward(grad_M, logits_MV, targets_M, stats_2M, spec, chunk_size)
+        portable.logits_rows_backward(grad_M, logits_MV, targets_M, stats_2M, spec, chunk_size, out_MV)
+        return
     logits_MV = logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
-    out_MV = logits_MV.new_empty(logits_MV.shape)
     if targets_M.numel():
         block = _logits_block(logits_MV)
         with on_device(logits_MV):
@@ -349,7 +355,6 @@ def logits_rows_backward(
                 BLOCK=block,
                 num_warps=8,
             )
-    return out_MV
 
 
 def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> None:

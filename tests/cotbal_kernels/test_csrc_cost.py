@@ -53,7 +53,7 @@ def test_nothing_is_read_back_to_the_host(cuda_on_cpu: CudaBackend, dtype: torch
         for into in (None, torch.zeros(67, 24), torch.zeros(67, 24, dtype=dtype)):
             cuda_on_cpu.linear_rows_backward(problem, grad_M, stats, into, need, spec, 7, dtype)
         *_, stats = cuda_on_cpu.logits_rows_forward(logits, targets.targets_M, spec, 0)
-        cuda_on_cpu.logits_rows_backward(grad_M, logits, targets.targets_M, stats, spec, 0)
+        cuda_on_cpu.logits_rows_backward(grad_M, logits, targets.targets_M, stats, spec, 0, logits)
     assert watch.synchronised == []
     assert watch.largest > 0
     with Watch() as watch:

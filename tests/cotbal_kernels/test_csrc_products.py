@@ -88,8 +88,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
         (ops.scale_gradient_, (weight.detach().clone(), torch.tensor(3.0), "cuda_on_cpu")),
         (ops.linear_task_ce_rows_backward, (*backward, None, every, spec, *end, torch.float32)),
         (ops.linear_task_ce_rows_backward, (*backward, torch.zeros(11, 8), every, spec, *end, dtype)),
-        (ops.task_ce_rows, (logits, where, spec, *end)),
+        (ops.task_ce_rows, (logits, where, spec, *end, False)),
         (ops.task_ce_rows_backward, (grad, logits.detach(), where, stats, spec, *end)),
+        (ops.task_ce_rows_backward_, (grad, logits.detach().clone(), where, stats, spec, *end)),
     ):
         torch.library.opcheck(op, args)
 

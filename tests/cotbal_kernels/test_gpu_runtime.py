@@ -165,8 +165,9 @@ def test_opcheck(backend: str) -> None:
         (ops.linear_task_ce_rows, (p.hidden, p.weight, p.bias, *common, None, spec, *end)),
         (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end, torch.float32)),
         (ops.linear_task_ce_rows_backward, (*backward, buffer, (True, True, False), spec, *end, torch.bfloat16)),
-        (ops.task_ce_rows, (logits, targets, spec, *end)),
+        (ops.task_ce_rows, (logits, targets, spec, *end, False)),
         (ops.task_ce_rows_backward, (backward[0], logits.detach(), targets, stats, spec, *end)),
+        (ops.task_ce_rows_backward_, (backward[0], logits.detach().clone(), targets, stats, spec, *end)),
     ]
     for op, arguments in samples:
         torch.library.opcheck(op, arguments)

@@ -98,7 +98,8 @@ def run_backend(backend: Backend, dtype: torch.dtype, spec: TokenLoss, chunk_siz
         backend.linear_rows_backward(problem, grad_M, stats_2M, into, (True, True, True), spec, chunk_size, dtype)
     logits = hidden @ weight.t()
     _, _, stats_2M = backend.logits_rows_forward(logits, targets.targets_M, spec, chunk_size)
-    backend.logits_rows_backward(grad_M, logits, targets.targets_M, stats_2M, spec, chunk_size)
+    for out in (torch.empty_like(logits), logits):
+        backend.logits_rows_backward(grad_M, logits, targets.targets_M, stats_2M, spec, chunk_size, out)
     for out in (torch.empty_like(logits, dtype=torch.float32), logits):
         backend.scale_gradient(logits, grad_M.sum(), out)
 

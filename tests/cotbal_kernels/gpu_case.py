@@ -70,12 +70,6 @@ def require(backend: str) -> None:
             pytest.skip(f"{backend}: {reason}")
 
 
-def require_unread_values(backend: str) -> None:
-    """Skip where bad values are an error at once, since they are known without a wait."""
-    if backend == "cuda_on_cpu":
-        pytest.skip("values on a CPU are checked, and raise")
-
-
 def gpu_problem(*args: Any, **kwargs: Any) -> Problem:
     """``make_problem`` on the device; every floating-point tensor is a leaf."""
     p = make_problem(*args, **kwargs)

@@ -36,7 +36,7 @@ from .interface import (
     saved_grad_dtypes,
 )
 from .triton_kernels.compact import compact_kernel
-from .triton_kernels.configs import blocks_for, programs_for
+from .triton_kernels.configs import COMPILED, blocks_for, programs_for
 from .triton_kernels.head import Head, KeptRows, RowResults, num_blocks, on_device
 from .triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
 from .triton_kernels.row_losses import task_sums_kernel
@@ -128,6 +128,7 @@ def prepare_targets(
             BLOCK=blocks_for(labels_M.device).compact,
             BLOCK_K=256,
             num_warps=16,
+            **COMPILED,
         )
     if raises:
         check_capacity(out.num_rows, capacity)
@@ -150,6 +151,7 @@ def task_scales(
             task_weights_K.shape[0],
             PER_TASK=per_task,
             BLOCK=256,
+            **COMPILED,
         )
     return scale_K, denominator_K
 
@@ -161,7 +163,14 @@ def task_sums(loss_M: Tensor, hit_M: Tensor, tasks_M: Tensor, num_tasks: int) ->
     loss_K, correct_K = loss_M.new_empty(num_tasks), hit_M.new_empty(num_tasks)
     with on_device(loss_M):
         task_sums_kernel[(num_tasks,)](
-            loss_M, hit_M, tasks_M, loss_K, correct_K, loss_M.shape[0], BLOCK=blocks_for(loss_M.device).task_sums
+            loss_M,
+            hit_M,
+            tasks_M,
+            loss_K,
+            correct_K,
+            loss_M.shape[0],
+            BLOCK=blocks_for(loss_M.device).task_sums,
+            **COMPILED,
         )
     return loss_K, correct_K
 
@@ -319,6 +328,7 @@ def logits_rows_forward(
                 HAS_SMOOTHING=spec.smoothing > 0,
                 BLOCK=_logits_block(logits_MV),
                 num_warps=8,
+                **COMPILED,
             )
     return rows.loss_M, rows.hit_M, rows.stats_2M
 
@@ -354,6 +364,7 @@ def logits_rows_backward(
                 HAS_SOFTCAP=spec.softcap > 0,
                 BLOCK=block,
                 num_warps=8,
+                **COMPILED,
             )
 
 
@@ -366,7 +377,14 @@ def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> None:
         programs = min(num_blocks(grad.numel(), block), 8 * programs_for(grad.device))
         with on_device(grad):
             scale_kernel[(programs,)](
-                grad, factor.to(torch.float32), out, grad.numel(), IN_PLACE=out is grad, BLOCK=block, num_warps=8
+                grad,
+                factor.to(torch.float32),
+                out,
+                grad.numel(),
+                IN_PLACE=out is grad,
+                BLOCK=block,
+                num_warps=8,
+                **COMPILED,
             )
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..convergence_update import MAX_RATIO, MAX_SCALE, Settings, State
+from .configs import COMPILED
 
 NUM_WARPS = 8  # with 4, the pass over 2048 peaks spills
 
@@ -292,5 +293,6 @@ class ConvergenceKernel:
                 settings.slopes_kept,
                 **self.constants,
                 num_warps=NUM_WARPS,
+                **COMPILED,
             )
         return output

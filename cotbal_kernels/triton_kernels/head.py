@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..interface import LinearProblem, TokenLoss
 from .compact import pack_kernel
-from .configs import Tiles, blocks_for, can_use_tma, programs_for, tiles_for
+from .configs import COMPILED, Tiles, blocks_for, can_use_tma, programs_for, tiles_for
 from .dlogits import dlogits_kernel
 from .grad_hidden import grad_hidden_kernel
 from .grad_weight import grad_bias_kernel, grad_weight_kernel
@@ -152,6 +152,7 @@ class Head:
             hidden_MD.stride(0),
             PAD_ROWS=self.tiles.grad_weight.depth,
             BLOCK=blocks_for(hidden_MD.device).pack,
+            **COMPILED,
         )
         return packed_ND
 
@@ -237,6 +238,7 @@ class Head:
             BLOCK_V=self.block,
             BLOCK_T=32,
             BLOCK_M=32,
+            **COMPILED,
         )
 
     def statistics(self, rows: int) -> TileStatistics:
@@ -293,6 +295,7 @@ class Head:
             PAD_ROWS=self.tiles.grad_weight.depth,
             BLOCK_V=self.block,
             BLOCK_T=max(1, 2048 // self.block),
+            **COMPILED,
         )
 
     def grad_hidden(
@@ -357,11 +360,12 @@ class Head:
             dlogits.stride(0),
             BLOCK_V=block,
             BLOCK_M=64,
+            **COMPILED,
         )
 
 
 def _launch(tile: Tile) -> dict[str, int]:
-    return {"GROUP": tile.group, "num_warps": tile.warps, "num_stages": tile.stages}
+    return {"GROUP": tile.group, "num_warps": tile.warps, "num_stages": tile.stages, **COMPILED}
 
 
 def num_blocks(size: int, block: int) -> int:

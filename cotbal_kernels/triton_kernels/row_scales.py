@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import blocks_for
+from .configs import COMPILED, blocks_for
 
 
 @triton.jit(do_not_specialize=["num_tasks"])
@@ -131,5 +131,6 @@ class Scale(NamedTuple):
             logit_scale,
             BLOCK=blocks_for(source.device).row_scales,
             num_warps=8,
+            **COMPILED,
         )
         return scale

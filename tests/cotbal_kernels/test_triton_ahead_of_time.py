@@ -74,6 +74,7 @@ def test_what_is_compiled_is_what_is_launched(capability: int) -> None:
         assert {"width", "weight_stride", "out_stride"} <= launch.aligned
         assert not {"row_start", "vocab_stop"} & launch.aligned  # differ from slice to slice
     assert len({launch.key for launch in launches}) == len(launches)
+    assert all(launch.options["enable_fp_fusion"] for launch in launches)  # whatever this Triton's default is
 
 
 @pytest.mark.slow

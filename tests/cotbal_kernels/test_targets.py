@@ -8,7 +8,7 @@ import pytest
 import torch
 from cuda_on_cpu import SHUFFLED, WideningProducts, cpu_backend, find_compiler, schedule
 from cuda_on_cpu.as_ptx import ptx_kernels, warps_take_turns
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cotbal_kernels import portable
@@ -135,6 +135,8 @@ def test_threads_may_come_in_any_order(kind: str) -> None:
     bad=st.sampled_from([None, "poison", -1.0, math.inf, math.nan]),
     seed=st.integers(0, 1000),
 )
+@example(num_tasks=3, per_task=False, own=False, bad="poison", seed=0)
+@example(num_tasks=1, per_task=True, own=True, bad="poison", seed=2)  # no task at all: 0, but for the poison
 def test_scales_of_tasks_are_numpy(
     tried: Tried, num_tasks: int, per_task: bool, own: bool, bad: Any, seed: int
 ) -> None:

@@ -23,11 +23,14 @@ def checks_requested(check: bool) -> bool:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Refuse anything that is not a tensor of this rank alone."""
+    """Refuse anything that is not a dense tensor of this rank alone."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if hasattr(value, "placements") and hasattr(value, "device_mesh"):
         raise ValueError(f"{name} must be a plain tensor, got a DTensor; pass {name}.full_tensor(), or to_local()")
+    if value.is_nested or value.layout != torch.strided:
+        got = f"a nested one; pass {name}.values()" if value.is_nested else f"{value.layout}; pass {name}.to_dense()"
+        raise ValueError(f"{name} must be a dense tensor, got {got}")
 
 
 def require_number(name: str, value: object) -> None:

@@ -19,6 +19,14 @@ LINEAR = [
     ({"hidden": [1.0]}, "hidden must be a torch.Tensor, got list"),
     ({"hidden": torch.zeros(3, 17, 24, dtype=torch.int64)}, "hidden must be bfloat16.*got torch.int64"),
     ({"hidden": torch.zeros(24)}, r"hidden must have at least two dimensions.*got \(24,\)"),
+    (
+        {"weight": torch.ones(67, 24).to_sparse()},
+        r"weight must be a dense tensor, got torch.sparse_coo; pass .*to_dense",
+    ),
+    (
+        {"hidden": torch.nested.as_nested_tensor([torch.ones(2, 24)], layout=torch.jagged)},
+        r"hidden must be a dense.*nested.*values\(\)",
+    ),
     ({"weight": torch.zeros(67, 23)}, r"weight must be \[V, 24\].*got \(67, 23\)"),
     ({"weight": torch.zeros(0, 24)}, "weight must have at least one vocabulary row"),
     ({"weight": torch.zeros(67, 24).bfloat16()}, "weight must have the dtype of hidden.*got torch.bfloat16"),

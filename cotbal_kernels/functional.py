@@ -176,31 +176,33 @@ def linear_task_cross_entropy(
     hidden_MD = hidden.reshape(-1, hidden.shape[-1])
     spec = _token_loss(all_rows, **token_loss)
     where = (chunk_size or 0, backend)
-    how = (task_weights, normalizer, aggregation, labels.shape, differentiable_tasks, backend)
+    by_rows = aggregation == "none" or differentiable_tasks or recompute or grad_weight_out is not None
+    if shard is None and not by_rows:  # gradients in the forward pass
+        scale_K = _task_scale(task_weights, targets, normalizer, aggregation, backend)
+        needs = (_needs_grad(hidden), _needs_grad(weight), bias is not None and _needs_grad(bias))
+        loss, task_loss_K, task_correct_K, lse_M, *_ = ops.linear_task_ce(
+            hidden_MD,
+            weight,
+            bias,
+            targets.targets_M,
+            targets.tasks_M,
+            targets.rows_N,
+            targets.num_rows,
+            scale_K,
+            needs,
+            spec,
+            *where,
+        )
+        return TaskLoss(loss, task_loss_K, targets.tokens_K, task_correct_K, lse_M.reshape(labels.shape))
     if shard is not None:
         rows, targets = sharded_rows(hidden_MD, weight, bias, targets, grad_weight_out, shard, spec, *where, check)
-        return _aggregate_rows(rows, targets, *how)
-    if aggregation == "none" or differentiable_tasks or recompute or grad_weight_out is not None:
+    else:
         rows = ops.linear_task_ce_rows(
             hidden_MD, weight, bias, targets.targets_M, targets.rows_N, targets.num_rows, grad_weight_out, spec, *where
         )
-        return _aggregate_rows(rows, targets, *how)
-    scale_K = _task_scale(task_weights, targets, normalizer, aggregation, backend)
-    needs = (_needs_grad(hidden), _needs_grad(weight), bias is not None and _needs_grad(bias))
-    loss, task_loss_K, task_correct_K, lse_M, *_ = ops.linear_task_ce(
-        hidden_MD,
-        weight,
-        bias,
-        targets.targets_M,
-        targets.tasks_M,
-        targets.rows_N,
-        targets.num_rows,
-        scale_K,
-        needs,
-        spec,
-        *where,
+    return _aggregate_rows(
+        rows, targets, task_weights, normalizer, aggregation, labels.shape, differentiable_tasks, backend
     )
-    return TaskLoss(loss, task_loss_K, targets.tokens_K, task_correct_K, lse_M.reshape(labels.shape))
 
 
 def task_cross_entropy(

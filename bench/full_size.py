@@ -2,27 +2,36 @@
 
 Launches are recorded instead of executed, as on an H100; memory is allocated as there, but nobody writes to it. So what
 is counted is what the backend asks for: bytes beside inputs and gradients, matrix products in units of
-F = 2 N V D flop over the N supervised rows, and operators of PyTorch beside our launches.
+F = 2 N V D flop over the N supervised rows, operators of PyTorch beside our launches, and reads of the host.
 """
 
 # Shapes: M positions, N supervised rows, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime.jit import JITFunction
 
-from cotbal_kernels import backends, linear_task_cross_entropy, portable, triton_backend
-from cotbal_kernels.triton_kernels import ahead_of_time, configs
+from cotbal_kernels import linear_task_cross_entropy
+from cotbal_kernels.triton_kernels import ahead_of_time
+from cotbal_kernels.triton_kernels.ahead_of_time import Launch
 
+# Whatever makes the host wait for a value of the device.
+SYNCHRONISING = (
+    "item",
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "is_nonzero",
+    "unique_dim",
+    "_unique2",
+)
 H100 = ahead_of_time.LIMITS[90]._replace(multiprocessors=132)
 
 
@@ -65,52 +74,16 @@ STEPS = {
 }
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch with its sizes; no tensor, which would live longer than it does."""
-
-    kernel: str
-    values: dict[str, int]
-
-    @property
-    def flop(self) -> int:
-        """Of the matrix product, over the rows that it is given."""
-        if self.kernel not in ("project_kernel", "grad_hidden_kernel", "grad_weight_kernel"):
-            return 0
-        given = self.values
-        return int(2 * given["row_count"] * (given["vocab_stop"] - given["vocab_start"]) * given["width"])
-
-
-@contextmanager
-def _recorded(launches: list[Launch]) -> Iterator[None]:
-    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-        values = {name: value for name, value in given.items() if isinstance(value, int)}
-        launches.append(Launch(kernel.__name__, values))
-
-    backends.register_backend("recorded", triton_backend)
-    try:
-        with (
-            mock.patch.object(triton_backend, "prepare_targets", portable.prepare_targets),
-            mock.patch.object(configs, "limits_of", mock.Mock(return_value=H100)),
-            mock.patch.object(JITFunction, "run", record),
-        ):
-            yield
-    finally:
-        del backends.BACKENDS["recorded"]
-
-
-def run(step: Step, watched: Callable[[], AbstractContextManager[Any]]) -> list[Launch]:
-    """The launches of a step, made while ``watched()`` is entered."""
+def run(step: Step, watched: AbstractContextManager[Any]) -> list[Launch]:
+    """The launches of a step, made inside of ``watched``."""
     hidden_MD = torch.empty(step.M, step.D, dtype=step.dtype, requires_grad=step.need[0])
     weight_VD = torch.empty(step.V, step.D, dtype=step.dtype, requires_grad=step.need[1])
     labels_M = torch.zeros(step.M, dtype=torch.int64)
     labels_M[step.N :] = -100
     task_ids_M, task_weights_K = torch.zeros_like(labels_M), torch.ones(2)
-    launches: list[Launch] = []
-    with _recorded(launches), watched():
+    with ahead_of_time.backend_on(H100) as backend, ahead_of_time.recorded() as launches, watched:
         out = linear_task_cross_entropy(
-            hidden_MD, weight_VD, labels_M, task_ids_M, task_weights_K, backend="recorded", **step.options
+            hidden_MD, weight_VD, labels_M, task_ids_M, task_weights_K, backend=backend, **step.options
         )
         if any(step.need):
             out.loss.sum().backward()
@@ -118,21 +91,23 @@ def run(step: Step, watched: Callable[[], AbstractContextManager[Any]]) -> list[
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that write memory, from autograd and inside our ops too: on a GPU each is a launch.
+    """Counts operators that write memory, each a launch on a GPU, and those that make the host wait for a value of the
+    device: from autograd and inside our ops too.
 
-    ``prepare_targets`` is one, a fill of the counts: its place is taken by the portable one here.
+    ``prepare_targets`` counts as one that writes, a fill of the counts: its place is taken by the portable one here.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.writing = self.synchronising = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "cotbal" and func.overloadpacket.__name__ != "prepare_targets":
             with self:  # a mode is off while it is asked, and sees nothing of what an op does
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        self.count += _writes(func, args, out)
+        self.writing += _writes(func, args, out)
+        self.synchronising += func.overloadpacket.__name__ in SYNCHRONISING
         return out
 
 
@@ -154,4 +129,12 @@ def gradient_bytes(step: Step) -> int:
 
 def products(step: Step, launches: list[Launch]) -> float:
     """Matrix products in units of F."""
-    return sum(launch.flop for launch in launches) / (2 * step.N * step.V * step.D)
+    return sum(map(_flop, launches)) / (2 * step.N * step.V * step.D)
+
+
+def _flop(launch: Launch) -> int:
+    """Of the matrix product, over the rows that it is given."""
+    if launch.kernel.__name__ not in ("project_kernel", "grad_hidden_kernel", "grad_weight_kernel"):
+        return 0
+    given = launch.integers
+    return 2 * given["row_count"] * (given["vocab_stop"] - given["vocab_start"]) * given["width"]

@@ -2,12 +2,12 @@
 
 Counted, not timed, so any machine gives the same numbers:
 
-- matrix products of the portable backend, in units of F = 2 N V D flop over the N supervised rows;
-- host synchronisations of the Triton backend between its launches (0 is what CUDA graphs need);
-- peak bytes of tensors that either backend allocates beyond what it returns;
-- the same at the sizes of real models, for the Triton backend, and its matrix products there;
-- operators of PyTorch beside the launches of such a step, each of which is a small launch of its own;
-- Triton launches of each step, and registers, spills and shared memory of every kernel, compiled for sm_90.
+- matrix products of the portable backend, in units of F = 2 N V D flop over the N supervised rows, and peak bytes of
+  tensors that a step of it allocates;
+- both for the Triton backend at the sizes of real models, bytes beside inputs and gradients;
+- launches of its steps, operators of PyTorch beside them, each of which is a small launch of its own, and host
+  synchronisations between them (0 is what CUDA graphs need);
+- registers, spills and shared memory of every kernel, compiled for sm_90.
 
     python -m bench guard            # compare
     python -m bench guard --update   # a deliberate change: commit the new baseline with the reason for it
@@ -19,17 +19,13 @@ import gc
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import full_size
@@ -50,35 +46,16 @@ STEPS: dict[str, tuple[tuple[bool, bool], dict[str, Any]]] = {
     "recompute": ((True, True), {"recompute": True}),
     "none": ((True, True), {"aggregation": "none"}),
 }
-TRITON_STEPS: dict[str, dict[str, Any]] = {"train": {}, "recompute": {"recompute": True}}
-# Whatever makes the host wait for a value of the device.
-SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2")
-
-
-class _Synchronisations(TorchDispatchMode):
-    """Counts the operators that read a value back to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in SYNCHRONISING:
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class _Counted:
-    """A backend whose functions run under a counter. The counters see nothing of custom operators from outside."""
+    """The portable backend, its functions under a counter, which sees nothing of custom operators from outside."""
 
-    def __init__(self, backend: Any, counter: Callable[[], Any]) -> None:
-        self._backend, self._counter = backend, counter
+    def __init__(self, counter: Callable[[], Any]) -> None:
+        self._counter = counter
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(self._backend, name)
-        if name == "prepare_targets":  # PyTorch on a CPU, where it checks values; on a GPU one launch
-            return function
+        function = getattr(portable, name)
 
         def counted(*args: Any) -> Any:
             with self._counter():
@@ -88,8 +65,8 @@ class _Counted:
 
 
 @contextmanager
-def _registered(backend: Any, counter: Callable[[], Any]) -> Iterator[str]:
-    backends.register_backend("counted", _Counted(backend, counter))
+def _registered(counter: Callable[[], Any]) -> Iterator[str]:
+    backends.register_backend("counted", _Counted(counter))
     try:
         yield "counted"
     finally:
@@ -134,7 +111,7 @@ def count_products() -> dict[str, dict[str, float]]:
                     yield
                 total += counter.get_total_flops()
 
-            with _registered(portable, counting) as backend:
+            with _registered(counting) as backend:
                 _step(need, rows, backend, options)()
             counts[name][share] = round(total / (2 * rows * V * D), 6)
     return counts
@@ -184,95 +161,44 @@ class _Peak:
             self.bytes = max(self.bytes, now)
 
 
-def count_launches() -> dict[str, dict[str, Any]]:
-    """One training step of the Triton backend on sm_90: launches of each kernel, host synchronisations between them,
-    and peak bytes of what its forward or its backward pass allocates, results included."""
-    from cotbal_kernels import triton_backend
-
-    launches: dict[str, dict[str, int]] = {}
-    synchronisations: dict[str, int] = {}
-    allocated: dict[str, int] = {}
-    record = ahead_of_time.recorded
-    for name, options in TRITON_STEPS.items():
-        kept: list[list[ahead_of_time.Launch]] = []
-        counter, peak = _Synchronisations(), _Peak()
-
-        @contextmanager
-        def both(counter: _Synchronisations = counter, peak: _Peak = peak) -> Iterator[None]:
-            with peak, counter:
-                yield
-
-        @contextmanager
-        def keeping(kept: list[list[ahead_of_time.Launch]] = kept) -> Iterator[list[ahead_of_time.Launch]]:
-            with record() as found:
-                kept.append(found)
-                yield found
-
-        register = backends.register_backend
-
-        def counted(
-            name: str,
-            backend: Any,
-            both: Callable[[], Any] = both,
-            register: Callable[[str, Any], None] = register,
-        ) -> None:
-            register(name, _Counted(backend, both) if backend is triton_backend else backend)
-
-        with (
-            mock.patch.object(ahead_of_time, "recorded", keeping),
-            mock.patch.object(backends, "register_backend", counted),
-        ):
-            ahead_of_time.training_launches(CAPABILITY, torch.bfloat16, [options])
-        launches[name] = dict(sorted(Counter(launch.name for launch in kept[0]).items()))
-        synchronisations[name] = sum(counter.found.values())
-        allocated[name] = peak.bytes
-    return {"launches": launches, "synchronisations": synchronisations, "triton_bytes": allocated}
-
-
 def count_full_size() -> dict[str, dict[str, Any]]:
     """Steps of the Triton backend at real sizes: peak bytes beside inputs and gradients, and products of F."""
     extra: dict[str, int] = {}
     products: dict[str, float] = {}
     for name, step in full_size.STEPS.items():
         peak = _Peak()
-        launches = full_size.run(step, lambda peak=peak: peak)  # type: ignore[misc]
+        launches = full_size.run(step, peak)
         extra[name] = peak.bytes - full_size.gradient_bytes(step)
         products[name] = round(full_size.products(step, launches), 4)
     return {"full_size_bytes": extra, "full_size_products": products}
 
 
-def count_operators() -> dict[str, int]:
-    """Operators of PyTorch in a step of the Triton backend that write memory."""
-    counts = {}
+def count_launches() -> dict[str, dict[str, Any]]:
+    """Steps of the Triton backend: launches of each kernel, operators of PyTorch that write memory beside them, and
+    host synchronisations."""
+    launches: dict[str, dict[str, int]] = {}
+    operators: dict[str, int] = {}
+    synchronisations: dict[str, int] = {}
     for name, (need, options) in STEPS.items():
-        operators = full_size.Operators()
-        full_size.run(full_size.Step(M, V, D, need, options), lambda operators=operators: operators)  # type: ignore[misc]
-        counts[name] = operators.count
-    return counts
+        beside = full_size.Operators()
+        made = full_size.run(full_size.Step(M, V, D, need, options), beside)
+        launches[name] = dict(Counter(launch.name for launch in made))
+        operators[name], synchronisations[name] = beside.writing, beside.synchronising
+    return {"launches": launches, "operators": operators, "synchronisations": synchronisations}
 
 
-def count_resources(workers: int = 2) -> dict[str, dict[str, Any]]:
+def count_resources() -> dict[str, dict[str, Any]]:
     """Registers per thread, spilled bytes and shared bytes of every kernel of a plain step, on sm_90."""
-    number = len(ahead_of_time.training_launches(CAPABILITY, torch.bfloat16, ahead_of_time.PLAIN))
-    # Not forked: threads of torch would leave locks behind that nobody opens.
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        compiled = list(pool.map(_compile, range(number)))
     resources: dict[str, dict[str, Any]] = {}
-    for name, used in sorted(compiled, key=lambda item: (item[0], sorted(item[1].items(), key=str))):
+    for _, name, used in ahead_of_time.resource_table([CAPABILITY], torch.bfloat16, features=False):
         unique = name if name not in resources else f"{name} #{sum(key.startswith(name) for key in resources) + 1}"
-        resources[unique] = used
+        resources[unique] = {
+            "registers": used.registers,
+            "spills": used.spills,
+            "shared": used.shared,
+            "matrix_instructions": used.matrix_instructions,
+        }
     return resources
-
-
-def _compile(index: int) -> tuple[str, dict[str, Any]]:
-    launch = ahead_of_time.training_launches(CAPABILITY, torch.bfloat16, ahead_of_time.PLAIN)[index]
-    used = ahead_of_time.compile_launch(launch, CAPABILITY)
-    return launch.name, {
-        "registers": used.registers,
-        "spills": used.spills,
-        "shared": used.shared,
-        "matrix_instructions": used.matrix_instructions,
-    }
 
 
 def count_work() -> dict[str, Any]:
@@ -284,7 +210,6 @@ def count_work() -> dict[str, Any]:
         "workspace_bytes": count_workspace(),
         **count_launches(),
         **count_full_size(),
-        "operators": count_operators(),
         "triton": triton.__version__,
         f"sm_{CAPABILITY}": count_resources(),
     }
@@ -310,8 +235,8 @@ def compare(baseline: dict[str, Any], found: dict[str, Any]) -> tuple[list[str],
     """
     problems: list[str] = []
     hints: list[str] = []
-    sections = ["products", "workspace_bytes", "triton_bytes", "launches", "synchronisations"]
-    sections += ["full_size_bytes", "full_size_products", "operators"]
+    sections = ["products", "workspace_bytes", "full_size_bytes", "full_size_products"]
+    sections += ["launches", "operators", "synchronisations"]
     if baseline["triton"] == found["triton"]:
         sections.append(f"sm_{CAPABILITY}")
     else:

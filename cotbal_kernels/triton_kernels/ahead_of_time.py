@@ -12,9 +12,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -46,8 +48,6 @@ SHOWN = (
     "USE_TMA",
     "IN_PLACE",
 )
-
-
 SHOWN_RESOURCES = ("registers", "spills", "loop_spills", "shared", "matrix_instructions")
 
 
@@ -60,6 +60,7 @@ class Launch:
     constexprs: Mapping[str, Any]
     aligned: frozenset[str]  # arguments that are multiples of 16
     options: Mapping[str, int]
+    integers: Mapping[str, int] = field(default_factory=dict)  # run-time arguments
 
     @property
     def name(self) -> str:
@@ -68,7 +69,7 @@ class Launch:
         for key in SHOWN:
             value = self.constexprs.get(key)
             if value:
-                features.append(shown["WRITE"][value] if key == "WRITE" else key.split("_")[-1].lower())
+                features.append(shown["WRITE"][value] if key == "WRITE" else _plain(key))
         name = self.kernel.__name__.removesuffix("_kernel")
         return f"{name} [{', '.join(features)}]" if features else name
 
@@ -95,20 +96,41 @@ class Resources:
     matrix_instructions: str  # wgmma, tcgen05, mma or none
 
 
+def _plain(key: str) -> str:
+    return key.removeprefix("HAS_").removeprefix("USE_").replace("_", " ").lower()
+
+
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Record every Triton launch inside the ``with`` block instead of executing it."""
     launches: list[Launch] = []
-    run = JITFunction.run
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(_describe(kernel, args, kwargs))
 
-    JITFunction.run = record
-    try:
+    with mock.patch.object(JITFunction, "run", record):
         yield launches
+
+
+@contextmanager
+def backend_on(limits: configs.DeviceLimits) -> Iterator[str]:
+    """The name of a backend that launches what the Triton backend launches on a GPU with these limits.
+
+    Its targets are those of the portable backend, since they decide shapes where launches are only recorded.
+    """
+    from .. import backends, portable, triton_backend
+
+    def prepare_targets(*args: Any) -> Any:
+        triton_backend.prepare_targets(*args)
+        return portable.prepare_targets(*args)
+
+    backend: Any = SimpleNamespace(**{**vars(triton_backend), "prepare_targets": prepare_targets})
+    backends.register_backend("recorded", backend)
+    try:
+        with mock.patch.object(configs, "limits_of", return_value=limits):
+            yield "recorded"
     finally:
-        JITFunction.run = run
+        del backends.BACKENDS["recorded"]
 
 
 def _describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Launch:
@@ -119,6 +141,7 @@ def _describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, A
     general = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
+    integers: dict[str, int] = {}
     aligned = set()
     for name, value in values.items():
         if name in static or value is None:
@@ -131,11 +154,12 @@ def _describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: Mapping[str, A
             signature[name] = f"tensordesc<{_POINTERS[value.base.dtype]}[{block}]>"
         elif isinstance(value, int):
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            integers[name] = value
             if value % 16 == 0 and name not in general:
                 aligned.add(name)
         else:
             signature[name] = "fp32"
-    return Launch(kernel, signature, constexprs, frozenset(aligned), options)
+    return Launch(kernel, signature, constexprs, frozenset(aligned), options, integers)
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
@@ -185,37 +209,23 @@ def training_launches(capability: int, dtype: torch.dtype, variants: list[dict[s
     Each of ``variants`` holds keyword arguments of ``linear_task_cross_entropy``; a ``bias`` of True stands for one,
     and with ``logits`` of True they are those of ``task_cross_entropy``.
     """
-    from .. import backends, linear_task_cross_entropy, portable, task_cross_entropy, triton_backend
+    from .. import linear_task_cross_entropy, task_cross_entropy
 
-    patched = {
-        (triton_backend, "prepare_targets"): portable.prepare_targets,  # its results decide shapes
-        (configs, "limits_of"): lambda _: LIMITS[capability],
-    }
-    before = {place: getattr(*place) for place in patched}
-    backends.register_backend("recorded", triton_backend)
-    for (module, name), value in patched.items():
-        setattr(module, name, value)
-    try:
-        with recorded() as launches:
-            hidden = torch.zeros(256, 1024, dtype=dtype, requires_grad=True)
-            weight = torch.zeros(4096, 1024, dtype=dtype, requires_grad=True)
-            bias = torch.zeros(4096, dtype=dtype, requires_grad=True)
-            labels, tasks = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
-            for variant in variants:
-                options = {name: value for name, value in variant.items() if name not in ("bias", "logits")}
-                where = (labels, tasks, torch.ones(2))
-                if variant.get("logits"):
-                    logits = torch.zeros(256, 4096, dtype=dtype, requires_grad=True)
-                    out = task_cross_entropy(logits, *where, backend="recorded", **options)
-                else:
-                    options["bias"] = bias if variant.get("bias") else None
-                    out = linear_task_cross_entropy(hidden, weight, *where, backend="recorded", **options)
-                out.loss.sum().backward()
-            before[triton_backend, "prepare_targets"](labels, tasks, torch.ones(2), 4096, -100, True, False, 256)
-    finally:
-        for (module, name), value in before.items():
-            setattr(module, name, value)
-        del backends.BACKENDS["recorded"]
+    with backend_on(LIMITS[capability]) as backend, recorded() as launches:
+        hidden = torch.zeros(256, 1024, dtype=dtype, requires_grad=True)
+        weight = torch.zeros(4096, 1024, dtype=dtype, requires_grad=True)
+        bias = torch.zeros(4096, dtype=dtype, requires_grad=True)
+        labels, tasks = torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
+        for variant in variants:
+            options = {name: value for name, value in variant.items() if name not in ("bias", "logits")}
+            where = (labels, tasks, torch.ones(2))
+            if variant.get("logits"):
+                logits = torch.zeros(256, 4096, dtype=dtype, requires_grad=True)
+                out = task_cross_entropy(logits, *where, backend=backend, **options)
+            else:
+                options["bias"] = bias if variant.get("bias") else None
+                out = linear_task_cross_entropy(hidden, weight, *where, backend=backend, **options)
+            out.loss.sum().backward()
     return list({launch.key: launch for launch in launches}.values())
 
 

@@ -27,7 +27,8 @@ from cotbal_kernels.triton_kernels.project import WRITE_PACKED
 from cotbal_kernels.triton_kernels.row_scales import Scale
 from cotbal_kernels.triton_kernels.tiles import Tile
 
-from .gpu_measure import Put, _seconds
+from .gpu_measure import Put
+from .timing import clock_for
 
 PRODUCTS = ("project", "grad_hidden", "grad_weight")
 QUIET_SECONDS = 15.0  # at the end, when nothing compiles any more: the best are measured again
@@ -130,7 +131,8 @@ def measure(
     """Median time of a tile, and what it computes."""
     launch = bench.run(product, tile)
     found = launch().clone()
-    times = [_seconds(launch, bench.device) for _ in range(7)][2:]
+    clock = clock_for(bench.device)
+    times = [clock.time(launch) for _ in range(7)][2:]
     shape = bench.shape
     row: dict[str, Any] = {
         "tile": list(tile),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -80,13 +81,15 @@ def interleaved(
     clock: Clock,
     rounds: int,
     warmup: int,
-    seconds: float,
+    seconds: float = math.inf,
+    left: Callable[[], float] = lambda: math.inf,
     least: int = 3,
 ) -> Timings:
     """Take turns: each round runs every variant once, beginning one further along than the round before.
 
     A variant that raises is taken out and its error kept. One that has used its ``seconds``, preparation included,
-    takes no further rounds, but everybody takes the first ``least``: slow ones are measured less often, never alone.
+    takes no further rounds, and none does when no time is ``left``, but everybody takes the first ``least``: slow ones
+    are measured less often, never alone.
 
     Where a run finds the memory full of what others left behind, the allocator frees it and asks again, in the middle
     of what is timed. Such a sample is taken once more, right after, when the memory is of the right sizes; if the
@@ -99,7 +102,7 @@ def interleaved(
     active = list(variants)
     for number in range(-warmup, rounds):
         if number >= least:
-            active = [name for name in active if spent[name] <= seconds]
+            active = [name for name in active if spent[name] <= seconds and left() > 0]
         for name in rotated(active, number):
             variant = variants[name]
             turns.take(name)

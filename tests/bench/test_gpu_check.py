@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 pytest.importorskip("triton")
 
 from bench import gpu_check, gpu_measure, gpu_tiles
+from bench.cases import HEADS, Head, LinearCase
+from bench.problems import Problem
 from cotbal_kernels.triton_kernels.tiles import Tile
 
 CPU = torch.device("cpu")
@@ -224,61 +227,72 @@ def test_interleaved_runs_in_turns_and_survives_a_failure() -> None:
 
     candidates = {"a": lambda: order.append("a"), "c": fail, "b": lambda: order.append("b")}
     found = gpu_measure.interleaved(candidates, lambda: 1.0, CPU, warmup=1, rounds=3)
-    assert order == ["a", "c", "b", "a", "b", "a", "b", "a", "b"]
+    assert order == ["b", "a", "c", "a", "b", "b", "a", "a", "b"]  # each round begins with another one
     assert found["c"] == {"error": "ValueError: out of memory"}
     assert found["a"]["rounds"] == found["b"]["rounds"] == 3
     late = gpu_measure.interleaved({"a": lambda: None}, lambda: 0.0, CPU, warmup=1, rounds=9)
     assert late["a"]["rounds"] == 3  # enough for a median, then no more
 
 
-def test_targets_are_measured_and_derived(tmp_path: Path) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> tuple[LinearCase, LinearCase]:
+    """The two cases, at the size of a head for a CPU."""
+    monkeypatch.setitem(HEADS, "small", Head("small", V=100, D=16))
+    return LinearCase("small", 32, tasks=4, dtype="float32"), LinearCase("small", 64, 0.3, 4, dtype="float32")
+
+
+def test_targets_are_measured_and_derived(tmp_path: Path, small: tuple[LinearCase, LinearCase]) -> None:
     """The same code on a CPU, small: every case, every candidate, ratios that are what they say."""
     report = gpu_check.Report(tmp_path)
-    full, sparse = gpu_measure.Sizes(32, 16, 100), gpu_measure.Sizes(64, 16, 100, 0.3)
-    gpu_measure.measure_targets(report.put, lambda: 9.0, ["portable"], CPU, full, sparse, torch.float32)
+    full, sparse = small
+    gpu_measure.measure_targets(report.put, lambda: 9.0, ["portable"], CPU, full, sparse)
     cases = report.values["targets"]
-    assert [*cases] == [f"loss and gradients {full}", f"loss alone {full}", f"loss and gradients {sparse}"]
+    assert [*cases] == [full.label, replace(full, mode="loss").label, sparse.label]
     for found in cases.values():
         assert all("error" not in result for result in found.values()), found
         base, ours = (found[name] for name in (next(iter(found)), "portable"))
         assert base["of_products"] == 1
         assert ours["of_products"] == pytest.approx(ours["milliseconds"] / base["milliseconds"])
-    dense = cases[f"loss and gradients {full}"]
+    dense = cases[full.label]
     assert [*dense] == ["three products", "portable", "portable, recompute", "portable, all logits"]
     products = dense["three products"]
     assert products["tflops"] == pytest.approx(6 * 32 * 16 * 100 / products["milliseconds"] / 1e9)
-    assert "dense PyTorch" in cases[f"loss and gradients {sparse}"]
-    assert "| loss alone" in gpu_check.summary(report.values)
+    assert "dense PyTorch" in cases[sparse.label]
+    assert f"| {full.label}" in gpu_check.summary(report.values)
 
 
-def test_all_logits_and_the_replay_are_measured_beside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_logits_and_the_replay_are_measured_beside_the_step(
+    monkeypatch: pytest.MonkeyPatch, small: tuple[LinearCase, LinearCase]
+) -> None:
     """The steps that are asked for; the replay is of the plain one, and a device that can replay has one."""
     asked: list[dict[str, Any]] = []
     candidates: dict[str, Any] = {}
 
-    def fused(p: gpu_measure.Problem, backend: str, **options: Any) -> torch.Tensor:
-        asked.append({"backend": backend, **options})
-        return p.dense()
+    def loss_of(peer: Any, problem: Problem) -> torch.Tensor:
+        asked.append(peer.options)
+        return problem.scores.sum() + problem.weight_VD.sum()  # type: ignore[union-attr]
 
     def interleaved(given: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
         if "one product" not in given:
             candidates.update(given)
-        return {}
+        return {name: {} for name in given}
 
-    monkeypatch.setattr(gpu_measure.Problem, "fused", fused)
+    monkeypatch.setattr(gpu_measure, "loss_of", loss_of)
     monkeypatch.setattr(gpu_measure, "interleaved", interleaved)
     monkeypatch.setattr(gpu_measure, "replay_of", lambda run: run)
     monkeypatch.setattr(gpu_measure, "extra_mib", lambda *_: None)
     monkeypatch.setattr(gpu_measure, "host_waits", lambda *_: None)
     # Tensors stay on the CPU: only what is asked of the device's type is that of a GPU.
-    random = gpu_measure.Problem.random
-    monkeypatch.setattr(gpu_measure.Problem, "random", lambda sizes, _, dtype: random(sizes, CPU, dtype))
-    sizes = gpu_measure.Sizes(32, 16, 100)
-    cuda = torch.device("cuda")
-    gpu_measure.measure_targets(lambda *_: None, lambda: 9.0, ["triton", "cuda"], cuda, sizes, sizes, torch.float32)
-    for name in ("triton, all logits", "triton, graph replay"):
+    for name in ("make", "product_floor"):
+        real = getattr(gpu_measure, name)
+        monkeypatch.setattr(gpu_measure, name, lambda case, _, real=real: real(case, CPU))
+    gpu_measure.measure_targets(lambda *_: None, lambda: 9.0, ["triton", "cuda"], torch.device("cuda"), *small)
+    for name in ("triton, all logits", "triton, graph replay", "cuda, max_tokens"):
         candidates[name]()
-    assert asked == [{"backend": "triton", "chunk_size": 32}, {"backend": "triton"}]
+    most, plain, bounded = asked
+    assert most.pop("chunk_size") >= 8192
+    assert most == plain == {"backend": "triton"}
+    assert bounded == {"backend": "cuda", "max_tokens": small[1].N}
 
 
 def test_replay_captures_once_after_a_run_that_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,15 +317,6 @@ def test_replay_captures_once_after_a_run_that_compiles(monkeypatch: pytest.Monk
     assert log == [*warm, "capture begins", "run", "capture ends", "replay"]
     replay()
     assert log[-2:] == ["replay", "replay"]
-
-
-def test_dense_is_the_same_loss() -> None:
-    """What the fused loss is measured against computes Eq. 2 too."""
-    p = gpu_measure.Problem.random(gpu_measure.Sizes(64, 16, 100, 0.5), CPU, torch.float32)
-    fused, dense = p.fused("portable"), p.dense()
-    torch.testing.assert_close(fused, dense)
-    for a, b in zip(p.gradients(fused), p.gradients(dense), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_tiles_of_the_grid_fit_and_begin_with_the_backends() -> None:

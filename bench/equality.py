@@ -5,15 +5,18 @@ Legend: M positions, N supervised positions, C of them at a time, D hidden width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.peers.base import IGNORED, Peer
+from bench import turns
+from bench.peers import MATERIALISED
+from bench.peers.base import IGNORED, Peer, UnsupportedError
 from bench.problems import Problem
-from bench.results import FAILED, OK, Entry
+from bench.results import FAILED, OK, UNAVAILABLE, UNSUPPORTED, Entry
+from bench.timing import describe
 
 # The upstream gradient while checking: a kernel that takes gradients in its forward pass must still multiply by it.
 UPSTREAM = 0.5
@@ -137,3 +140,46 @@ def judged(peer: Peer, found: dict[str, float], allowed: dict[str, float]) -> En
     except NotEqualError as error:
         return Entry(peer.name, FAILED, str(error), peer.version(), deviations=found, allowed=allowed)
     return Entry(peer.name, OK, version=peer.version(), seconds=[0.0] * 3, deviations=found, allowed=allowed)
+
+
+def check(
+    peers: Sequence[Peer],
+    device: torch.device,
+    dtype: torch.dtype,
+    expected: Values,
+    evaluate: Callable[[Peer], Values],
+    release: Callable[[], None],
+    too_large: Callable[[Peer], str | None] = lambda peer: None,
+) -> dict[str, Entry]:
+    """Compare every peer with ``expected``. Entries that are "ok" have their deviations and a time of zero rounds.
+
+    ``release`` frees what a peer leaves behind; ``too_large`` says why one cannot be tried at all.
+    """
+
+    def outcome(peer: Peer) -> Entry | dict[str, float]:
+        if reason := peer.unavailable(device):
+            return Entry(peer.name, UNAVAILABLE, reason)
+        if reason := too_large(peer):
+            return Entry(peer.name, FAILED, reason, peer.version())
+        try:
+            return deviations(evaluate(peer), expected)
+        except UnsupportedError as error:
+            return Entry(peer.name, UNSUPPORTED, str(error), peer.version())
+        except NotEqualError as error:
+            return Entry(peer.name, FAILED, str(error), peer.version())
+        except Exception as error:
+            return Entry(peer.name, FAILED, describe(error), peer.version())
+
+    found: dict[str, Entry | dict[str, float]] = {}
+    for peer in peers:
+        turns.take(peer.name)
+        found[peer.name] = outcome(peer)
+        release()
+    # Without the materialised path what rounding explains remains as the limit.
+    materialised = found.get(MATERIALISED)
+    names = ["loss", *expected.gradients]
+    allowed = limits(materialised if isinstance(materialised, dict) else None, dtype, names)
+    return {
+        peer.name: entry if isinstance(entry := found[peer.name], Entry) else judged(peer, entry, allowed)
+        for peer in peers
+    }

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from bench import equality, floors, memory, turns
 from bench.cases import DTYPES, LinearCase, LogitsCase, Preset
-from bench.peers import MATERIALISED
-from bench.peers.base import Peer, UnsupportedError
+from bench.peers.base import Peer
 from bench.problems import Problem, make
 from bench.record import as_list, record
-from bench.results import FAILED, OK, UNAVAILABLE, UNSUPPORTED, Entry, Row
+from bench.results import OK, Entry, Row
 from bench.timing import Spread, Variant, clock_for, describe, interleaved
 
 
@@ -88,40 +87,17 @@ def measure(case: LinearCase | LogitsCase, preset: Preset, device: torch.device,
 
 
 def check(case: LinearCase | LogitsCase, problem: Problem, peers: Sequence[Peer]) -> dict[str, Entry]:
-    """Compare every peer with float64. Entries that are "ok" have their deviations and a time of zero rounds."""
-    expected = equality.exact(problem)
-    names = ["loss", *expected.gradients]
-    found: dict[str, Entry | dict[str, float]] = {}
-    for peer in peers:
-        turns.take(peer.name)
-        found[peer.name] = _deviations(peer, case, problem, expected)
-        release(problem)
-    # Without the materialised path what rounding explains remains as the limit.
-    materialised = found.get(MATERIALISED)
-    limits = equality.limits(materialised if isinstance(materialised, dict) else None, DTYPES[case.dtype], names)
-    return {
-        peer.name: entry if isinstance(entry := found[peer.name], Entry) else equality.judged(peer, entry, limits)
-        for peer in peers
-    }
-
-
-def _deviations(
-    peer: Peer, case: LinearCase | LogitsCase, problem: Problem, expected: equality.Values
-) -> Entry | dict[str, float]:
-    """How far the peer is from float64, or the entry that says why it cannot be known."""
+    """Compare every peer with float64."""
     device = problem.scores.device
-    if reason := peer.unavailable(device):
-        return Entry(peer.name, UNAVAILABLE, reason)
-    if reason := _too_large(peer, case, device):
-        return Entry(peer.name, FAILED, reason, peer.version())
-    try:
-        return equality.deviations(equality.evaluate(problem, lambda: loss_of(peer, problem)), expected)
-    except UnsupportedError as error:
-        return Entry(peer.name, UNSUPPORTED, str(error), peer.version())
-    except equality.NotEqualError as error:
-        return Entry(peer.name, FAILED, str(error), peer.version())
-    except Exception as error:
-        return Entry(peer.name, FAILED, describe(error), peer.version())
+    return equality.check(
+        peers,
+        device,
+        DTYPES[case.dtype],
+        equality.exact(problem),
+        lambda peer: equality.evaluate(problem, lambda: loss_of(peer, problem)),
+        lambda: release(problem),
+        lambda peer: _too_large(peer, case, device),
+    )
 
 
 def _too_large(peer: Peer, case: LinearCase | LogitsCase, device: torch.device) -> str | None:

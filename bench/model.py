@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from bench import equality, memory, turns
 from bench.cases import DTYPES, ModelCase, Preset
 from bench.equality import Values
-from bench.peers import MATERIALISED
-from bench.peers.base import IGNORED, Peer, UnsupportedError, Weighting
+from bench.peers.base import IGNORED, Peer, Weighting
 from bench.problems import Problem
 from bench.record import record
-from bench.results import FAILED, OK, UNAVAILABLE, UNSUPPORTED, Entry, Row
+from bench.results import OK, Entry, Row
 from bench.timing import Variant, clock_for, describe, interleaved
 
 PATCH = 14  # pixels, as CLIP-L/14
@@ -142,27 +141,14 @@ def variant_of(peer: Peer, training: Training, case: ModelCase) -> Variant:
 def measure(case: ModelCase, preset: Preset, device: torch.device, peers: Sequence[Peer]) -> Row:
     """Loss and gradients of every peer against a float64 copy of the model, then memory, then time in turn."""
     training = build(case, device)
-    expected = _exact(training, case)
-    entries: dict[str, Entry] = {}
-    found: dict[str, dict[str, float]] = {}
-    for peer in peers:
-        turns.take(peer.name)
-        if reason := peer.unavailable(device):
-            entries[peer.name] = Entry(peer.name, UNAVAILABLE, reason)
-            continue
-        try:
-            found[peer.name] = equality.deviations(_evaluate(training, case, peer), expected)
-        except UnsupportedError as error:
-            entries[peer.name] = Entry(peer.name, UNSUPPORTED, str(error), peer.version())
-        except Exception as error:
-            entries[peer.name] = Entry(peer.name, FAILED, describe(error), peer.version())
-        _tidy(training)
-    names = ["loss", *expected.gradients]
-    allowed = equality.limits(found.get(MATERIALISED), DTYPES[case.dtype], names)
-    for peer in peers:
-        if peer.name in found:
-            entries[peer.name] = equality.judged(peer, found[peer.name], allowed)
-    del expected
+    entries = equality.check(
+        peers,
+        device,
+        DTYPES[case.dtype],
+        _exact(training, case),
+        lambda peer: _evaluate(training, case, peer),
+        lambda: _tidy(training),
+    )
     ready = [peer for peer in peers if entries[peer.name].status == OK]
     for peer in ready if case.memory else ():
         turns.take(peer.name)
@@ -171,8 +157,7 @@ def measure(case: ModelCase, preset: Preset, device: torch.device, peers: Sequen
     timings = interleaved(variants, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_variant)
     for peer in ready:
         record(entries[peer.name], timings, tokens=case.batch * case.sequence)
-    ordered = [entries[peer.name] for peer in peers]
-    return Row(suite=case.suite, label=case.label, case=asdict(case), entries=ordered)
+    return Row(suite=case.suite, label=case.label, case=asdict(case), entries=list(entries.values()))
 
 
 def _evaluate(training: Training, case: ModelCase, peer: Peer) -> Values:

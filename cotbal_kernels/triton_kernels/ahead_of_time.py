@@ -29,12 +29,14 @@ from . import configs, sass
 
 CAPABILITIES = (80, 89, 90, 100)  # A100, RTX 4090 / L40, H100 / H200, B200
 _POINTERS = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
+    torch.uint8: "u8",
     torch.bool: "i1",
 }
 SHOWN = (
@@ -187,20 +189,6 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         shared=compiled.metadata.shared,
         matrix_instructions=next(found, "none"),
     )
-
-
-def compile_for(
-    kernel: Any,
-    signature: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    capability: int = 90,
-    num_warps: int = 4,
-    num_stages: int = 3,
-) -> Resources:
-    """:func:`compile_launch` of a kernel whose argument types are spelled out; pointers are aligned to 16 bytes."""
-    aligned = frozenset(name for name, kind in signature.items() if kind.startswith("*"))
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    return compile_launch(Launch(kernel, signature, constexprs, aligned, options), capability)
 
 
 def training_launches(capability: int, dtype: torch.dtype, variants: list[dict[str, Any]]) -> list[Launch]:

@@ -16,8 +16,8 @@ from ptx_on_cpu import compute_capability
 
 from cotbal_kernels import ConvergenceBalancer
 from cotbal_kernels.convergence import VARIANTS
-from cotbal_kernels.triton_kernels.ahead_of_time import CAPABILITIES, compile_for
-from cotbal_kernels.triton_kernels.convergence import NUM_WARPS, ConvergenceKernel, convergence_step_kernel
+from cotbal_kernels.triton_kernels.ahead_of_time import CAPABILITIES, Launch, compile_launch, recorded
+from cotbal_kernels.triton_kernels.convergence import ConvergenceKernel, convergence_step_kernel
 
 Run = Callable[[], AbstractContextManager[None]]
 # In Triton's interpreter, and compiled for a GPU.
@@ -139,14 +139,12 @@ def test_kernel_leaves_its_counter_ready_and_its_result_alone(run: Run) -> None:
     assert int(kernel._triton.arrivals) == 0
 
 
-SIGNATURE = {
-    **dict.fromkeys(("initial_ptr", "ratios_ptr", "slopes_ptr", "slope_ring_ptr", "peaks_ptr", "logits_ptr"), "*fp64"),
-    **dict.fromkeys(("step_ptr", "counts_ptr", "ratio_steps_ptr"), "*i64"),
-    **dict.fromkeys(("losses_ptr", "weights_ptr", "output_ptr"), "*fp32"),
-    **dict.fromkeys(("stride", "num_tasks", "window", "history", "warmup", "slopes_kept"), "i32"),
-    "present_ptr": "*u8",
-    "arrivals_ptr": "*i32",
-}
+def launch_on_a_gpu(tasks: int, window: int, variant: str) -> Launch:
+    with interpreted():
+        kernel = ConvergenceBalancer(tasks, window=window, warmup=4, variant=variant, device="meta", backend="triton")
+    with recorded() as launches:
+        kernel.step(torch.ones(tasks, device="meta"), torch.ones(tasks, dtype=torch.bool, device="meta"))
+    return launches[0]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -154,12 +152,7 @@ SIGNATURE = {
     ("variant", "tasks", "window"), [("absolute", 8, 50), ("printed", 1024, 10_000), ("mftcoder", 1024, 10_000)]
 )
 def test_compiles_without_spills(capability: int, variant: str, tasks: int, window: int) -> None:
-    with interpreted():
-        kernel = ConvergenceBalancer(tasks, window=window, warmup=4, variant=variant, device="meta", backend="triton")
-    assert isinstance(kernel._triton, ConvergenceKernel)
-    resources = compile_for(
-        convergence_step_kernel, SIGNATURE, kernel._triton.constants, capability=capability, num_warps=NUM_WARPS
-    )
+    resources = compile_launch(launch_on_a_gpu(tasks, window, variant), capability)
     assert resources.spills == 0
     assert resources.stack == 0
 
@@ -167,4 +160,4 @@ def test_compiles_without_spills(capability: int, variant: str, tasks: int, wind
 def test_one_task_compiles_like_any_other_number() -> None:
     """An argument of 1 would be a constant, which the kernel does not compile with: no number is one."""
     general = {parameter.name for parameter in convergence_step_kernel.params if parameter.do_not_specialize}
-    assert general == {name for name, kind in SIGNATURE.items() if kind == "i32"}
+    assert general == set(launch_on_a_gpu(1, 50, "absolute").integers)

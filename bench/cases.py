@@ -86,16 +86,13 @@ class LinearCase:
         return PRODUCTS[self.mode] * 2.0 * self.N * self.V * self.D
 
     @property
-    def element(self) -> int:
-        return DTYPES[self.dtype].itemsize
-
-    @property
     def traffic(self) -> int:
         """Bytes that cannot be avoided: inputs read once and gradients written once."""
-        read = (self.V * self.D + self.N * self.D) * self.element + 8 * self.M
-        written = self.M * self.D * self.element if self.mode not in ("loss", "forward") else 0
+        element = DTYPES[self.dtype].itemsize
+        read = (self.V * self.D + self.N * self.D) * element + 8 * self.M
+        written = self.M * self.D * element if self.mode not in ("loss", "forward") else 0
         if self.mode in ("backward", "train"):
-            written += self.V * self.D * self.element
+            written += self.V * self.D * element
         return read + written
 
     @property
@@ -104,17 +101,6 @@ class LinearCase:
         if self.tasks:
             parts.append(f"{self.tasks} task weights")
         return ", ".join([*parts, MODES[self.mode]])
-
-    def bytes_needed(self, materialised: bool) -> float:
-        """Upper estimate of device bytes in use while this case runs.
-
-        Inputs and gradients; their float64 reference; and either the logits of a materialising path (16 bytes each:
-        16-bit logits and gradient, float32 logits, log-probabilities and gradient) or a workspace of 4 GiB, the
-        reference's chunks included.
-        """
-        heads = self.V * self.D * (2 * self.element + 4 + 8)
-        hidden = self.M * self.D * (2 * self.element + 4 + 8)
-        return heads + hidden + (16.0 * self.M * self.V if materialised else 4.0 * 2**30)
 
 
 @dataclass(frozen=True)

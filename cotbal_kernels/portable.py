@@ -2,7 +2,8 @@
 
 For each chunk of at most C computed rows one float32 buffer of C x V logits is turned in place into
 exponentials and then into the gradient of the logits, and the two gradient products are taken from it. So the
-M x V logits never exist, and the workspace is ``WORKSPACE_BYTES`` whatever M and V are (one row at least).
+M x V logits never exist, and the workspace is ``WORKSPACE_BYTES`` whatever M and V are (one row at least), and as much
+for a widened block of a 16-bit weight.
 
 Numerics: 16-bit inputs are widened to float32 (exact) before every product, the weight a block of vocabulary
 rows at a time; softmax, target subtraction and reductions are float32; dX and dW are rounded once, from a

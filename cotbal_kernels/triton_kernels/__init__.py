@@ -1,1 +1,3 @@
-"""Triton kernels, one file each; imported only where they are launched."""
+"""The kernels, each with its cost; ``head`` launches those of a linear head; ``tiles``, ``configs`` and ``slices``
+choose sizes; ``ahead_of_time`` and ``sass`` say what kernels take. Imported only where they are launched.
+"""

@@ -4,7 +4,7 @@
 
 What else a tile leaves behind depends on WRITE:
 
-    WRITE_NONE          nothing: the loss alone, 2 N V D flop, 8 N V / BLOCK_V bytes of statistics
+    WRITE_NONE          nothing: the loss alone, 2 N V D flop, 8 N T bytes of statistics
     WRITE_EXP           exp(z - m), times the slope of the soft cap, in the dtype of hidden: 2 bytes a logit.
                         Relative to its tile's maximum a 16-bit exponential keeps 8 bits of the probability at any
                         offset; the logit itself in 16 bits would not.
@@ -15,7 +15,8 @@ Bytes read per tile: BLOCK_M + BLOCK_V rows of D. Programs are persistent, and t
 device memory, so ignored positions cost nothing and the host never waits for their number.
 """
 
-# Shapes: M positions, N packed rows, D hidden width, V vocabulary, T vocabulary tiles.
+# Shapes: M positions, N packed rows, D hidden width, V vocabulary, T parts of it with statistics of their own, each a
+# tile or (PARTS = 2) half of one.
 
 import triton
 import triton.language as tl

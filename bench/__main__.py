@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return {"run": _run, "report": _report, "guard": _guard}[options.command](options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
 
@@ -46,6 +46,10 @@ def _run(options: argparse.Namespace) -> int:
     from bench.cases import PRESETS
     from bench.supervisor import supervise
 
+    labels = [case.label for case in PRESETS[options.preset].cases]
+    if not any(options.only in label for label in labels):
+        listed = "\n".join(labels)
+        raise ValueError(f"no case of preset {options.preset} has {options.only!r} in its label; its labels:\n{listed}")
     if options.here:
         return _run_here(options)
     path = options.out / f"{options.preset}.json"

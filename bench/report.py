@@ -41,13 +41,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """All results in the folders and below them, by device and preset.
 
     Raises:
-        ValueError: a folder does not exist, or a file is not a result.
+        ValueError: a folder does not exist, or there is no result, or a file is none.
     """
     paths: set[Path] = set()
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder; `python -m bench run --out {folder}` makes one with results")
         paths.update(folder.rglob("*.json"))
+    if not paths:
+        raise ValueError(
+            f"there are no results in {', '.join(map(str, folders))}; `python -m bench run --out` makes some"
+        )
     runs = [Run.read(path) for path in sorted(paths)]
     return sorted(runs, key=lambda run: (run.environment["kind"] == "cpu", run.environment["device"], run.preset))
 

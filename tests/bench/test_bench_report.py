@@ -112,7 +112,14 @@ def test_docs_are_what_the_committed_results_say() -> None:
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example_run().write(tmp_path / "results" / "cpu.json")
+    (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "results"), "--html", str(tmp_path / "page.html")]) == 0
     assert "Example Processor" in (tmp_path / "page.html").read_text()
-    assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere is not a folder; `python -m bench run --out" in capsys.readouterr().err
+    for arguments, message in (
+        (["report", str(tmp_path / "nowhere")], "nowhere is not a folder; `python -m bench run --out"),
+        (["report", str(tmp_path / "empty")], "there are no results in"),
+        (["run", "--out", str(tmp_path), "--only", "balanser"], "no case of preset quick has 'balanser' in its label"),
+        (["run", "--out", str(tmp_path / "page.html"), "--only", "balancer"], "page.html"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err

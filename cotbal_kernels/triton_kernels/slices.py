@@ -91,5 +91,6 @@ def window_rows(capacity: int, limit: int, width: int, tile: Tile, programs: int
     def all_rounds(rows: int) -> int:
         return capacity // rows * rounds(rows) + rounds(capacity % rows)
 
-    choices = range(tile.rows, limit + 1, tile.rows)
+    whole = -(-capacity // tile.rows) * tile.rows  # no window needs more, whatever a chunk_size allows
+    choices = range(tile.rows, max(tile.rows, min(limit, whole)) + 1, tile.rows)
     return max(1, min(capacity, min(choices, key=lambda rows: (all_rounds(rows), -rows))))

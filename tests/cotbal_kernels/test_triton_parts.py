@@ -112,6 +112,9 @@ def test_windows_leave_few_programs_idle_in_the_gradient_of_the_hidden_states(ca
     assert not any(rounds(more) == fewest for more in range(chosen + tile.rows, min(capacity, limit), tile.rows))
 
 
-@pytest.mark.parametrize(("capacity", "limit", "rows"), [(0, 500, 1), (50, 5, 5), (3, 5, 3), (50, 17, 16), (50, 0, 1)])
+@pytest.mark.parametrize(
+    ("capacity", "limit", "rows"),
+    [(0, 500, 1), (50, 5, 5), (3, 5, 3), (50, 17, 16), (50, 0, 1), (50, 10**12, 50)],
+)
 def test_windows_of_few_rows(capacity: int, limit: int, rows: int) -> None:
     assert window_rows(capacity, limit, 24, configs.INTERPRETED.grad_hidden, 3) == rows

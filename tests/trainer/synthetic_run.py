@@ -108,7 +108,7 @@ def prediction(k, task):
     return {
         "id": f"{task}-{k}",
         "image": f"{k % 3}.png",
-        "question": f"<image>\nquestion {k}?",
+        "question": f"question {k}?",
         "references": [answer],
         "prediction": answer if right else wrong,
         "score": 100.0 * right if task != "captions" else k / 4,

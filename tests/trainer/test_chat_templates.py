@@ -28,7 +28,9 @@ BRIEF = "Be brief: one word."
 BRIEF_ONE, BRIEF_TWO = (replace(record, id=f"brief {record.id}", system=BRIEF) for record in (ONE, TWO))
 # Code: blanks at the ends of a text are a part of it.
 INDENTED = Record("code", (), (Turn("def one(x):\n", "    return x\n"), Turn("\n  go on:\n", "  red \n\n")), ())
-RECORDS = (ONE, TWO, BRIEF_ONE, BRIEF_TWO, INDENTED)
+# A record without images spells what stands for one elsewhere.
+SVG = Record("svg", (), (Turn("What is <image> in SVG?", " <image> shows one:\n<image/>"),), (), "Of <image> only.")
+RECORDS = (ONE, TWO, BRIEF_ONE, BRIEF_TWO, INDENTED, SVG)
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|return|>"]
 ASK = "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
 SAY = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"

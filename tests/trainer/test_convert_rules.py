@@ -224,13 +224,16 @@ class TestConversations:
             dialogue("copy", ask, answer),
             dialogue("good", ask, ("gpt", "Another.")),
             {**dialogue("plugin", ask, ("gpt", "Three.")), "plugins": []},
+            {**dialogue("image", ask, ("gpt", "Four.")), "image": "a.png"},
+            dialogue("svg", ("human", "What is <image> in SVG?"), ("gpt", "<image> is a picture.")),
         ]
         manifest = convert_raw(tmp_path, "sharegpt", {"sg.json": raw})
-        assert [row["id"] for row in rows(manifest, "train")] == ["good", "leads", "trails"]
+        assert [row["id"] for row in rows(manifest, "train")] == ["good", "leads", "trails", "svg"]
+        assert read_records(manifest.path.with_name("train.jsonl"))[-1].turns[0].answer == "<image> is a picture."
         assert {row["id"] or row["position"]: row["kind"] for row in rows(manifest, "rejected")} == {
             "record 3": "other role", "record 4": "not alternating", "record 5": "empty text", "record 6": "too short",
             "record 7": "blocked word", "record 8": "too short", "copy": "duplicate content", "good": "duplicate id",
-            "record 11": "plugins",
+            "record 11": "plugins", "record 12": "image",
         }  # fmt: skip
 
     def test_sharegpt_is_cut_at_a_number_of_tokens(self, tmp_path):

@@ -224,6 +224,8 @@ class TestErrors:
         processor.image_token = "<pad>"
         with pytest.raises(UserError, match=r"record 'a': .* 1 '<pad>' for 0 image\(s\)"):
             encoder.training_sample(Record("a", (), (Turn("What is <pad>?", "no"),), ()), Path)
+        spelt = encoder.chat.parts(Record("a", (), (Turn("<image>?", "an <image>"),), ()))
+        assert [part.text.count("<image>") for part in spelt] == [1, 1]  # of another model
 
     def test_truncation(self, processor: Any, folder: Path) -> None:
         whole = ConversationEncoder(processor, 200).training_sample(TURNS, folder.joinpath)

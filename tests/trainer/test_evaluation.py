@@ -19,11 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
+from trainer.data.records import Record, Turn
 from trainer.evaluation.generation import BatchScorer
 from trainer.evaluation.parts import no_ranks
 from trainer.evaluation.progress import Meter
 from trainer.evaluation.ranks import RankProcesses, load_encoder
-from trainer.evaluation.running import evaluate
+from trainer.evaluation.running import _row, evaluate
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 
 COUNT = 23  # with batches of 4, each set ends in a ragged one
@@ -381,3 +382,10 @@ class TestLosses:
     def test_do_not_mix_with_answers(self, make_spec: Callable[..., EvaluationSpec], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="perplexity scores the given answers, exact_match generated ones"):
             evaluate(make_spec(tmp_path, metrics=("perplexity", "exact_match")))
+
+
+def test_a_row_has_the_question_without_placeholders() -> None:
+    """In a record without images there are none."""
+    said = (Turn("<image>\nWhat is <image/>?", "one"),)
+    found = [_row(Record("a", images, said, ()), True)["question"] for images in (("a.png",), ())]
+    assert found == ["What is <image/>?", "<image>\nWhat is <image/>?"]

@@ -108,6 +108,13 @@ def test_other_spellings(tmp_path: Path) -> None:
     assert (f.images, g.images) == (("1.png",), ("2.png",))
 
 
+def test_where_images_is_an_empty_list_a_placeholder_is_text(tmp_path: Path) -> None:
+    said = ["Of <image> only.", "<image> or <image/>?", "<image>"]
+    turns = [{"from": side, "value": text} for side, text in zip(("system", "human", "gpt"), said, strict=True)]
+    rows = [{"id": "svg", "images": [], "conversations": turns}]
+    assert read_records(written(tmp_path, rows, ".jsonl")) == [Record("svg", (), (Turn(*said[1:]),), (), said[0])]
+
+
 DAMAGED = [
     ([1], "expected an object, got list"),
     ("text", "expected an object, got str"),
@@ -127,8 +134,7 @@ DAMAGED = [
     (record(conversations="absent", messages=[HUMAN, GPT]), "'messages' is not read; turns are 'conversations': [{"),
     (record(video="a.mp4"), "'video' is not read; videos are not supported"),
     (record(image=["a.png", "b.png"]), "1 '<image>' in the text but 2 image(s)"),
-    (record(image="absent"), "1 '<image>' in the text but 0 image(s)"),
-    (record(image=[]), "1 '<image>' in the text but 0 image(s)"),
+    (record(image="absent"), "1 '<image>' in the text but 0 image(s); where it is text, give the record 'images': []"),
     (record(conversations="absent"), "'conversations' must be a list with at least one human and one gpt turn"),
     (record(conversations=[]), "'conversations' must be a list with at least one human and one gpt turn"),
     (record(conversations=[HUMAN]), "'conversations' must be a list with at least one human and one gpt turn"),
@@ -152,6 +158,11 @@ DAMAGED = [
     (record(conversations=[HUMAN, {"from": "gpt", "value": " \n"}]), "no supervised token: every gpt turn is empty"),
     (record(conversations=[HUMAN, {"from": "gpt", "value": ""}] * 2, image=["a", "b"]), "no supervised token: every"),
     (record(conversations=[HUMAN, {"from": "gpt", "value": "see <image>"}]), "turn 1 is an answer with '<image>'"),
+    (record(image=[]), "1 '<image>' in the text but 0 image(s); where it is text, give the record 'images': []"),
+    (
+        record(conversations=[HUMAN, {"from": "gpt", "value": "see <image>"}], images=[]),
+        "turn 1 is an answer with '<image>' in it; images belong to questions, and where it is text in a record with",
+    ),
     (record(conversations=[HUMAN, {"from": "gpt", "value": "\ud800"}]), "its text is not valid Unicode"),
     (record(references="x"), "'references' must be a list of strings"),
     (record(references=[1]), "'references' must be a list of strings"),

@@ -6,7 +6,6 @@ What a template writes is kept to the letter, so that a model sees in generation
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from trainer.data.records import IMAGE_PLACEHOLDER, Turn
+from trainer.data.records import IMAGE_PLACEHOLDER, Record, Turn
 from trainer.errors import UserError
 
 # What templates that write the date take for today, or trainings of one run would differ by the day they ran on. It is
@@ -48,21 +47,17 @@ class ChatTemplate:
         self._template = _template_of(processor, self.tokenizer)
         self._plain_text = text_only and not self._takes_parts()
 
-    def parts(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
+    def parts(self, record: Record) -> list[Part]:
         """The rendered conversation in parts, up to the last answer: what is written behind it changes nothing before.
-
-        Args:
-            turns: questions and answers.
-            system: message before them; an empty one is none.
 
         Raises:
             UserError: the template leaves out a part of an answer or the system message, or answers cannot be told
                 from the rest.
         """
         try:
-            parts = self._appended(turns, system) or self._marked(turns, system)
+            parts = self._appended(record) or self._marked(record)
         except (TypeError, TemplateError) as error:
-            reason = "it may take no system message" if system.strip() else "it may be one for tools only"
+            reason = "it may take no system message" if record.system.strip() else "it may be one for tools only"
             raise UserError(
                 f"the chat template cannot write this conversation ({type(error).__name__}: {error}); {reason}"
             ) from error
@@ -72,13 +67,13 @@ class ChatTemplate:
                 "differently once it goes on, so answers cannot be told from prompts; use a template that only appends"
             )
         asked = "".join(part.text for part in parts if part.kind != "answer")
-        if "".join(system.split()) not in "".join(asked.split()):
+        if "".join(record.system.split()) not in "".join(asked.split()):
             raise UserError(
-                f"the chat template does not write the system message {system!r}; put it before the first question, or "
-                "change the template"
+                f"the chat template does not write the system message {record.system!r}; put it before the first "
+                "question, or change the template"
             )
         answers = (part.text for part in parts if part.kind == "answer")
-        for turn, text in zip(turns, answers, strict=True):
+        for turn, text in zip(record.turns, answers, strict=True):
             if "".join(turn.answer.split()) not in "".join(text.split()):
                 raise UserError(
                     f"of the answer {turn.answer!r} the chat template writes {text!r} only; leave out what it does, or "
@@ -93,17 +88,17 @@ class ChatTemplate:
         ids = self.tokenizer(mark[0], add_special_tokens=False)["input_ids"] if mark else []
         return [token for token in ids if token in self.special_ids] or [self.tokenizer.eos_token_id]
 
-    def _appended(self, turns: Sequence[Turn], system: str) -> list[Part] | None:
+    def _appended(self, record: Record) -> list[Part] | None:
         """By rendering up to each question and each answer; None if the template does not only append."""
-        messages = self._messages(turns, system)
-        answers = range(len(messages) - 2 * len(turns) + 1, len(messages), 2)
+        messages = self._messages(record)
+        answers = range(len(messages) - 2 * len(record.turns) + 1, len(messages), 2)
         asked = self._render([messages[:place] for place in answers], add_generation_prompt=True)
         answered = self._render([messages[: place + 1] for place in answers], add_generation_prompt=False)
         parts: list[Part] = []
         done, after = "", self._probe[1]
         end = self._mark.match(after)
         more = after[end.end() :] if end else ""  # behind the end mark; nothing that a model has to write
-        for turn, prompt, whole in zip(turns, asked, answered, strict=True):
+        for turn, prompt, whole in zip(record.turns, asked, answered, strict=True):
             if not prompt.startswith(done) or not whole.startswith(prompt):
                 return None
             between, answer = prompt[len(done) :], whole[len(prompt) :]
@@ -123,14 +118,15 @@ class ChatTemplate:
             done = whole
         return parts
 
-    def _marked(self, turns: Sequence[Turn], system: str) -> list[Part] | None:
+    def _marked(self, record: Record) -> list[Part] | None:
         """By rendering the whole with marks for answers; None if it is not the same with the answers in their place.
 
         Templates of reasoning models take thoughts out of earlier turns, or begin an answer otherwise than they ask.
         """
+        turns = record.turns
         marks = [f"\ue000{number}\ue001" for number in range(len(turns))]
-        marked = [replace(turn, answer=mark) for turn, mark in zip(turns, marks, strict=True)]
-        both = [self._messages(some, system) for some in (turns, marked)]
+        marked = tuple(replace(turn, answer=mark) for turn, mark in zip(turns, marks, strict=True))
+        both = [self._messages(some) for some in (record, replace(record, turns=marked))]
         whole, rest = self._render(both, add_generation_prompt=False)
         around: list[str] = []
         for mark in marks:
@@ -154,7 +150,7 @@ class ChatTemplate:
     @cached_property
     def _probe(self) -> tuple[str, str]:
         """What the template writes between a prompt and its answer, and behind the answer."""
-        messages = self._messages([Turn("probe", "\ue000")])
+        messages = self._messages(Record("", (), (Turn("probe", "\ue000"),), ()))
         (asked,) = self._render([messages[:1]], add_generation_prompt=True)
         (whole,) = self._render([messages], add_generation_prompt=False)
         before, _, after = whole.partition("\ue000")
@@ -207,18 +203,18 @@ class ChatTemplate:
             return next(mark for mark in self._marks if text.endswith(mark))
         return text[-1:]
 
-    def _messages(self, turns: Sequence[Turn], system: str = "") -> list[dict[str, Any]]:
+    def _messages(self, record: Record) -> list[dict[str, Any]]:
         """User and assistant messages in turn, behind a system message if there is one, as the template takes them."""
-        texts = [("system", system)] if system.strip() else []
-        texts += [item for turn in turns for item in (("user", turn.question), ("assistant", turn.answer))]
+        texts = [("system", record.system)] if record.system.strip() else []
+        texts += [item for turn in record.turns for item in (("user", turn.question), ("assistant", turn.answer))]
         if self._plain_text:
             return [{"role": role, "content": text} for role, text in texts]
-        return [_message(role, text) for role, text in texts]
+        return [_message(role, text, bool(record.images)) for role, text in texts]
 
     def _takes_parts(self) -> bool:
         """Whether a text model's template reads content as a list of parts only; most take a string."""
         found = []
-        for message in ({"role": "user", "content": "probe"}, _message("user", "probe")):
+        for message in ({"role": "user", "content": "probe"}, _message("user", "probe", images=False)):
             try:
                 found.append("probe" in self._render([[message]], add_generation_prompt=False)[0])
             except (TypeError, TemplateError):
@@ -257,9 +253,9 @@ def _template_of(processor: Any, tokenizer: Any) -> str:
     return template
 
 
-def _message(role: str, text: str) -> dict[str, Any]:
+def _message(role: str, text: str, images: bool) -> dict[str, Any]:
     content: list[dict[str, str]] = []
-    texts = text.split(IMAGE_PLACEHOLDER)
+    texts = text.split(IMAGE_PLACEHOLDER) if images else [text]
     for index, part in enumerate(texts):
         if index:
             content.append({"type": "image"})

@@ -165,8 +165,9 @@ class ConversationEncoder:
         self, record: Record, parts: Sequence[Part], image_path: Callable[[str], Path], limit: int | None = None
     ) -> Encoded:
         """Tokens of all parts; an error if images are past the limit."""
-        images = iter(record.images)
-        used = [[image_path(next(images)) for _ in range(part.text.count(self.image_token))] for part in parts]
+        images = iter(record.images)  # without any, the token is text
+        counts = [part.text.count(self.image_token) if record.images else 0 for part in parts]
+        used = [[image_path(next(images)) for _ in range(count)] for count in counts]
         if sum(map(bool, used)) > 1 and not self.one_by_one:
             raise UserError(
                 f"record '{record.id}' has images in several turns, and the model's processor makes less of an image "
@@ -236,7 +237,7 @@ class ConversationEncoder:
             )
 
     def _check_placeholders(self, text: str, record: Record) -> None:
-        found = text.count(self.image_token)
+        found = text.count(self.image_token) if self.reads_images else 0
         if found != len(record.images):
             raise UserError(
                 f"record '{record.id}': its conversation comes out with {found} '{self.image_token}' for "
@@ -248,7 +249,7 @@ class ConversationEncoder:
         """Up to the last answer."""
         self._check_images(record)
         try:
-            parts = self.chat.parts(record.turns, record.system)
+            parts = self.chat.parts(record)
         except UserError as error:
             raise UserError(f"record '{record.id}': {error}") from error
         self._check_placeholders("".join(part.text for part in parts), record)

@@ -2,9 +2,10 @@
 
 One record is ``{"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...], "references"?}`` in a
 JSON list or a JSONL file (Liu et al., "Visual Instruction Tuning", 2023). ``image`` (or ``images``) is a path relative
-to the task's image root, or a list of them; ``<image>`` in the human turns says where they go. Only "gpt" turns are
-supervised. A first turn from "system" is the system message. ``references`` lists further correct answers for scoring.
-``task`` is looked at where the records of a file name several.
+to the task's image root, or a list of them; ``<image>`` in the human turns says where they go, and is text like any
+other where ``images`` is an empty list. Only "gpt" turns are supervised. A first turn from "system" is the system
+message. ``references`` lists further correct answers for scoring. ``task`` is looked at where the records of a file
+name several.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _NOT_READ = {
     "tools": "descriptions of tools go into the system message, a first turn {'from': 'system', 'value': text}",
     "messages": "turns are 'conversations': [{'from': 'human'|'gpt', 'value': text}, ...]",
 }
+_SPELT = "give the record 'images': []"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -49,7 +51,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation about at most a few images."""
+    """One conversation about at most a few images; without any, ``<image>`` in its texts is text."""
 
     id: str
     images: tuple[str, ...]
@@ -183,13 +185,17 @@ def _parse(raw: Any, where: str, answered: bool = True) -> Record:
         if raw.get(key):
             raise RecordError(f"{where}: '{key}' is not read; {remedy}")
     images = _parse_images(raw, where)
-    system, turns = _parse_conversation(raw.get("conversations"), where, answered)
-    placeholders = sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
+    spelt = not images and raw.get("images") == []
+    system, turns = _parse_conversation(raw.get("conversations"), where, answered, spelt)
+    placeholders = 0 if spelt else sum(turn.question.count(IMAGE_PLACEHOLDER) for turn in turns)
     if images and not placeholders:  # LLaVA's own files always carry it; plain exports often do not
         first = turns[0]
         turns = (Turn(f"{IMAGE_PLACEHOLDER}\n{first.question}", first.answer), *turns[1:])
     elif placeholders != len(images):
-        raise RecordError(f"{where}: {placeholders} '{IMAGE_PLACEHOLDER}' in the text but {len(images)} image(s)")
+        remedy = "" if images else f"; where it is text, {_SPELT}"
+        raise RecordError(
+            f"{where}: {placeholders} '{IMAGE_PLACEHOLDER}' in the text but {len(images)} image(s){remedy}"
+        )
     references = [] if raw.get("references") is None else raw["references"]
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise RecordError(f"{where}: 'references' must be a list of strings")
@@ -220,13 +226,13 @@ def _parse_images(raw: dict[str, Any], where: str) -> list[str]:
     return images
 
 
-def _parse_conversation(conversation: Any, where: str, answered: bool) -> tuple[str, tuple[Turn, ...]]:
-    """The system message, empty if there is none, and the turns."""
+def _parse_conversation(conversation: Any, where: str, answered: bool, spelt: bool) -> tuple[str, tuple[Turn, ...]]:
+    """The system message, empty if there is none, and the turns; `spelt`: ``<image>`` is text."""
     messages = conversation if isinstance(conversation, list) else []
     system, start = "", 0
     if messages and _side(messages[0]) == "system":
         system, start = messages[0].get("value"), 1
-        if not isinstance(system, str) or IMAGE_PLACEHOLDER in system:
+        if not isinstance(system, str) or (IMAGE_PLACEHOLDER in system and not spelt):
             raise RecordError(
                 f"{where}: turn 0 is a system message: its 'value' must be a text without '{IMAGE_PLACEHOLDER}', got "
                 f"{system!r}"
@@ -245,9 +251,10 @@ def _parse_conversation(conversation: Any, where: str, answered: bool) -> tuple[
             )
         if role != ("user", "assistant")[(index - start) % 2]:
             raise RecordError(f"{where}: turns must alternate human, gpt; turn {index} is '{side}'")
-        if role == "assistant" and IMAGE_PLACEHOLDER in message["value"]:
+        if role == "assistant" and IMAGE_PLACEHOLDER in message["value"] and not spelt:
             raise RecordError(
-                f"{where}: turn {index} is an answer with '{IMAGE_PLACEHOLDER}' in it; images belong to questions"
+                f"{where}: turn {index} is an answer with '{IMAGE_PLACEHOLDER}' in it; images belong to questions, and "
+                f"where it is text in a record without any, {_SPELT}"
             )
         values.append(message["value"])
     if len(values) % 2 and answered:

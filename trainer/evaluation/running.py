@@ -184,10 +184,13 @@ def _merge(spec: EvaluationSpec) -> None:
 
 
 def _row(record: Record, scored: bool) -> dict[str, Any]:
+    question = record.turns[-1].question
+    if record.images:
+        question = question.replace(IMAGE_PLACEHOLDER, "")
     return {
         "id": record.id,
         "image": record.images[0] if record.images else None,
-        "question": record.turns[-1].question.replace(IMAGE_PLACEHOLDER, "").strip(),
+        "question": question.strip(),
         # Where nothing is scored, an empty answer stands for a missing one.
         "references": record.answers if scored or record.answers != [""] else [],
     }

@@ -88,7 +88,7 @@ def _sample(row: dict[str, Any], roots: list[Path], label: str) -> dict[str, Any
         boxes = [("reference", text) for text in references[:1]] + [("predicted", prediction)]
     return {
         **picture,
-        "question": _shorten(question.replace("<image>", "").strip()),
+        "question": _shorten(question),
         "prediction": _shorten(prediction.strip()) if label != LOSSES else None,
         "references": [_shorten(reference) for reference in references[:3]],
         "more_references": max(0, len(references) - 3),

@@ -150,8 +150,8 @@ class Item:
 
     An empty last answer is one that the data set keeps secret: the record ends with its question.
     In a pool that merges, items of the same ``group`` become one conversation. ``pool`` is for files that hold
-    several splits; otherwise it is the source's. ``placed``: the questions say themselves where images go. ``system``
-    is the system message, which a merged conversation has none of.
+    several splits; otherwise it is the source's. ``placed``: the questions say themselves where images go; else
+    ``<image>`` is text where there is no image. ``system`` is the system message; a merged conversation has none.
     """
 
     id: str

@@ -138,6 +138,8 @@ class ShareGpt(Converter):
         raw = as_object(element.value)
         if raw.get("plugins") is not None:
             raise Rejected("plugins", "the dialogue used plugins")
+        if raw.get("image") or raw.get("images"):
+            raise Rejected("image", "the dialogue is about an image, and 'sharegpt' is of texts only")
         turns = [_message(message) for message in get_list(raw, "conversations")]
         if turns and turns[0][0] == "gpt":
             turns = turns[1:]

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,14 @@ class _Reader:
 
     def _keep(self, item: Item, place: str) -> None:
         options, pool = self.work.options, item.pool or self.work.source.pool
-        if not item.placed and any(IMAGE_PLACEHOLDER in text for turn in item.turns for text in turn):
+        spelt = not item.placed and IMAGE_PLACEHOLDER in "".join((item.system, *chain(*item.turns)))
+        if spelt and item.images:
             raise Rejected("malformed", f"its text contains '{IMAGE_PLACEHOLDER}'")
         if pool not in self.merging:
             self.merging[pool] = self.work.converter.pools(options, [pool])[pool].merge
         turns = conversation(item, options.prompt, options.prompt_turns)
         body: dict[str, Any] = {"image": item.images[0] if len(item.images) == 1 else list(item.images)}
-        body = (body if item.images else {}) | {"conversations": turns}
+        body = (body if item.images else {"images": []} if spelt else {}) | {"conversations": turns}
         if item.references:
             body["references"] = list(item.references)
         try:

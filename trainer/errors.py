@@ -59,6 +59,11 @@ def first(problems: list[str], shown: int = SHOWN) -> list[str]:
     return problems[:shown] + more
 
 
+def one_of(sentence: str, count: int) -> str:
+    """A sentence that stands for `count` of its kind."""
+    return sentence + (f" (and {count - 1:,} more like it)" if count > 1 else "")
+
+
 @contextmanager
 def writing(output: Path) -> Iterator[None]:
     """Names `output` in the errors of a full disk and of a database, which have no path of their own."""

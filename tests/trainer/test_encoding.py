@@ -15,6 +15,7 @@ from torch import Tensor
 from trainer.config import ModelConfig
 from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded
+from trainer.data.oddities import oddities
 from trainer.data.records import Record, Turn
 from trainer.errors import UserError
 from trainer.models.loading import load_model, load_processor
@@ -224,8 +225,12 @@ class TestErrors:
         processor.image_token = "<pad>"
         with pytest.raises(UserError, match=r"record 'a': .* 1 '<pad>' for 0 image\(s\)"):
             encoder.training_sample(Record("a", (), (Turn("What is <pad>?", "no"),), ()), Path)
-        spelt = encoder.chat.parts(Record("a", (), (Turn("<image>?", "an <image>"),), ()))
-        assert [part.text.count("<image>") for part in spelt] == [1, 1]  # of another model
+        record = Record("a", (), (Turn("<image>?", "an <image>"),), ())  # of another model
+        assert [part.text.count("<image>") for part in encoder.chat.parts(record)] == [1, 1]
+        assert oddities(record, encoder.chat) == {
+            "placeholder": "its text has '<image>', which stays text, since its 'images' is empty"
+        }
+        assert not oddities(record, ConversationEncoder(processor.tokenizer, 200).chat)
 
     def test_truncation(self, processor: Any, folder: Path) -> None:
         whole = ConversationEncoder(processor, 200).training_sample(TURNS, folder.joinpath)

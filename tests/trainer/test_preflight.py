@@ -396,7 +396,8 @@ def test_what_is_odd_is_a_warning(
     for name in ("box_train_2", "box_test_1"):
         transparent.save(folder / "images" / f"{name}.png")
     change_record(folder, "chat_train", 3, lambda row: row["conversations"][1].update(value="It is </s> 3 <|user|>."))
-    change_record(folder, "chat_train", 5, lambda row: row["conversations"][3].update(value=" "))
+    for number in (2, 5):
+        change_record(folder, "chat_train", number, lambda row: row["conversations"][3].update(value=" "))
     last = json.loads((folder / "chat_train.jsonl").read_text().splitlines()[7])
     for number in (1, 6):
         change_record(folder, "chat_train", number, lambda row: row.update(last))
@@ -418,9 +419,10 @@ def test_what_is_odd_is_a_warning(
         "images/box_train_0.png: scores may be too good",
         f"warning: task 'box', train record 'box-train-2': image {image / 'box_train_2.png'} {hidden}",
         f"warning: task 'box', test record 'box-test-1': image {image / 'box_test_1.png'} {hidden}",
+        "warning: task 'chat', train record 'chat-train-2': of 2 answers, 2 is empty: the model learns to end at once "
+        "(and 1 more like it)",
         "warning: task 'chat', train record 'chat-train-3': its text has '</s>', '<|user|>', which the tokenizer takes "
         "for special tokens; spell it otherwise",
-        "warning: task 'chat', train record 'chat-train-5': of 2 answers, 2 is empty: the model learns to end at once",
         f"warning: task 'chat', train set {folder / 'chat_train.jsonl'}: 2 of 8 records are the same in everything as "
         "an earlier one",
     ]

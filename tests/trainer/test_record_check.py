@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import typer
@@ -137,19 +138,24 @@ class TestCheck:
         rows[2]["conversations"][1]["value"] += "</s>"
         rows[3]["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": " "}]
         rows[4]["conversations"].insert(0, {"from": "system", "value": "<pad>"})
+        for number in (5, 7):
+            rows[number]["conversations"] += rows[3]["conversations"][2:]
         path = tmp_path / "odd.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         result = run(app, "check", path, "--image-root", tmp_path, "--tokenizer", pixel_model)
         assert result.exit_code == 0
         head, numbers, _, *told = result.output.splitlines()
-        assert dict(zip(head.split(), numbers.split(), strict=True))["warnings"] == "4"
+        assert dict(zip(head.split(), numbers.split(), strict=True))["warnings"] == "6"
         for line, (number, name, text) in zip(told, [
             (1, "colour-train-0", f"image {tmp_path}/images/colour_train_0.png has transparent pixels"),
-            (3, "colour-train-2", "its text has '</s>', which the tokenizer takes for special tokens"),
-            (4, "colour-train-3", "of 2 answers, 2 is empty: "),
-            (5, "colour-train-4", "its text has '<pad>', which"),
+            (3, "colour-train-2", "its text has '</s>', which the tokenizer takes for special tokens; spell it "
+             "otherwise (and 1 more like it)"),
+            (4, "colour-train-3", "of 2 answers, 2 is empty: the model learns to end at once (and 2 more like it)"),
         ], strict=True):  # fmt: skip
             assert line.startswith(f"warning: {path}, line {number} (id '{name}'): {text}")
+        many = check_files([Path(shutil.copy(path, tmp_path / f"{number}.jsonl")) for number in range(22)])
+        assert many.table().count(" is empty: the model learns to end at once (and 2 more like it)\n") == 20
+        assert many.table().endswith("\n... and 6 more warnings")
         assert [text in run(app, "check", path).output for text in ("is empty", "</s>")] == [True, False]
 
     @pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.jsonl", "\n")])

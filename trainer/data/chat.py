@@ -43,9 +43,9 @@ class ChatTemplate:
     def __init__(self, processor: Any, image_token: str) -> None:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.image_token = image_token
-        text_only = getattr(processor, "image_processor", None) is None
+        self.reads_images = getattr(processor, "image_processor", None) is not None
         self._template = _template_of(processor, self.tokenizer)
-        self._plain_text = text_only and not self._takes_parts()
+        self._plain_text = not self.reads_images and not self._takes_parts()
 
     def parts(self, record: Record) -> list[Part]:
         """The rendered conversation in parts, up to the last answer: what is written behind it changes nothing before.

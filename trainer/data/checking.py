@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from trainer.data.mixtures import optimizer_steps
 from trainer.data.oddities import oddities
 from trainer.data.raw_json import Damage, elements
 from trainer.data.records import Record, RecordError, _parse
-from trainer.errors import UserError
+from trainer.errors import UserError, one_of
 from trainer.tasks import ImageLook, look_at_image
 
 if TYPE_CHECKING:
@@ -52,10 +53,19 @@ class CheckResult:
 
     files: list[FileCheck]
     shown: list[str]
-    warned: list[str]
+    warned: dict[tuple[Path, str], str]  # by file and kind
     batch_size: int
     epochs: float
     counted: bool
+    alike: Counter[tuple[Path, str]] = field(default_factory=Counter)  # warnings that each of them stands for
+
+    def warn(self, file: FileCheck, kind: str, warning: str) -> None:
+        """Adds a warning; of a kind in a file the first is named, for files may be full of them."""
+        file.warnings += 1
+        key = file.path, kind
+        if key in self.warned or len(self.warned) < _SHOWN:
+            self.warned.setdefault(key, warning)
+            self.alike[key] += 1
 
     @property
     def problems(self) -> int:
@@ -86,10 +96,10 @@ class CheckResult:
         lines += self.shown
         if self.problems > len(self.shown):
             lines.append(f"... and {self.problems - len(self.shown):,} more")
-        lines += [f"warning: {warning}" for warning in self.warned]
-        warnings = sum(file.warnings for file in self.files)
-        if warnings > len(self.warned):
-            lines.append(f"... and {warnings - len(self.warned):,} more warnings")
+        lines += [f"warning: {one_of(warning, self.alike[key])}" for key, warning in self.warned.items()]
+        others = sum(file.warnings for file in self.files) - self.alike.total()
+        if others:
+            lines.append(f"... and {others:,} more warnings")
         return "\n".join(lines)
 
 
@@ -118,7 +128,7 @@ def check_files(
     counter = _counter(tokenizer) if tokenizer else None
     chat = counter.chat if counter else None
     looks: dict[str, ImageLook] = {}
-    result = CheckResult([], [], [], batch_size, epochs, counter is not None)
+    result = CheckResult([], [], {}, batch_size, epochs, counter is not None)
     for path in paths:
         if not path.is_file():
             raise UserError(f"record file {path} does not exist")
@@ -159,11 +169,10 @@ def check_files(
             file.images += len(record.images)
             new = {image: look.warning for image, look in seen_images.items() if image not in odd_images}
             odd_images |= {image for image, warning in new.items() if warning}
-            used = [f"{again}: it can be trained on, not scored"] if again else []
-            for warning in [*used, *filter(None, new.values()), *oddities(record, chat)]:
-                file.warnings += 1
-                if len(result.warned) < _SHOWN:
-                    result.warned.append(f"{where} (id '{record.id}'): {warning}")
+            used = {again: f"{again}: it can be trained on, not scored"} if again else {}
+            odd = {image: warning for image, warning in new.items() if warning}
+            for kind, warning in (used | odd | oddities(record, chat)).items():
+                result.warn(file, kind, f"{where} (id '{record.id}'): {warning}")
         if not file.records and not file.problems:
             file.problems = 1
             result.shown.append(f"{path} has no records")

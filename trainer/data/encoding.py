@@ -207,7 +207,7 @@ class ConversationEncoder:
     @property
     def reads_images(self) -> bool:
         """Whether the model takes images; a tokenizer alone belongs to one that reads text only."""
-        return getattr(self.processor, "image_processor", None) is not None
+        return self.chat.reads_images
 
     @property
     def image_token(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.data.encoding import ConversationEncoder, TooLongError
 from trainer.data.pictures import image_size
 from trainer.data.records import Record
-from trainer.errors import UserError
+from trainer.errors import UserError, one_of
 
 _SIZES = [(64, 64), (900, 150), (640, 480)]  # pixels; a model that tiles images gives each its own number of tokens
 
@@ -142,6 +142,5 @@ def measure_all(count: int, measure: Callable[[int], SampleLength]) -> list[Samp
     found = [shares[index % world][index // world] for index in range(count)]
     problems = [item for item in found if isinstance(item, str)]
     if problems:
-        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
-        raise UserError(problems[0] + more)
+        raise UserError(one_of(problems[0], len(problems)))
     return [item for item in found if isinstance(item, SampleLength)]

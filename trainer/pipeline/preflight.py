@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +13,12 @@ from cotbal_kernels.huggingface import apply_fused_loss
 from trainer.balancing.registry import method_class
 from trainer.bars import watched
 from trainer.config import BUILT_IN, RunConfig
+from trainer.data.chat import ChatTemplate
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import SampleLength, sample_length, token_counter
 from trainer.data.oddities import oddities
 from trainer.data.records import Record
-from trainer.errors import SHOWN, UserError, each, first
+from trainer.errors import SHOWN, UserError, each, first, one_of
 from trainer.evaluation.scoring import check_references
 from trainer.evaluation.spec import EvaluationSet
 from trainer.files import write_json
@@ -166,16 +168,26 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
     _, images, *found = each(lambda check: check(), checks)
     chat = encoder.chat if encoder is not None else None
     odd = [
-        f"{task_config.record_title(split, part, record.id)}: {oddity}"
+        warning
         for split in SPLITS
         for part, records in task.sets(split).items()
-        for record in records
-        for oddity in oddities(record, chat)
+        for warning in _odd(records, chat, partial(task_config.record_title, split, part))
     ]
     counts = [result for result in found if isinstance(result, TokenCount)]
     lost = [sentence for result in found if isinstance(result, list) for sentence in result]
-    warnings = first(odd) + first(lost) + _repeated(task) + _trained_on(task) + first(images.warnings)
+    warnings = odd + first(lost) + _repeated(task) + _trained_on(task) + first(images.warnings)
     return CheckedTask(task, images, counts[0] if counts else None, warnings)
+
+
+def _odd(records: Sequence[Record], chat: ChatTemplate | None, title: Callable[[str], str]) -> list[str]:
+    """A sentence about the first record of each kind of oddity, and how many are like it: files may be full of them."""
+    told: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for record in records:
+        for kind, sentence in oddities(record, chat).items():
+            told.setdefault(kind, f"{title(record.id)}: {sentence}")
+            counts[kind] += 1
+    return [one_of(sentence, counts[kind]) for kind, sentence in told.items()]
 
 
 def _repeated(task: Task) -> list[str]:

@@ -159,6 +159,24 @@ def mftcoder() -> Files:
     return {"sort/a.jsonl": [rounds(i) for i in range(4)], "b.jsonl": [rounds(i) for i in range(3)]}
 
 
+def messages() -> Files:
+    def chat(number: int) -> dict[str, Any]:
+        return {
+            "messages": [{"role": "user", "content": f"Say {number}."}, {"role": "assistant", "content": f"S{number}"}]
+        }
+
+    def parts(number: int) -> dict[str, Any]:
+        about = [
+            {"type": "image_url", "image_url": {"url": f"{number}.jpg"}},
+            {"type": "text", "text": f"See {number}?"},
+        ]
+        brief = {"role": "system", "content": "Be brief."}
+        said = {"role": "assistant", "content": [{"type": "text", "text": f"S{number}"}]}
+        return {"messages": [brief, {"role": "user", "content": about}, said]}
+
+    return {"train.jsonl": [*map(chat, range(3)), *map(parts, range(3, 6))], "more/val.json": [chat(7), parts(8)]}
+
+
 RAW = {
     "sharegpt4v": lambda: {"sharegpt4v_instruct_gpt4-vision_cap100k.json": llava()},
     "vqav2": vqav2,
@@ -172,6 +190,7 @@ RAW = {
     "m3it": m3it,
     "xtreme-up-qa": xtreme_up,
     "mftcoder": mftcoder,
+    "messages": messages,
 }
 
 
@@ -214,7 +233,8 @@ def questions(manifest: Manifest) -> Mapping[tuple[Any, ...], int]:
     found: dict[tuple[Any, ...], int] = {}
     for split in manifest.outputs:
         for row in rows(manifest, split):
-            values = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+            turns = [turn for turn in row["conversations"] if turn["from"] != "system"]
+            values = [turn["value"].removeprefix("<image>\n") for turn in turns]
             for question, answer in zip(values[::2], values[1::2], strict=True):
                 key = (split, str(row.get("image")), question, answer, tuple(row.get("references", ())))
                 found[key] = found.get(key, 0) + 1

@@ -23,6 +23,7 @@ from trainer.errors import UserError, first, listed
 from trainer.files import write_whole
 
 IMAGE_PLACEHOLDER = "<image>"
+_MESSAGES = "`cotbal convert messages` makes records, which have 'conversations', of chats that have 'messages'"
 # Where other exports have their images: passed over, they would train a model blind. And what they put before a chat.
 _NOT_READ = {
     **dict.fromkeys(
@@ -31,7 +32,7 @@ _NOT_READ = {
     **dict.fromkeys(("video", "videos"), "videos are not supported"),
     "system": "a system message is a first turn {'from': 'system', 'value': text}",
     "tools": "descriptions of tools go into the system message, a first turn {'from': 'system', 'value': text}",
-    "messages": "turns are 'conversations': [{'from': 'human'|'gpt', 'value': text}, ...]",
+    "messages": _MESSAGES,
 }
 _SPELT = "give the record 'images': []"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -177,7 +178,8 @@ def _parse(raw: Any, where: str, answered: bool = True) -> Record:
     if not isinstance(raw, dict):
         raise RecordError(f"{where}: expected an object, got {type(raw).__name__}")
     if "id" not in raw:
-        raise RecordError(f"{where}: the record has no 'id'")
+        remedy = f"; {_MESSAGES}" if raw.get("messages") else ""
+        raise RecordError(f"{where}: the record has no 'id'{remedy}")
     if isinstance(raw["id"], bool) or not isinstance(raw["id"], (str, int, float)):
         raise RecordError(f"{where}: 'id' must be a string or a number, got {raw['id']!r}")
     where = f"{where} (id '{raw['id']}')"

@@ -16,7 +16,7 @@ _LEAST_CHARACTERS = 16  # of a whole ShareGPT dialogue, as Vicuna's cleaning ask
 _RATE_LIMIT = ("Too many requests in 1 hour. Try again later.", "!Too many requests in 1 hour. Try again later.")
 
 
-def _container(path: Path) -> Any:
+def container(path: Path) -> Any:
     return "lines" if path.suffix == ".jsonl" else "list"
 
 
@@ -42,7 +42,7 @@ class _LlavaFile(Converter):
         if more:
             names = ", ".join(str(path.relative_to(folder)) for path in (path, *more))
             raise UserError(f"{folder} has several files that may be '{self.name}'; give one as SOURCE: {names}")
-        return [Source(path, "train", _container(path))]
+        return [Source(path, "train", container(path))]
 
     def pools(self, options: Options, names: Sequence[str]) -> dict[str, Pool]:
         return dealt(options, names)
@@ -64,10 +64,10 @@ class _LlavaFile(Converter):
 
 def _message(message: Any) -> tuple[str, str]:
     raw = as_object(message)
-    return get_text(raw, "from"), _said(raw, "value")
+    return get_text(raw, "from"), said(raw, "value")
 
 
-def _said(raw: dict[str, Any], key: str) -> str:
+def said(raw: dict[str, Any], key: str) -> str:
     """A text as it is: code begins with its indentation."""
     text = get_text(raw, key, empty=True)
     return raw[key] if isinstance(raw[key], str) else text  # a number
@@ -128,7 +128,7 @@ class ShareGpt(Converter):
 
     def sources(self, folder: Path, options: Options) -> list[Source]:
         return [
-            Source(path, "train", _container(path)) for path in files_below(folder, (".json", ".jsonl"), "dialogues")
+            Source(path, "train", container(path)) for path in files_below(folder, (".json", ".jsonl"), "dialogues")
         ]
 
     def pools(self, options: Options, names: Sequence[str]) -> dict[str, Pool]:
@@ -196,7 +196,7 @@ class MftCoder(Converter):
         for index, message in enumerate(get_list(raw, "chat_rounds")):
             entry = as_object(message)
             role = get_text(entry, "role")
-            text = _said(entry, "content")
+            text = said(entry, "content")
             if role == "system" and index == 0:
                 system = text.strip()
             else:

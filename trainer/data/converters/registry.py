@@ -7,6 +7,7 @@ from trainer.data.converters.chartqa import ChartQa
 from trainer.data.converters.chats import Llava665k, MftCoder, ShareGpt, ShareGpt4V
 from trainer.data.converters.gqa import Gqa
 from trainer.data.converters.m3it import M3it
+from trainer.data.converters.messages import Messages
 from trainer.data.converters.ocrvqa import OcrVqa
 from trainer.data.converters.refcoco import RefCocoBoxes, RefCocoCaptions
 from trainer.data.converters.vqav2 import Vqav2
@@ -28,6 +29,7 @@ CONVERTERS: dict[str, Converter] = {
         M3it(),
         XtremeUpQa(),
         MftCoder(),
+        Messages(),
     )
 }
 

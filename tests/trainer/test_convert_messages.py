@@ -1,0 +1,169 @@
+"""Chats of other trainers, each as the trainer's own documentation writes it, become records word for word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from raw_data import convert_raw, rows, values
+
+from trainer.data.records import read_records
+
+
+def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def text(own: str) -> dict[str, str]:
+    return {"type": "text", "text": own}
+
+
+ASK, ANSWER = said("user", "How much is 2 + 1?"), said("assistant", "  3\n")
+PICTURE = {"type": "image"}
+
+
+def converted(tmp_path: Path, *chats: Any, **options: Any) -> list[dict[str, Any]]:
+    """The records, none of which is rejected, as rows of the file."""
+    manifest = convert_raw(tmp_path, "messages", {"a.jsonl": list(chats)}, **options)
+    assert rows(manifest, "rejected") == []
+    read_records(manifest.path.with_name("train.jsonl"))
+    return rows(manifest, "train")
+
+
+@pytest.mark.parametrize(
+    ("chat", "images", "wanted"),
+    [
+        ({"messages": [ASK, ANSWER]}, None, ["How much is 2 + 1?", "  3\n"]),
+        # OpenAI: parts, and the paths in them; its fine-tuning takes addresses, local servers paths.
+        (
+            {"messages": [
+                said("user", [text("Which?"), {"type": "image_url", "image_url": {"url": "a/1.png", "detail": "low"}}]),
+                said("assistant", [text("Th"), text("is.")], weight=1),
+                said("user", "Sure?", name="x"), said("assistant", "Yes.", tool_calls=None, weight=1.0),
+            ]},
+            "a/1.png", ["Which?\n<image>", "This.", "Sure?", "Yes."],
+        ),
+        # TRL: parts without paths, in the order of the list beside them.
+        (
+            {"images": ["1.png", {"path": "2.png", "bytes": None}], "messages": [
+                said("user", [PICTURE, text("Or "), text("this:"), PICTURE, text("?")]), said("assistant", "No."),
+            ]},
+            ["1.png", "2.png"], ["<image>\nOr this:\n<image>\n?", "No."],
+        ),
+        # LLaMA-Factory and ms-swift: placeholders in texts; the latter may leave them out.
+        (
+            {"messages": [said("user", "<image>And <image>?"), said("assistant", "No.")], "images": ["1.png", "2.png"]},
+            ["1.png", "2.png"], ["<image>And <image>?", "No."],
+        ),
+        ({"messages": [ASK, ANSWER], "images": "1.png"}, "1.png", ["<image>\nHow much is 2 + 1?", "  3\n"]),
+        # Qwen and transformers: a path in the part.
+        (
+            {"messages": [said("user", [{"type": "image", "image": "file://b.png"}, text("?")]), ANSWER]},
+            "b.png", ["<image>\n?", "  3\n"],
+        ),
+        # Axolotl and LLaMA-Factory also take ShareGPT's spelling, of other models too.
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "chatgpt", "value": "Ho"}], "tools": ""},
+            None, ["Hi", "Ho"],
+        ),
+    ],
+)  # fmt: skip
+def test_each_spelling(tmp_path: Path, chat: dict[str, Any], images: Any, wanted: list[str]) -> None:
+    (row,) = converted(tmp_path, chat)
+    assert (row.get("image"), values(row)) == (images, wanted)
+    assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (len(wanted) // 2)
+    assert row["id"] == "a-1"
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        {"messages": [said("system", "Be brief."), ASK, ANSWER]},
+        {"messages": [said("developer", [text("Be brief.")]), ASK, ANSWER]},
+        {"messages": [ASK, ANSWER], "system": "Be brief."},
+    ],
+)
+def test_system_messages(tmp_path: Path, chat: dict[str, Any]) -> None:
+    (row,) = converted(tmp_path, chat)
+    assert row["conversations"][0] == {"from": "system", "value": "Be brief."}
+    assert values(row)[1:] == [ASK["content"], ANSWER["content"]]
+    (row,) = converted(tmp_path, chat, system="prepend")
+    assert values(row) == [f"Be brief.\n\n{ASK['content']}", ANSWER["content"]]
+    (row,) = converted(tmp_path, chat, system="drop")
+    assert values(row) == [ASK["content"], ANSWER["content"]]
+
+
+def test_where_no_image_can_be_meant_a_placeholder_is_text(tmp_path: Path) -> None:
+    asked = "What is <image> in SVG?"
+    chats = [
+        {"messages": [said("user", [text(asked)]), ANSWER]},
+        {"messages": [said("user", asked), ANSWER], "images": []},
+    ]
+    for row in converted(tmp_path, *chats):
+        assert (row["images"], values(row)[0]) == ([], asked)
+
+
+def test_splits_are_named_by_files_or_drawn(tmp_path: Path) -> None:
+    chats = [{"messages": [said("user", f"{number}?"), ANSWER], "id": number % 8} for number in range(10)]
+    manifest = convert_raw(tmp_path / "files", "messages", {"train.json": chats[:6], "b/test_2.jsonl": chats[6:]})
+    assert [[row["id"] for row in rows(manifest, split)] for split in ("train", "test")] == [
+        ["0#1.1", "1#1.2", "2", "3", "4", "5"], ["6", "7", "0", "1"],
+    ]  # fmt: skip
+    manifest = convert_raw(tmp_path / "one", "messages", {"chats.json": chats}, validation=3)
+    assert [len(rows(manifest, split)) for split in ("train", "validation")] == [7, 3]
+
+
+def test_absolute_paths_are_below_the_image_root(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "1.png")
+    chat = {"messages": [ASK, ANSWER], "images": [str(tmp_path / "images" / "1.png")]}
+    (row,) = converted(tmp_path, chat, image_root=str(tmp_path / "images"))
+    assert row["image"] == "1.png"
+    for options, reason in (
+        ({}, "is absolute; give the folder"),
+        ({"image_root": str(tmp_path / "raw")}, "is not below"),
+    ):
+        (row,) = rows(convert_raw(tmp_path, "messages", {"a.jsonl": [chat]}, **options), "rejected")
+        assert (row["kind"], reason in row["reason"]) == ("outside the image root", True)
+
+
+REJECTED = [
+    ({"prompt": "a", "completion": "b"}, "'messages' must be a list, got None"),
+    ({"messages": [ASK]}, "1 turn(s); a question and an answer are needed"),
+    ({"messages": [ASK, ANSWER, ASK]}, "the last turn has no answer"),
+    ({"messages": [ASK, ASK, ANSWER, ANSWER]}, "turn 1 is by 'user' once more"),
+    ({"messages": [ASK, ANSWER, said("system", "x"), ANSWER]}, "turn 2 is by 'system'"),
+    ({"messages": [ASK, ANSWER, said("tool", "x"), ANSWER]}, "turn 2 is by 'tool'"),
+    ({"messages": [said("system", "x"), ASK, ANSWER], "system": "x"}, "it has 'system' and a system message"),
+    ({"messages": [ASK, said("assistant", None)]}, "'content' must be text, got None"),
+    ({"messages": [ASK, said("assistant", None, tool_calls=[{}])]}, "turn 1: 'tool_calls' is not read; calls go"),
+    ({"messages": [ASK, said("assistant", "3", reasoning_content="2 + 1")]}, "turn 1: 'reasoning_content' is not"),
+    ({"messages": [ASK, said("assistant", "3", weight=0)]}, "turn 1: 'weight' is 0, but every answer is trained"),
+    ({"messages": [ASK, said("assistant", "3", loss=False)]}, "turn 1: 'loss' is False, but every answer is "),
+    ({"messages": [ASK, ANSWER], "tools": [{}]}, "'tools' is not read; descriptions of tools go into the system"),
+    ({"messages": [ASK, ANSWER], "videos": ["a.mp4"]}, "'videos' is not read; videos are not supported"),
+    ({"messages": [said("user", [{"type": "input_audio"}]), ANSWER]}, "turn 0: parts are of type text, image or"),
+    ({"messages": [said("user", [PICTURE]), ANSWER]}, "turn 0: an image has no path, and 'images' lists no more"),
+    ({"messages": [said("user", [PICTURE]), ANSWER], "images": ["1.png", "2.png"]}, "it lists 2 image(s), but its "),
+    ({"messages": [said("user", [{"type": "image", "url": 3}]), ANSWER]}, "turn 0: the path of an image must be"),
+    ({"messages": [ASK, said("assistant", [PICTURE])], "images": ["1.png"]}, "turn 1 is an answer with '<image>'"),
+    ({"messages": [said("user", "<image>?"), ANSWER]}, "1 '<image>' in the text but 0 image(s); where it is text,"),
+    ({"messages": [said("user", "<image>?"), ANSWER], "images": ["1.png"] * 2}, "1 '<image>' in the text but 2 "),
+    ({"messages": [said("user", [PICTURE, text("<image>?")]), ANSWER], "images": ["1.png"]}, "2 '<image>' in the "),
+    ({"messages": [ASK, ANSWER], "images": [{"bytes": "x", "path": "1.png"}]}, "'images' must be a list of paths, "),
+    ({"messages": [ASK, ANSWER], "images": ["https://a.example/1.png"]}, "image 'https://a.example/1.png' is an add"),
+    ({"messages": [ASK, ANSWER], "images": ["data:image/png;base64,AA"]}, "image 'data:image/png;base64,AA' is part"),
+    ({"messages": [ASK, ANSWER], "images": ["../1.png"]}, "image path '../1.png' must stay below the image root"),
+]  # fmt: skip
+
+
+def test_what_a_record_has_no_place_for_is_rejected(tmp_path: Path) -> None:
+    good = {"messages": [ASK, ANSWER]}
+    manifest = convert_raw(tmp_path, "messages", {"a.json": [good, *(chat for chat, _ in REJECTED), good]})
+    found = rows(manifest, "rejected")
+    assert [row["position"] for row in found] == [f"record {number}" for number in range(1, len(REJECTED) + 1)]
+    for row, (_, reason) in zip(found, REJECTED, strict=True):
+        assert row["reason"].startswith(reason)
+    assert len(rows(manifest, "train")) == 2

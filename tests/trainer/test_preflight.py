@@ -20,6 +20,7 @@ from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
 from trainer.data.mixtures import mini_size
 from trainer.errors import UserError
 from trainer.models.loading import load_processor
+from trainer.pipeline import preflight
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.preflight import check_config, check_model, check_run, token_counter
 from trainer.pipeline.progress import Progress
@@ -440,6 +441,15 @@ def test_what_the_run_keeps_of_it(data: dict[str, Any], tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [(row["supervised_tokens"], row["tokens"]) for row in rows] == counted(data)
     assert all((row["train_records"], row["test_records"], row["truncated_records"]) == (8, 4, 0) for row in rows)
+
+
+def test_a_prompt_that_leaves_no_positions_for_its_answer(
+    data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of GPT-2; a model with RoPE, as here, is not told where to stop."""
+    monkeypatch.setattr(preflight, "table_of_positions", lambda config: 20)
+    with pytest.raises(UserError, match=r"box_test.jsonl: record 'box-test-0': its prompt of \d+ tokens and up to \d+"):
+        check_config(parse_config(data, "x"))
 
 
 def test_counting_tokens_opens_no_image(data: dict[str, Any], folder: Path) -> None:

@@ -127,13 +127,17 @@ class ConversationEncoder:
         processor: a transformers processor (or tokenizer) with a chat template.
         max_length: longest sample in tokens; what is past it is cut from the end.
         features: precomputed features of a frozen vision tower, used in place of pixels when given.
+        table: positions that the model has, where a prompt and its answer must end; None is no limit.
     """
 
-    def __init__(self, processor: Any, max_length: int, features: ImageFeatures | None = None) -> None:
+    def __init__(
+        self, processor: Any, max_length: int, features: ImageFeatures | None = None, table: int | None = None
+    ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length = max_length
         self.features = features
+        self.table = table
         self.chat = ChatTemplate(processor, self.image_token)
 
     def training_sample(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:

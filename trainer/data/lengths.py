@@ -87,15 +87,17 @@ def _size(path: Path) -> tuple[int, int]:
         return _SIZES[0]
 
 
-def token_counter(processor: Any, max_length: int) -> ConversationEncoder:
+def token_counter(processor: Any, max_length: int, table: int | None = None) -> ConversationEncoder:
     """An encoder that lays out tokens and labels, as many as of the processor's own, without decoding an image."""
-    plain = ConversationEncoder(processor, max_length)
-    return ConversationEncoder(processor, max_length, ImageLengths(plain)) if plain.reads_images else plain
+    plain = ConversationEncoder(processor, max_length, table=table)
+    return ConversationEncoder(processor, max_length, ImageLengths(plain), table) if plain.reads_images else plain
 
 
 def counter_of(encoder: ConversationEncoder) -> ConversationEncoder:
     """The cheapest encoder whose lengths are those of `encoder`."""
-    return encoder if encoder.features is not None else token_counter(encoder.processor, encoder.max_length)
+    if encoder.features is not None:
+        return encoder
+    return token_counter(encoder.processor, encoder.max_length, encoder.table)
 
 
 def sample_length(

@@ -6,6 +6,7 @@ Legend: B records, S tokens of the longest, N generated tokens.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,7 +34,8 @@ def encode(encoder: ConversationEncoder, chosen: EvaluationSet, records: Sequenc
     """Prompts, or whole conversations for perplexity.
 
     Raises:
-        UserError: an image that does not decode, or a record that cannot be encoded, named with its set.
+        UserError: an image that does not decode, or a record that cannot be encoded, or that is too long with its
+            answer for the model, named with its set.
     """
     encoded = []
     for record in records:
@@ -44,6 +46,13 @@ def encode(encoder: ConversationEncoder, chosen: EvaluationSet, records: Sequenc
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             images = ", ".join(str(chosen.image_path(image)) for image in record.images)
             raise UserError(f"{chosen.title}, record '{record.id}': {images} cannot be decoded ({error})") from error
+        # The last token that is generated is not read.
+        if not chosen.teacher_forced and len(one.input_ids) + chosen.max_new_tokens - 1 > (encoder.table or math.inf):
+            raise UserError(
+                f"{chosen.title}: record '{record.id}': its prompt of {len(one.input_ids)} tokens and up to "
+                f"{chosen.max_new_tokens} new ones are more than the {encoder.table} positions that the model has; "
+                "lower max_new_tokens, or take the record out"
+            )
         encoded.append(one)
     return encoded
 

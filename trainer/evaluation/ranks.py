@@ -24,7 +24,7 @@ from trainer.evaluation.planning import read_plan
 from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import die_with_parent, starting
 from trainer.models.features import FeatureStore
-from trainer.models.loading import load_config, load_model, load_processor, positions
+from trainer.models.loading import load_config, load_model, load_processor, positions, table_of_positions
 
 Result = TypeVar("Result")
 
@@ -58,8 +58,9 @@ def load_encoder(spec: EvaluationSpec) -> ConversationEncoder:
     """The model folder's processor, with cached features where the spec has them; cuts at the model's positions."""
     features = FeatureStore(spec.features) if spec.features else None
     processor = load_processor(str(spec.model_path), spec.images)
-    most = positions(load_config(str(spec.model_path))) or spec.max_length
-    return ConversationEncoder(processor, min(spec.max_length, most), features)
+    config = load_config(str(spec.model_path))
+    most = positions(config) or spec.max_length
+    return ConversationEncoder(processor, min(spec.max_length, most), features, table_of_positions(config))
 
 
 def run_rank(spec: EvaluationSpec, rank: int, todo: Sequence[int], after: Callable[[], None] = lambda: None) -> None:

@@ -63,8 +63,21 @@ def load_config(path: str, *, local_only: bool = False) -> Any:
 
 
 def positions(config: Any) -> int | None:
-    """Tokens that a model with this configuration was made for; None where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Tokens that a model with this configuration was made for; None where it does not say.
+
+    What its RoPE is stretched by counts: folders with YaRN often keep the number of before.
+    """
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if most is None or not rope.get("factor"):
+        return most
+    return max(most, int(rope["factor"] * (rope.get("original_max_position_embeddings") or most)))
+
+
+def table_of_positions(config: Any) -> int | None:
+    """The number of positions beyond which a model cannot be called at all, as GPT-2; None with RoPE and ALiBi."""
+    return None if getattr(config.get_text_config(), "rope_parameters", None) else positions(config)
 
 
 def reads_images(config: Any) -> bool:

@@ -27,7 +27,14 @@ from trainer.loop.learning_rates import own_rates
 from trainer.loop.tracking import check_trackers
 from trainer.metrics import AccuracyIoU, get_metric
 from trainer.models.images import refuse_cropped_boxes
-from trainer.models.loading import empty_model, load_config, load_processor, positions, refuse_attention
+from trainer.models.loading import (
+    empty_model,
+    load_config,
+    load_processor,
+    positions,
+    refuse_attention,
+    table_of_positions,
+)
 from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
 from trainer.pipeline.evaluations import check_scoring, evaluation_sets
@@ -226,7 +233,8 @@ def _answers_boxes(task: TaskConfig) -> bool:
 
 
 def _token_counter(config: RunConfig, model_path: str) -> ConversationEncoder:
-    return token_counter(load_processor(model_path, config.model.images), config.model.max_length)
+    table = table_of_positions(load_config(model_path))
+    return token_counter(load_processor(model_path, config.model.images), config.model.max_length, table)
 
 
 def _validates(config: RunConfig) -> bool:

@@ -39,8 +39,11 @@ def task_improvement(
     return math.fsum(changes) / len(changes)
 
 
-def compare(results: Mapping[str, Any]) -> dict[str, Comparison]:
+def compare(results: Mapping[str, Any]) -> dict[str, Comparison | None]:
     """Eq. 12-14 for every method of a results table; other top-level keys are ignored.
+
+    Returns:
+        None for a method with a score that is null: a perplexity that is infinite has no relative change.
 
     Raises:
         UserError: naming the place of a missing, unknown or non-finite entry, an unknown direction, or a
@@ -60,8 +63,11 @@ def compare(results: Mapping[str, Any]) -> dict[str, Comparison]:
                     f"baseline[{task!r}][{metric!r}] is {value:g}: Eq. 12 divides by the baseline, which "
                     "must be positive; leave this metric out or train a baseline that learns it"
                 )
-    comparisons = {}
+    comparisons: dict[str, Comparison | None] = {}
     for name, table in results["methods"].items():
+        if _has_null(table):
+            comparisons[name] = None
+            continue
         values = _values(f"methods[{name!r}]", table, tasks)
         improvements = {
             task: task_improvement(values[task], baseline[task], directions) for task, directions in tasks.items()
@@ -84,9 +90,14 @@ def mean_comparison(each: Sequence[Comparison]) -> Comparison:
     )
 
 
-def compare_to_json(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What ``cotbal compare`` prints: {method: {"delta_i", "delta_e", "per_task"}}."""
-    return {name: asdict(comparison) for name, comparison in compare(results).items()}
+def compare_to_json(results: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """What ``cotbal compare`` prints: {method: {"delta_i", "delta_e", "per_task"}}, null where there is none."""
+    return {name: asdict(found) if found else None for name, found in compare(results).items()}
+
+
+def _has_null(table: Any) -> bool:
+    tasks = table.values() if isinstance(table, Mapping) else ()
+    return any(None in metrics.values() for metrics in tasks if isinstance(metrics, Mapping))
 
 
 def _directions(tasks: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -111,8 +122,8 @@ def _values(where: str, table: Any, tasks: Mapping[str, Mapping[str, str]]) -> d
         for metric in metrics:
             value = number(table[task][metric])
             if value is None:
-                given = table[task][metric]
-                raise UserError(f"{where}[{task!r}][{metric!r}] must be a finite number, got {given!r}")
+                given = "null" if table[task][metric] is None else repr(table[task][metric])
+                raise UserError(f"{where}[{task!r}][{metric!r}] must be a finite number, got {given}")
             values[task][metric] = value
     return values
 

@@ -61,6 +61,16 @@ def test_worked_out(results):
     }
 
 
+def test_a_method_with_an_infinite_perplexity_has_none(results):
+    """Null in the table; of the baseline it is an error, for every method is divided by it."""
+    results["methods"] |= {"lost": {"a": {"EM": 55.0, "loss": None}, "b": {"EM": 30.0}}}
+    assert compare_to_json(results)["lost"] is None
+    assert compare_to_json(results)["m"]["delta_i"] == pytest.approx(2.5)
+    results["baseline"]["a"]["loss"] = None
+    with pytest.raises(ValueError, match=r"^baseline\['a'\]\['loss'\] must be a finite number, got null$"):
+        compare(results)
+
+
 def test_method_equal_to_the_baseline_is_zero_and_positive_zero(results):
     results["methods"] = {"same": copy.deepcopy(results["baseline"])}
     assert json.dumps(compare_to_json(results)["same"]["delta_e"]) == "0.0"

@@ -56,7 +56,8 @@ class TestPartialRuns:
         assert "contributions" not in found.tables
 
     def test_an_infinite_perplexity_of_a_seed_is_no_damage(self, run):
-        """Null in the table: the mean is not known, nor how far seeds are apart."""
+        """Null in the table: the mean is not known, nor how far seeds are apart; other methods have their Delta I."""
+        others = page(run).tables["deltas"]
         table = json.loads((run / "results.json").read_text())
         ew = table["methods"]["EW"]
         table["seeds"] = {"EW": [json.loads(json.dumps(ew)) for _ in range(3)]}
@@ -66,7 +67,8 @@ class TestPartialRuns:
         found = page(run)
         assert found.row("test-scores", "captions")[4] == "–"
         assert found.row("test-scores", "questions")[4] == "44.0 ± 1.5seeds ± 0.0at chance"
-        assert "methods['EW']['captions']['CIDEr'] must be a finite number" in found.words
+        assert found.tables["deltas"] == [row for row in others if row[0] != "EW"] != others
+        assert "Left out, since a test score is infinite: EW." in found.words
         assert "Could not be read" not in found.words
 
     @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tasks": 3}'])

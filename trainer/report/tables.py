@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.balancing.registry import training_label
 from trainer.comparison import Comparison, compare, mean_comparison
-from trainer.errors import UserError
+from trainer.errors import UserError, listed
 from trainer.evaluation.scoring import scores_by_task
 from trainer.metrics import METRICS
 from trainer.parsing import number
@@ -203,7 +203,7 @@ def _best(scores: ScoreTable, key: tuple[str, str]) -> float | None:
 def comparisons(
     run: RunDirectory, over_seeds: Mapping[str, Sequence[Comparison]] = MappingProxyType({})
 ) -> tuple[dict[str, Comparison], str | None]:
-    """Eq. 12-14 of the run, means over seeds where there are several, or the reason why they cannot be computed."""
+    """Eq. 12-14 of the run, means over seeds where there are several, and the reason why some or all are not there."""
     if run.results is None:
         return {}, "They need the test scores of every model (results.json)."
     if not run.results.get("baseline"):
@@ -212,8 +212,11 @@ def comparisons(
         found = compare(run.results)
     except UserError as error:
         return {}, f"They cannot be computed: {error}."
-    found |= {method: mean_comparison(each) for method, each in over_seeds.items() if method in found}
-    return dict(sorted(found.items(), key=lambda item: item[0] == FINAL)), None
+    deltas = {method: delta for method, delta in found.items() if delta is not None}
+    unknown = [method for method in found if method not in deltas]
+    why = f"Left out, since a test score is infinite: {listed(unknown)}." if unknown else None
+    deltas |= {method: mean_comparison(each) for method, each in over_seeds.items() if method in deltas}
+    return dict(sorted(deltas.items(), key=lambda item: item[0] == FINAL)), why
 
 
 def seed_comparisons(run: RunDirectory) -> dict[str, list[Comparison]]:
@@ -226,14 +229,17 @@ def seed_comparisons(run: RunDirectory) -> dict[str, list[Comparison]]:
         return {}
     found = {}
     for method, tables in scores_by_seed(run).items():
-        unknown = any(None in row.values() for table in tables if _is_table(table) for row in table.values())
-        if method == SINGLE or unknown:
+        if method == SINGLE:
             continue
         methods = {str(number): table for number, table in enumerate(tables)}
         try:
-            found[method] = list(compare({**results, "methods": methods}).values())
+            each = list(compare({**results, "methods": methods}).values())
         except UserError as error:
             run.damaged.append(f"results.json: seeds of {method}: {error}")
+            continue
+        known = [one for one in each if one is not None]
+        if len(known) == len(each):
+            found[method] = known
     return found
 
 

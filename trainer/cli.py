@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from trainer.data.commands import add_commands
 from trainer.errors import UserError, writing
 from trainer.evaluation.commands import add_commands as add_evaluation_commands
+from trainer.options import MOST_EPOCHS
 from trainer.parsing import parse_json
 from trainer.settings import parse_settings
 
@@ -195,20 +196,39 @@ def report(run_dir: Annotated[Path, typer.Argument(help="a run directory, finish
 def check(
     paths: Annotated[list[Path], typer.Argument(help="one CONFIG.yaml, or files of records (.json, .jsonl)")],
     overrides: Overrides = None,
-    image_root: Annotated[Path | None, typer.Option(help="folder of the records' images")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="model folder, for lengths in tokens")] = None,
-    max_length: Annotated[int, typer.Option(min=16, help="tokens; longer conversations are cut")] = 2048,
-    batch_size: Annotated[int, typer.Option(min=1, help="for the number of steps")] = 16,
-    epochs: Annotated[float, typer.Option(min=0, callback=_finite, help="for the number of steps")] = 1.0,
+    image_root: Annotated[Path | None, typer.Option(help="folder of the images of record files")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="model folder, for lengths of record files in tokens")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=16, help="tokens; longer conversations are cut; default 2048")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="for the number of steps; default 16")] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(min=0, max=MOST_EPOCHS, callback=_finite, help="for the number of steps; default 1"),
+    ] = None,
 ) -> None:
     """Check records, images and tokens without training anything: of every task in CONFIG, or of record files."""
     from trainer.config import load_config
     from trainer.data.commands import check_records
     from trainer.pipeline.preflight import check_config
 
+    of_files = {
+        "--image-root": image_root,
+        "--tokenizer": tokenizer,
+        "--max-length": max_length,
+        "--batch-size": batch_size,
+        "--epochs": epochs,
+    }
+    given = [name for name, value in of_files.items() if value is not None]
     if all(path.suffix in (".json", ".jsonl") for path in paths):
-        check_records(paths, image_root, tokenizer, max_length, batch_size, epochs)
+        if overrides:
+            raise UserError("--set overrides a key of CONFIG.yaml; record files have none")
+        check_records(
+            paths, image_root, tokenizer, max_length or 2048, batch_size or 16, 1.0 if epochs is None else epochs
+        )
     elif len(paths) == 1:
+        if given:
+            raise UserError(f"{', '.join(given)}: of record files only; CONFIG.yaml has its own, which --set overrides")
         typer.echo(check_config(load_config(paths[0], parse_settings(overrides))))
     else:
         raise UserError("`check` takes one CONFIG.yaml, or files of records (.json, .jsonl)")

@@ -21,7 +21,7 @@ from trainer.balancing.config import BalancingConfig, ComparisonConfig, Validati
 from trainer.errors import UserError, nearest
 from trainer.launching import LaunchConfig
 from trainer.models.config import BUILT_IN, ImageConfig, LoraConfig, ModelConfig, TinyLlavaConfig
-from trainer.options import Options
+from trainer.options import MOST_EPOCHS, Options
 from trainer.parsing import parse_yaml
 from trainer.task_config import BuiltInTasksConfig, TaskConfig
 
@@ -31,7 +31,9 @@ _TASKS_WORD = "literal['built_in']"
 class TrainingConfig(Options):
     """One training run; the same for every run of Algorithm 1, so that only the mixture and lambda differ."""
 
-    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the training's own mixture")
+    epochs: Annotated[float, Field(gt=0, le=MOST_EPOCHS)] = Field(
+        1.0, description="passes over the training's own mixture"
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(
         16, description="samples per process and micro-batch; with packing, sequences of several samples"
     )
@@ -367,6 +369,8 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"  {name}: unknown key{nearest(where[-1], _valid_keys(where[:-1]))}")
         else:
             shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+            if isinstance(given, bool) and problem["type"] in ("string_type", "path_type", "literal_error"):
+                shown = f" (got {given!r}, as YAML reads yes, no, on and off; put the word in quotes)"
             lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{shown}")
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidatorFunctionWrapHandler, field_validator
 
+MOST_EPOCHS = 1e6  # whose steps can still be counted
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of tasks and comparisons: usable in file names
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # of test sets, where "+" is usual: testA_refcoco+
 

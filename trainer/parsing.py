@@ -37,8 +37,9 @@ def number(value: Any) -> float | None:
         return None
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which no mapping has a key twice: PyYAML alone keeps the last of them without a word."""
+class _Loader(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice, and no number is another one: PyYAML alone keeps the last key without a
+    word, and reads 010 as 8 and 1:30 as 90."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -53,11 +54,29 @@ class _UniqueKeys(yaml.SafeLoader):
             found.add((key.tag, key.value))
         return node
 
+    def _number(self, node: yaml.ScalarNode) -> float:
+        digits = node.value.lstrip("+-").replace("_", "")
+        octal = node.tag == "tag:yaml.org,2002:int" and digits[:1] == "0" and digits[1:].isdigit()
+        if octal or ":" in digits:
+            base = "8" if octal else "60"
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{node.value} would be a number with base {base}; write it in decimal, or in quotes for a text",
+                node.start_mark,
+            )
+        make = self.construct_yaml_int if node.tag == "tag:yaml.org,2002:int" else self.construct_yaml_float
+        return make(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader._number)
+
 
 def parse_yaml(text: str) -> Any:
-    """YAML in which no mapping has a key twice.
+    """YAML in which no mapping has a key twice, and numbers are decimal or have a prefix that says otherwise (0x).
 
     Raises:
-        yaml.YAMLError: it is not YAML, or repeats a key.
+        yaml.YAMLError: it is not YAML, repeats a key, or has a number such as 010 or 1:30.
     """
-    return yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader

@@ -79,6 +79,8 @@ class TaskConfig(Options):
         if not isinstance(test, dict) or not test:
             raise ValueError("must be a file of records, or files by name: {testA: a.jsonl, testB: b.jsonl}")
         for name, file in test.items():
+            if isinstance(name, bool):
+                raise ValueError(f"test set name {name}, as YAML reads yes, no, on and off; put the word in quotes")
             if not SET_NAME.fullmatch(str(name)):
                 raise ValueError(f"test set name '{name}' must be letters, digits, '_', '-', '.', '+' only")
             if not isinstance(file, (str, Path)):

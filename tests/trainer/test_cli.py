@@ -74,6 +74,9 @@ class TestHelp:
             (["weights", "x.json", "--alpha", "much"], "Invalid value for '--alpha'"),
             (["check", "x.json", "--epochs", "inf"], "Invalid value for '--epochs'"),
             (["check", "x.json", "--epochs", "nan"], "Invalid value for '--epochs'"),
+            (["check", "x.json", "--epochs", "1e308"], "Invalid value for '--epochs'"),
+            (["check", "x.yaml", "--epochs", "2", "--tokenizer", "m"], "--tokenizer, --epochs: of record files only"),
+            (["check", "x.json", "--set", "seed=1"], "--set overrides a key of CONFIG.yaml; record files have none"),
             (["run", "x.yaml", "--tflops", "inf"], "Invalid value for '--tflops'"),
         ],
     )

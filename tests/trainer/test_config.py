@@ -73,6 +73,31 @@ def test_an_unknown_key_names_the_nearest_valid_one(data: dict[str, Any], line: 
             "seeds: the last seed, seed + seeds - 1 = 4294967296, must be less than",
         ),
         ({"training": {"epochs": 0}}, "training.epochs: Input should be greater than 0 (got 0)"),
+        (
+            {"training": {"epochs": 1e308}},
+            "training.epochs: Input should be less than or equal to 1000000 (got 1e+308)",
+        ),
+        (
+            {"model": {"tiny_llava": {"pretraining_epochs": 2e6}}},
+            "model.tiny_llava.pretraining_epochs: Input should be l",
+        ),
+        (
+            {"training": {"offload": False}},
+            "training.offload: Input should be 'none', 'optimizer' or 'parameters' (got "
+            "False, as YAML reads yes, no, on and off; put the word in quotes)",
+        ),
+        (
+            {"tasks": [task(name=False)]},
+            "tasks.0.name: Input should be a valid string (got False, as YAML reads yes, no",
+        ),
+        (
+            {"tasks": [task(train=True)]},
+            "tasks.0.train: Input is not a valid path for <class 'pathlib.Path'> (got True, ",
+        ),
+        (
+            {"tasks": [task(test={True: "a"})]},
+            "tasks.0.test: test set name True, as YAML reads yes, no, on and off; put",
+        ),
         ({"training": {"epochs": float("inf")}}, "training.epochs: Input should be a finite number (got inf)"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: Input should be a finite number"),
         (
@@ -218,6 +243,9 @@ class TestFiles:
             (b"1: 2\noutput_dir: o\ntasks: built_in\n", "1: Keys should be strings"),
             (b"training: {epochs: 2}\nseed: 1\ntraining: {batch_size: 4}\n", r"'training' is there twice\s.*line 3"),
             (b"training:\n  epochs: 2\n  epochs: 3\n", r"'epochs' is there twice\s.*line 3"),
+            (b"seed: 010\n", r"010 would be a number with base 8; write it in decimal, or in quotes .*\s.*line 1"),
+            (b"tasks: [{test: {1:30: a.json}}]\n", r"1:30 would be a number with base 60"),
+            (b"training: {epochs: -1:30.5}\n", r"-1:30.5 would be a number with base 60"),
         ],
     )
     def test_a_file_that_is_no_configuration(self, tmp_path: Path, content: bytes, message: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from trainer.options import Options
+from trainer.options import MOST_EPOCHS, Options
 
 BUILT_IN = "built_in"
 
@@ -21,7 +21,7 @@ class TinyLlavaConfig(Options):
     pretraining_records: Annotated[int, Field(ge=0)] = Field(
         2400, description="image descriptions to pretrain on before Algorithm 1; 0 starts it from random weights"
     )
-    pretraining_epochs: Annotated[float, Field(gt=0)] = 4.0
+    pretraining_epochs: Annotated[float, Field(gt=0, le=MOST_EPOCHS)] = 4.0
 
 
 class ImageConfig(Options):

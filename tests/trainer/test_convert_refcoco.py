@@ -38,6 +38,22 @@ class TestRefCoco:
         assert len(rows(manifest, "testA_refcoco")) == SENTENCES
 
     @pytest.mark.parametrize("name", ["refcoco-bbox", "refcoco-caption"])
+    def test_a_blank_sentence_costs_itself_only(self, name, tmp_path):
+        files = RAW[name]()
+        train, _, _, test_a, test_b = files["refcoco/refs(unc).p"]
+        train["sentences"][1]["sent"] = test_a["sentences"][0]["sent"] = " "
+        test_b["sentences"] = [{"sent": ""}]
+        manifest = convert_raw(tmp_path, name, files)
+        assert (manifest.rejected, manifest.content["notes"]) == ({"empty text": 1}, {"blank sentences": 2})
+        assert sum("refcoco train 0" in str(values(row)) for row in rows(manifest, "train")) == SENTENCES - 1
+        scored = [
+            answer for row in rows(manifest, "testA_refcoco") for answer in row.get("references", values(row)[:1])
+        ]
+        assert [text.removeprefix("<image>\n") for text in scored] == [
+            f"refcoco testA 3 {i}" for i in range(1, SENTENCES)
+        ]
+
+    @pytest.mark.parametrize("name", ["refcoco-bbox", "refcoco-caption"])
     def test_training_questions_about_held_out_images(self, name, tmp_path):
         """RefCOCOg's training images are in RefCOCO's validation and test sets, which split COCO's images otherwise."""
         files, shared = RAW[name](), SENTENCES

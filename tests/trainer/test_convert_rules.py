@@ -146,6 +146,18 @@ class TestOcrVqa:
         assert counts == {"train": 4, "validation": 4, "test": 2}
         assert {row["image"] for row in rows(manifest, "train")} == {f"{i:010d}.jpg" for i in range(4)}
 
+    def test_a_blank_answer_costs_its_question_only(self, tmp_path):
+        files = RAW["ocrvqa"]()
+        books = files["dataset.json"]
+        books["0000000000"]["answers"][0] = " "
+        books["0000000001"]["questions"][1] = ""
+        books["0000000002"]["answers"] = ["", "\n"]
+        manifest = convert_raw(tmp_path, "ocrvqa", files)
+        assert [row["id"] for row in rows(manifest, "train")] == [
+            "0000000000-1", "0000000001-0", "0000000003-0", "0000000003-1",
+        ]  # fmt: skip
+        assert (manifest.rejected, manifest.content["notes"]) == ({"empty text": 1}, {"blank questions or answers": 2})
+
     def test_conversations_are_sampled_after_merging(self, tmp_path):
         manifest = convert_raw(tmp_path, "ocrvqa", preset=PAPER, train=3, validation=1)
         assert manifest.outputs["train"]["records"] == 3

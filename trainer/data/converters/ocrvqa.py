@@ -47,12 +47,18 @@ class OcrVqa(Converter):
         if len(questions) != len(answers) or not questions:
             raise Rejected("malformed", f"{len(questions)} question(s) but {len(answers)} answer(s)")
         pairs = [
-            (get_text({"question": question}, "question"), get_text({"answer": answer}, "answer"))
+            (
+                get_text({"question": question}, "question", empty=True),
+                get_text({"answer": answer}, "answer", empty=True),
+            )
             for question, answer in zip(questions, answers, strict=True)
         ]
-        return [
-            Item(f"{element.key}-{number}", (pair,), (image,), (), image, pool) for number, pair in enumerate(pairs)
-        ]
+        whole = {number: pair for number, pair in enumerate(pairs) if all(pair)}
+        if not whole:
+            raise Rejected("empty text", f"of {len(pairs)} question(s) each is blank, or its answer")
+        if len(whole) < len(pairs):
+            context.notes["blank questions or answers"] += len(pairs) - len(whole)
+        return [Item(f"{element.key}-{number}", (pair,), (image,), (), image, pool) for number, pair in whole.items()]
 
 
 def _url_path(url: str) -> str:

@@ -99,9 +99,12 @@ class _RefCoco(Converter):
             raise Rejected("wrong box", f"'bbox' must be four numbers, got {box!r}")
         place = box_text(box, width, height, context.options.boxes)
         image = image_path(context.options.image_folder, file_name)
-        sentences = [get_text(as_object(sentence), "sent") for sentence in get_list(raw, "sentences")]
+        written = [get_text(as_object(sentence), "sent", empty=True) for sentence in get_list(raw, "sentences")]
+        sentences = [sentence for sentence in written if sentence]
         if not sentences:
             raise Rejected("empty text", "the reference has no sentence")
+        if len(sentences) < len(written):
+            context.notes["blank sentences"] += len(written) - len(sentences)
         name = context.source.label
         pool = f"{_SPLITS[split]}_{name}" if split.startswith("test") else _SPLITS[split]
         return self._turns(f"{name}-{ref}", sentences, place, image, pool)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from raw_data import convert_raw, rows, values
 
+from trainer.data.converters.conversion import convert
 from trainer.data.records import read_records
 
 
@@ -41,7 +42,7 @@ def converted(tmp_path: Path, *chats: Any, **options: Any) -> list[dict[str, Any
             {"messages": [
                 said("user", [text("Which?"), {"type": "image_url", "image_url": {"url": "a/1.png", "detail": "low"}}]),
                 said("assistant", [text("Th"), text("is.")], weight=1),
-                said("user", "Sure?", name="x"), said("assistant", "Yes.", tool_calls=None, weight=1.0),
+                said("user", "Sure?", name="x", weight=0), said("assistant", "Yes.", tool_calls=None, weight=1.0),
             ]},
             "a/1.png", ["Which?\n<image>", "This.", "Sure?", "Yes."],
         ),
@@ -111,6 +112,10 @@ def test_splits_are_named_by_files_or_drawn(tmp_path: Path) -> None:
     assert [[row["id"] for row in rows(manifest, split)] for split in ("train", "test")] == [
         ["0#1.1", "1#1.2", "2", "3", "4", "5"], ["6", "7", "0", "1"],
     ]  # fmt: skip
+    few = convert_raw(tmp_path / "files", "messages", {}, test=1)
+    assert [len(rows(few, split)) for split in ("train", "test")] == [6, 1]
+    alone = convert("messages", tmp_path / "files" / "raw" / "train.json", tmp_path / "alone")
+    assert [row["id"] for row in rows(alone, "train")] == ["0", "1", "2", "3", "4", "5"]
     manifest = convert_raw(tmp_path / "one", "messages", {"chats.json": chats}, validation=3)
     assert [len(rows(manifest, split)) for split in ("train", "validation")] == [7, 3]
 
@@ -119,8 +124,9 @@ def test_absolute_paths_are_below_the_image_root(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "images" / "1.png")
     chat = {"messages": [ASK, ANSWER], "images": [str(tmp_path / "images" / "1.png")]}
-    (row,) = converted(tmp_path, chat, image_root=str(tmp_path / "images"))
-    assert row["image"] == "1.png"
+    manifest = convert_raw(tmp_path, "messages", {"a.jsonl": [chat]}, image_root=str(tmp_path / "images"))
+    assert [row["image"] for row in rows(manifest, "train")] == ["1.png"]
+    assert manifest.content["notes"] == {"image placeholder added": 1}
     for options, reason in (
         ({}, "is absolute; give the folder"),
         ({"image_root": str(tmp_path / "raw")}, "is not below"),

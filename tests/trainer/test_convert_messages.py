@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ def converted(tmp_path: Path, *chats: Any, **options: Any) -> list[dict[str, Any
             {"messages": [said("user", "<image>And <image>?"), said("assistant", "No.")], "images": ["1.png", "2.png"]},
             ["1.png", "2.png"], ["<image>And <image>?", "No."],
         ),
-        ({"messages": [ASK, ANSWER], "images": "1.png"}, "1.png", ["<image>\nHow much is 2 + 1?", "  3\n"]),
+        (
+            {"messages": [ASK, ANSWER], "images": [], "image": "1.png"},
+            "1.png", ["<image>\nHow much is 2 + 1?", "  3\n"],
+        ),
         # Qwen and transformers: a path in the part.
         (
             {"messages": [said("user", [{"type": "image", "image": "file://b.png"}, text("?")]), ANSWER]},
@@ -82,7 +86,7 @@ def test_each_spelling(tmp_path: Path, chat: dict[str, Any], images: Any, wanted
     "chat",
     [
         {"messages": [said("system", "Be brief."), ASK, ANSWER]},
-        {"messages": [said("developer", [text("Be brief.")]), ASK, ANSWER]},
+        {"messages": [said("developer", [text(" Be brief.\n")]), ASK, ANSWER]},
         {"messages": [ASK, ANSWER], "system": "Be brief."},
     ],
 )
@@ -118,6 +122,16 @@ def test_splits_are_named_by_files_or_drawn(tmp_path: Path) -> None:
     assert [row["id"] for row in rows(alone, "train")] == ["0", "1", "2", "3", "4", "5"]
     manifest = convert_raw(tmp_path / "one", "messages", {"chats.json": chats}, validation=3)
     assert [len(rows(manifest, split)) for split in ("train", "validation")] == [7, 3]
+
+
+@pytest.mark.parametrize(("between", "end"), [("\n", "\n"), (",\n", "]")])
+def test_lines_in_a_file_that_is_called_json(tmp_path: Path, between: str, end: str) -> None:
+    """As pandas and Hugging Face's datasets export them."""
+    chats = [json.dumps({"messages": [said("user", f"{number}?"), ANSWER]}) for number in range(3)]
+    text = "\ufeff" + "[" * (end == "]") + between.join(chats) + end
+    manifest = convert_raw(tmp_path, "messages", {"a.json": text.encode()})
+    assert [values(row)[0] for row in rows(manifest, "train")] == ["0?", "1?", "2?"]
+    assert manifest.complete
 
 
 def test_absolute_paths_are_below_the_image_root(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.data.converters.base import Context, Converter, Item, Options, Part, Pool, Rejected, Source
 from trainer.data.converters.fields import as_object, files_below, get_id, get_list, get_text, image_path, shown
-from trainer.data.raw_json import Element
+from trainer.data.raw_json import LARGEST_ELEMENT, Element
 from trainer.data.records import IMAGE_PLACEHOLDER
 from trainer.errors import UserError
 
@@ -17,7 +17,14 @@ _RATE_LIMIT = ("Too many requests in 1 hour. Try again later.", "!Too many reque
 
 
 def container(path: Path) -> Any:
-    return "lines" if path.suffix == ".jsonl" else "list"
+    """JSON Lines by the name of a file, or by an object that is the whole of its first line, as exports have it."""
+    if path.suffix == ".jsonl":
+        return "lines"
+    with path.open("rb") as file:
+        if not file.read(64).decode("utf-8-sig", "replace").lstrip().startswith("{"):  # a list may be one long line
+            return "list"
+        file.seek(0)
+        return "lines" if file.readline(LARGEST_ELEMENT).rstrip().endswith(b"}") else "list"
 
 
 def dealt(options: Options, names: Sequence[str]) -> dict[str, Pool]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from raw_data import PAPER, RAW, SENTENCES, convert_raw, rows, values
+from raw_data import PAPER, RAW, SENTENCES, convert_raw, rows, values, write_raw
 
+from trainer.data.converters.conversion import convert
 from trainer.data.converters.refcoco import box_text
 
 
@@ -36,6 +37,25 @@ class TestRefCoco:
         by_id = {row["id"]: values(row) for row in rows(manifest, "train")}
         assert by_id["refcoco-0-2"] == ["<image>\nrefcoco train 0 2", "[0.10,0.10,0.60,0.60]"]
         assert len(rows(manifest, "testA_refcoco")) == SENTENCES
+
+    def test_one_of_the_three_alone(self, tmp_path):
+        manifest = convert("refcoco-bbox", write_raw(tmp_path, RAW["refcoco-bbox"]()) / "refcoco", tmp_path / "out")
+        assert set(manifest.outputs) == {"train", "validation", "testA_refcoco", "testB_refcoco"}
+
+    def test_references_that_fit_nothing(self, tmp_path):
+        files = RAW["refcoco-bbox"]()
+        first, second, *_ = files["refcoco/refs(unc).p"]
+        first["split"], second["image_id"] = "trainval", files["refcoco/refs(unc).p"][2]["image_id"]
+        manifest = convert_raw(tmp_path, "refcoco-bbox", files)
+        assert manifest.rejected == {"malformed": 1, "no partner": 1}
+        assert manifest.outputs["train"]["records"] == 2 * SENTENCES
+
+    @pytest.mark.parametrize("side", ["width", "height"])
+    def test_an_image_without_a_size(self, side, tmp_path):
+        files = RAW["refcoco-bbox"]()
+        files["refcoco/instances.json"]["images"][0][side] = 0
+        manifest = convert_raw(tmp_path, "refcoco-bbox", files)
+        assert manifest.rejected == {"malformed": 1, "no partner": 2}
 
     @pytest.mark.parametrize("name", ["refcoco-bbox", "refcoco-caption"])
     def test_a_blank_sentence_costs_itself_only(self, name, tmp_path):
@@ -79,13 +99,16 @@ class TestRefCoco:
             # 201 - 100 = 101 missing rows: 50 before the image, 51 after it.
             ([0, 0, 201, 100], (201, 100), "pad", "[0.00,0.25,1.00,0.75]"),
             ([0, 1, 21, 10], (21, 12), "pad", "[0.00,0.24,1.00,0.71]"),
+            ([-1, -1, 202, 102], (200, 100), "image", "[0.00,0.00,1.00,1.00]"),  # a pixel outside may be rounding
+            ([1, 2, 0.5, 0.6], (10, 10), "image", "[0.10,0.20,0.15,0.26]"),
         ],
     )
     def test_box_text(self, box, size, space, text):
         assert box_text(box, *size, space) == text
 
     @pytest.mark.parametrize(
-        "box", [[0, 0, 0, 5], [0, 0, 5, -1], [190, 0, 20, 5], [10**400, 0, 5, 5], [-3, 0, 20, 5], [0, 0, 0.2, 50],
+        "box", [[0, 0, 0, 5], [0, 0, 5, -1], [190, 0, 20, 5], [10**400, 0, 5, 5], [-1.5, 0, 20, 5], [0, 9, 0.2, 40],
+                [9, -1.5, 9, 9], [182, 0, 19.5, 9], [9, 92, 9, 9.5], [50, 9, -20, 9], [50, 20, 9, -9],
                 [0, 99, 9, 9], None, "x",
                 [1, 2, 3], [1, 2, 3, float("nan")], [True, 0, 5, 5]]
     )  # fmt: skip

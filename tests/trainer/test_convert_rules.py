@@ -318,6 +318,16 @@ def test_xtreme_up(tmp_path):
     }  # fmt: skip
 
 
+def test_table_1_of_the_paper():
+    """Its sizes in thousands, and its response-format instructions: below the first of a group for all of it."""
+    boxed = "Provide the bounding box coordinate of the region this sentence describes."
+    assert {name: (own.paper_size, own.paper.get("prompt")) for name, own in CONVERTERS.items() if own.paper} == {
+        "sharegpt": (41_000, None), "sharegpt4v": (98_000, None), "vqav2": (83_000, ONE_WORD),
+        "gqa": (72_000, ONE_WORD), "chartqa": (18_000, ONE_WORD), "ocrvqa": (80_000, ONE_WORD),
+        "refcoco-caption": (41_000, "Provide a short description for this region."), "refcoco-bbox": (41_000, boxed),
+    }  # fmt: skip
+
+
 class TestManifest:
     def test_every_raw_record_is_accounted_for(self, tmp_path):
         files = RAW["gqa"]()

@@ -116,8 +116,8 @@ def test_splits_are_named_by_files_or_drawn(tmp_path: Path) -> None:
     assert [[row["id"] for row in rows(manifest, split)] for split in ("train", "test")] == [
         ["0#1.1", "1#1.2", "2", "3", "4", "5"], ["6", "7", "0", "1"],
     ]  # fmt: skip
-    few = convert_raw(tmp_path / "files", "messages", {}, test=1)
-    assert [len(rows(few, split)) for split in ("train", "test")] == [6, 1]
+    few = convert_raw(tmp_path / "files", "messages", {}, test=1, validation=2)
+    assert {split: len(rows(few, split)) for split in few.outputs} == {"validation": 2, "train": 4, "test": 1}
     alone = convert("messages", tmp_path / "files" / "raw" / "train.json", tmp_path / "alone")
     assert [row["id"] for row in rows(alone, "train")] == ["0", "1", "2", "3", "4", "5"]
     manifest = convert_raw(tmp_path / "one", "messages", {"chats.json": chats}, validation=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os.path import isabs
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,11 @@ class Messages(Converter):
         ]
 
     def pools(self, options: Options, names: Sequence[str]) -> dict[str, Pool]:
-        return dealt(options, names) if list(names) == ["train"] else super().pools(options, names)
+        own = super().pools(options, names)
+        if "train" not in own:
+            return own
+        validation, test = (None if split in own else getattr(options, split) for split in ("validation", "test"))
+        return own | dealt(replace(options, validation=validation, test=test), ["train"])  # cut out of it
 
     def items(self, element: Element, context: Context) -> list[Item]:
         raw = as_object(element.value)

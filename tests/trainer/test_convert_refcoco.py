@@ -28,6 +28,7 @@ class TestRefCoco:
         assert first[0].split("\n")[1] in ("[0.10,0.30,0.60,0.55]", "[0.10,0.30,0.61,0.55]", "[0.11,0.30,0.61,0.55]")
         (record,) = (row for row in rows(manifest, "testB_refcoco"))
         assert record["references"] == [f"refcoco testB 4 {i}" for i in range(SENTENCES)]
+        assert values(record)[1] == record["references"][0]
         assert set(manifest.outputs) == {
             "train", "validation", "testA_refcoco", "testB_refcoco", "test_refcocog",
         }  # fmt: skip

@@ -144,7 +144,24 @@ class TestOcrVqa:
         manifest = convert_raw(tmp_path, "ocrvqa", preset=PAPER)
         counts = {split: entry["records"] for split, entry in manifest.outputs.items()}
         assert counts == {"train": 4, "validation": 4, "test": 2}
+        assert manifest.content["notes"] == {}
         assert {row["image"] for row in rows(manifest, "train")} == {f"{i:010d}.jpg" for i in range(4)}
+
+    def test_books_that_cannot_be_used(self, tmp_path):
+        files = RAW["ocrvqa"]()
+        books = files["dataset.json"]
+        for number, change in enumerate(
+            [{"split": 4}, {"imageURL": "http://images.example/I/x"}, {"answers": ["W"]}, {"imageURL": "http://[x"}]
+        ):
+            books[f"{number:010d}"].update(change)
+        books[""] = books.pop("0000000004")
+        source = write_raw(tmp_path / "raw", files) / "dataset.json"
+        manifest = convert("ocrvqa", source, tmp_path / "out")
+        assert [row["reason"].partition(":")[0] for row in rows(manifest, "rejected")] == [
+            "'split' must be 1, 2 or 3, got 4", "'imageURL' has no file extension", "2 question(s) but 1 answer(s)",
+            "'imageURL' is not a URL", "the book has no id",
+        ]  # fmt: skip
+        assert {split: entry["records"] for split, entry in manifest.outputs.items()} == {"test": 2, "validation": 2}
 
     def test_a_blank_answer_costs_its_question_only(self, tmp_path):
         files = RAW["ocrvqa"]()
@@ -319,12 +336,18 @@ def test_xtreme_up(tmp_path):
 
 
 def test_table_1_of_the_paper():
-    """Its sizes in thousands, and its response-format instructions: below the first of a group for all of it."""
+    """Its sizes in thousands, its response-format instructions, and the numbers of the rules (1) and (3) to (6)."""
     boxed = "Provide the bounding box coordinate of the region this sentence describes."
     assert {name: (own.paper_size, own.paper.get("prompt")) for name, own in CONVERTERS.items() if own.paper} == {
         "sharegpt": (41_000, None), "sharegpt4v": (98_000, None), "vqav2": (83_000, ONE_WORD),
         "gqa": (72_000, ONE_WORD), "chartqa": (18_000, ONE_WORD), "ocrvqa": (80_000, ONE_WORD),
         "refcoco-caption": (41_000, "Provide a short description for this region."), "refcoco-bbox": (41_000, boxed),
+    }  # fmt: skip
+    numbers = {name: {key: n for key, n in own.paper.items() if type(n) is int} for name, own in CONVERTERS.items()}
+    assert {name: own for name, own in numbers.items() if own} == {
+        "sharegpt4v": {"validation": 2_000, "test": 2_000}, "refcoco-caption": {"max_turns": 9},
+        "refcoco-bbox": {"max_turns": 9}, "ocrvqa": {"train": 80_000, "validation": 20_000},
+        "vqav2": {"validation": 20_000}, "gqa": {"validation": 20_000}, "sharegpt": {"max_tokens": 2048},
     }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ sequence and split them as the positions. Either way the calls then take ``shift
 # Shapes: M flattened positions, K tasks, R ranks, ... leading shape of the batch, S positions here.
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -64,16 +65,26 @@ def global_task_tokens(
         flatten_targets(some_labels, some_ids, ignore_index, shift)
         for some_labels, some_ids in zip(all_labels, all_task_ids, strict=True)
     ]
+    groups = _groups(group)
     device = all_labels[0].device
     labels_M = torch.cat([some_labels.to(device) for some_labels, _ in flat])
     task_ids_M = torch.cat([some_ids.to(device) for _, some_ids in flat])
     ones_K = torch.ones(num_tasks, dtype=torch.float32, device=device)
     arguments = (labels_M, task_ids_M, ones_K, _ANY_LABEL, ignore_index, False, False, len(labels_M))
     tokens_K = Targets(*task_ops.prepare_targets(*arguments, resolve_backend("auto", device))).tokens_K
-    if dist.is_available() and dist.is_initialized():
-        for one in group.get_all_groups() if isinstance(group, DeviceMesh) else [group]:
-            dist.all_reduce(tokens_K, group=one)
+    for one in groups:
+        dist.all_reduce(tokens_K, group=one)
     return tokens_K
+
+
+def _groups(given: dist.ProcessGroup | DeviceMesh | None) -> Sequence[dist.ProcessGroup | None]:
+    """The groups over which to sum one after the other; none without ``torch.distributed`` initialised."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    if isinstance(given, DeviceMesh) and given.get_coordinate() is not None:
+        return given.get_all_groups()
+    validation.require_member("group", given)
+    return [cast("dist.ProcessGroup | None", given)]
 
 
 def global_normalizer(
@@ -141,10 +152,13 @@ def shift_targets_across_ranks(
         int64 labels and task ids, ``[..., S]`` both.
     """
     validation.check_labels_and_tasks(labels, task_ids)
+    connected = dist.is_available() and dist.is_initialized()
+    if connected:
+        validation.require_member("group", group)
     flat_labels, flat_ids = flatten_targets(labels, task_ids, ignore_index, shift=False)
     parts = torch.stack([flat_labels, flat_ids]).reshape(2, *labels.shape)  # [2, ..., S]
     shifted_labels, shifted_ids = shift_targets(parts[0], parts[1], ignore_index)
-    if not (dist.is_available() and dist.is_initialized()):
+    if not connected:
         return shifted_labels, shifted_ids
     first = torch.full((3, *labels.shape[:-1]), ignore_index, dtype=torch.int64, device=labels.device)
     first[2:] = 0  # whether there is a position at all; a number is filled into a slice, but copied to an element

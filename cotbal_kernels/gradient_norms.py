@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .functional import flatten_targets
+from .validation import require_member
 
 _BLOCK_BYTES = 1 << 27  # of one block of float32 logits
 
@@ -85,6 +86,7 @@ def head_gradient_norms(
     all_rows = HeadRows(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
     rank, world = 0, 1
     if dist.is_available() and dist.is_initialized():
+        require_member("group", group)
         rank, world = dist.get_rank(group), dist.get_world_size(group)
     if world > 1:
         all_rows = _gather(all_rows, world, group)

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import validation
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -49,6 +51,7 @@ def local_head(head: Head) -> Head:
 
     A gradient of ``to_local`` is a DTensor again, with the placements of its parameter.
     """
+    validation.require_member("process_group", head.group)
     from_mesh = head.group
     if _is_dtensor(head.weight):
         from_mesh = _group_of_sharded("weight", head.weight)
@@ -139,14 +142,8 @@ def find_shard(group: dist.ProcessGroup, weight_VD: Tensor, vocab_size: int | No
     rank are expected to be on all.
 
     Raises:
-        ValueError: this process is no member of the group, the shards do not fit together, or they hold fewer rows
-            than ``vocab_size``. All ranks raise.
+        ValueError: the shards do not fit together, or they hold fewer rows than ``vocab_size``. All ranks raise.
     """
-    if not isinstance(group, dist.ProcessGroup):  # a group of other processes is a number here
-        raise ValueError(
-            "process_group must be a torch.distributed.ProcessGroup that the calling process is a member of (of a "
-            f"device mesh: mesh.get_group()), got {group!r}"
-        )
     key = (group, *weight_VD.shape, weight_VD.dtype, weight_VD.device, vocab_size)
     if key not in _SHARDS:
         bounds = _gather_bounds(group, weight_VD, vocab_size)

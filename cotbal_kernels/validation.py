@@ -10,6 +10,7 @@ import math
 import os
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 AGGREGATIONS = ("token", "task", "sum", "none")
@@ -47,6 +48,18 @@ def require_integer(name: str, value: object) -> None:
     """Refuse anything that is not a Python integer."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
+def require_member(name: str, group: object) -> None:
+    """Refuse anything but a process group of this process, or None.
+
+    What ``new_group`` returns elsewhere is a number, with which collectives warn and leave each rank with its own.
+    """
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"{name} must be a torch.distributed.ProcessGroup that the calling process is a member of (of a device "
+            f"mesh: mesh.get_group()), got {group!r}"
+        )
 
 
 def _require_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from group_cases import run_groups
 from loss_problems import Problem, make_problem
 from sequence_cases import run_sequence
 from torch import Tensor
@@ -350,6 +351,7 @@ OTHERS = {
     "one": run_one,
     "dtensor": run_dtensor,
     "sequence": run_sequence,
+    "groups": run_groups,
 }
 
 

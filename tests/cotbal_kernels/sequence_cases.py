@@ -33,7 +33,10 @@ def run_sequence(rank: int, ranks: int) -> dict[str, Tensor]:
     mesh, turned = (dist.device_mesh.init_device_mesh("cpu", shape) for shape in ((ranks, 1), (1, ranks)))
     start = sum(CONTIGUOUS[ranks][:rank])
     here = torch.arange(start, start + CONTIGUOUS[ranks][rank])
-    own_labels, own_ids = shift_targets_across_ranks(p.labels[:, here], p.task_ids[:, here])
+    # A label that is ignored may be positive, and one rank of three has no position.
+    kept_labels = p.labels.masked_fill(p.labels == -100, 67)
+    own_labels, own_ids = shift_targets_across_ranks(kept_labels[:, here], p.task_ids[:, here], ignore_index=67)
+    own_labels = own_labels.masked_fill(own_labels == 67, -100)
     ids_S, third = p.task_ids[:, 0], torch.arange(24).chunk(ranks)[rank]  # no rank is empty
     of_rows, ids_of_rows = shift_targets_across_ranks(p.labels[:, third].int(), ids_S, group=mesh.get_group(0))
     whole_labels = torch.cat([p.labels[:, 1:], torch.full((3, 1), -100)], 1)

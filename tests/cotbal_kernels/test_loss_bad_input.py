@@ -8,6 +8,7 @@ from cotbal_kernels import (
     LinearTaskCrossEntropy,
     TaskCrossEntropy,
     global_normalizer,
+    global_task_tokens,
     linear_task_cross_entropy,
     portable,
     task_cross_entropy,
@@ -206,5 +207,7 @@ def test_global_normalizer() -> None:
         global_normalizer(None, ids, lam)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"each of labels must be a torch\.Tensor, got list"):
         global_normalizer([[0, 1]], [ids], lam)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="num_tasks must be at least 1, got 0"):
+        global_task_tokens(labels, ids, 0)
     whole = global_normalizer([labels, labels], [ids, ids], lam)
     assert whole == global_normalizer(iter([labels, labels]), iter([ids, ids]), lam) == 12

@@ -20,6 +20,8 @@ def test_one_process() -> None:
     lam = torch.tensor([1.0, 2.0, 0.5, 7.0])
     assert global_task_tokens(labels, ids, 4).tolist() == [1, 1, 2, 0]
     assert float(global_normalizer(labels, ids, lam)) == 1 + 2 + 2 * 0.5
+    assert float(global_normalizer(labels.masked_fill(labels < 0, 9), ids, lam, ignore_index=9)) == 1 + 2 + 2 * 0.5
+    assert global_task_tokens(labels, ids * 0, 1).tolist() == [4]
     # task: T_k times the sum of lambda over the tasks present (1 + 2 + .5), 0 for the absent one
     assert global_normalizer(labels, ids, lam, aggregation="task").tolist() == [3.5, 3.5, 7.0, 0.0]
     # shifted: labels 2 (task 1) of the first row, 4 (task 2) of the second

@@ -6,6 +6,7 @@ The ranks compute in ``loss_ranks``, all cases in one start of two and one of th
 import pytest
 import torch
 import torch.distributed as dist
+from group_cases import data_of
 from loss_problems import FP32, Problem, error, make_problem
 from loss_ranks import CASES, UNEVEN, Case, V, gradients, results
 
@@ -187,6 +188,35 @@ def test_errors_come_on_all_ranks() -> None:
             assert "mesh.get_group()), got 'tp'" in found["no group"]
             if ranks == 3 and rank == 2:
                 assert "the calling process is a member of" in found["no member"]
+
+
+def test_groups_that_are_not_the_world() -> None:
+    """Eq. 2 over rank 0 and either of the others, whose head is split; ranks and their numbers in a group differ."""
+    found = [of_rank["groups"] for of_rank in results(3)]
+    parts = [data_of(rank) for rank in (0, 1)]
+    hidden = torch.cat([p.hidden.detach().flatten(0, 1) for p in parts]).requires_grad_()
+    weight, lam = parts[0].weight, parts[0].task_weights.detach()
+    labels, ids = (torch.cat([getattr(p, name).flatten() for p in parts]) for name in ("labels", "task_ids"))
+    reference = reference_linear_task_cross_entropy(hidden, weight, labels, ids, lam)
+    dX, dW = torch.autograd.grad(reference.loss, (hidden, weight))
+    assert torch.equal(found[1]["loss"], found[2]["loss"])
+    assert error(found[0]["loss"] + found[1]["loss"], reference.loss) <= FP32
+    assert error(found[0]["weight"] + torch.cat([found[1]["weight"], found[2]["weight"]]), dW) <= FP32
+    for of_rank in found[1:]:
+        together = torch.cat([found[0]["hidden"].flatten(0, 1), of_rank["hidden"].flatten(0, 1)])
+        assert error(together, dX) <= FP32
+    norms = []
+    for own in torch.eye(4):
+        of_task = reference_linear_task_cross_entropy(hidden, weight, labels, ids, own, aggregation="sum")
+        norms.append(torch.autograd.grad(of_task.loss, weight)[0].norm())
+    shifted = make_problem((12,)).labels.roll(-1)
+    shifted[-1] = -100
+    for of_rank, here in ((found[0], slice(7)), (found[2], slice(7, None))):
+        assert of_rank["tokens"].tolist() == of_rank["tokens of a mesh"].tolist() == reference.task_tokens.tolist()
+        assert error(of_rank["norms"], torch.stack(norms)) <= FP32
+        assert torch.equal(of_rank["shift"], shifted[here])
+    for name in ("tokens", "tokens of a mesh", "norms", "shift"):  # of the rank that is in neither
+        assert "group must be a torch.distributed.ProcessGroup that the calling process is" in found[1][name]
 
 
 def test_one_rank_is_the_plain_path() -> None:

@@ -82,6 +82,11 @@ class TaskWeightedTrainerMixin:
                 "the normalizer of Eq. 2 is global: start one process per GPU (torchrun), with "
                 "average_tokens_across_devices=True"
             )
+        if hasattr(trainer, "get_sp_size") and trainer.get_sp_size() > 1:
+            raise ValueError(
+                "sp_size of parallelism_config (DeepSpeed's sequence parallelism) takes a mean of ranks' losses over "
+                "their tokens, whatever those weigh: leave it out, or write a loop with shift_targets_across_ranks"
+            )
         if not trainer.model_accepts_loss_kwargs:
             raise ValueError("the trainer hands no normalizer to the model: patch the model before the trainer is made")
         self._first_weights = state.task_weights.tolist()
@@ -132,9 +137,7 @@ class TaskWeightedTrainerMixin:
             return None
         trainer: Any = self
         copies = math.prod(  # ranks with the same batch
-            getattr(trainer, f"get_{kind}_size")()
-            for kind in ("tp", "cp", "sp")
-            if hasattr(trainer, f"get_{kind}_size")
+            getattr(trainer, f"get_{kind}_size")() for kind in ("tp", "cp") if hasattr(trainer, f"get_{kind}_size")
         )
         normalizer = self.step_normalizer(batch_samples)
         # Losses are summed over micro-batches and ranks, and a router loss is a mean of one of them.
@@ -162,8 +165,6 @@ class TaskWeightedTrainerMixin:
 
     def _without_repeats(self, batch: Any) -> Any:
         trainer: Any = self
-        if hasattr(trainer, "get_sp_size") and trainer.get_sp_size() > 1:
-            return batch  # DeepSpeed's loader hands the batches of other ranks on, in parts
         loader = trainer.accelerator.gradient_state.active_dataloader
         return without_repeated_labels(batch, loader, fused_loss(trainer.model).options["ignore_index"])
 

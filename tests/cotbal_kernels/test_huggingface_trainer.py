@@ -365,7 +365,7 @@ def test_mixed_precision(tmp_path: Path) -> None:
         assert trainer.state.log_history[0][key] != exact[key]
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(tmp_path, 2, 1)
     model = apply_fused_loss(build("llama"), LAM)
     vars(model)["forward"] = model.forward.__func__.__get__(model).__call__  # as Liger binds its own
@@ -382,6 +382,10 @@ def test_refusals(tmp_path: Path) -> None:
         WeightedTrainer(model=model, args=arguments(tmp_path, 2, 1, label_smoothing_factor=0.1))
     with pytest.raises(ValueError, match="aggregation='sum' has no normalizer"):
         WeightedTrainer(model=apply_fused_loss(build("llama"), aggregation="sum"), args=args)
+    with monkeypatch.context() as parallel:
+        parallel.setattr(transformers.Trainer, "get_sp_size", lambda self: 2)
+        with pytest.raises(ValueError, match="sp_size of parallelism_config"):
+            WeightedTrainer(model=model, args=args)
     model.accepts_loss_kwargs = False
     with pytest.raises(ValueError, match="the trainer hands no normalizer to the model"):
         WeightedTrainer(model=model, args=args)

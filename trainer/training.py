@@ -92,16 +92,18 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest_checkpoint(directory: Path, world_size: int) -> Path | None:
-    """The newest complete checkpoint of a training's folder, or none.
+    """The newest complete checkpoint of a training's folder, or none: what rank 0 sees, on every rank.
+
+    A shared folder may show a machine its files late, and ranks would go on together from different steps.
 
     Raises:
         UserError: the checkpoint was written by another number of processes, whose shards cannot be loaded.
     """
     found = complete_checkpoints(directory)
-    if not found:
-        return None
-    newest = found[-1]
-    written_by = len(list(newest.glob("rng_state*.pth")))
+    seen: list[Any] = [found[-1], len(list(found[-1].glob("rng_state*.pth")))] if found else [None, world_size]
+    if dist.is_initialized():
+        dist.broadcast_object_list(seen, src=0)
+    newest, written_by = seen
     if written_by != world_size:
         raise UserError(
             f"{newest} was written by {written_by} process(es) and this run has {world_size}; "

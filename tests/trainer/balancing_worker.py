@@ -15,6 +15,7 @@ import torch
 from tiny_training import MOVING, OVER_RANKS, make_trainer
 
 from trainer.launching import connect_on_cpu
+from trainer.training import newest_checkpoint
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -58,7 +59,8 @@ def main() -> None:
         head = trainer.model.lm_head.weight
         with deepspeed.zero.GatheredParameters([head]):
             found[name] = (torch.stack(trajectory), head.detach().clone())
-    torch.save(found, output / f"{rank}.pt")
+    checkpoint = newest_checkpoint(output / f"seen by {rank}", world_size=2)  # of one folder, which rank 1 sees late
+    torch.save((found, str(checkpoint)), output / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     # Threads of native libraries can abort an ordinary exit ("terminate called without an active exception").

@@ -30,6 +30,7 @@ from tiny_training import (
 from trainer.balancing.method import StepReport, TaskLosses
 from trainer.balancing.registry import METHODS, is_cotbal
 from trainer.errors import UserError
+from trainer.loop.callbacks import COMPLETE
 from trainer.loop.measuring import forward_only
 
 # float32 sums in another order, carried through a few steps.
@@ -319,8 +320,12 @@ class TestValidationBatches:
 @pytest.mark.slow
 def test_two_ranks_under_zero_3_have_equal_weights_and_those_of_one(tmp_path: Path) -> None:
     """Batches of 2 on two ranks with a sharded model against batches of 4 in one process: the same samples in a step,
-    so the same losses, gradient norms, weights and model."""
+    so the same losses, gradient norms, weights and model. They would go on from one checkpoint, which rank 0 sees."""
     tiny_model().save_pretrained(tmp_path / "model")
+    checkpoint = tmp_path / "seen by 0" / "checkpoints" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    for name in (COMPLETE, "rng_state_0.pth", "rng_state_1.pth"):
+        (checkpoint / name).touch()
     worker = Path(__file__).with_name("balancing_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
     done = subprocess.run(
@@ -331,7 +336,8 @@ def test_two_ranks_under_zero_3_have_equal_weights_and_those_of_one(tmp_path: Pa
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    zero, one = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (zero, seen_by_0), (one, seen_by_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert seen_by_0 == seen_by_1 == str(checkpoint)
     for name in OVER_RANKS:
         assert torch.equal(zero[name][0], one[name][0]), f"{name}: ranks disagree"
         trainer = make_trainer(

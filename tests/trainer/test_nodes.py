@@ -82,16 +82,21 @@ class TestWhoMayTakePart:
         other.tasks = [moved, *other.tasks[1:]]  # type: ignore[list-item]
         versions = machine_module.versions()
         monkeypatch.setattr(following, "versions", lambda: versions | {"torch": "1.0"})
+        older = str(own.tasks[1].train)  # type: ignore[union-attr]
+        size, sizes = Path(older).stat().st_size, machine_module.record_sizes
+        monkeypatch.setattr(following, "record_sizes", lambda given: sizes(given) | {older: size - 9})
         followers.start(own, 1)
         followers.start(other, 2)
         with pytest.raises(UserError) as told, led(own, followers, tmp_path / "run"):
             pytest.fail("the run has begun")
         lines = str(told.value).splitlines()
-        assert [line.split(" (")[0] for line in lines] == ["node 1", "node 2", "node 2", "node 2"]
+        assert [line.split(" (")[0] for line in lines] == ["node 1"] * 2 + ["node 2"] * 4
         assert f"torch is 1.0 there and {versions['torch']} here" in lines[0]
-        assert f"{tmp_path / 'none.jsonl'} does not exist there" in lines[1]
-        assert "torch is 1.0" in lines[2]
-        assert "the configuration differs in seed, tasks;" in lines[3]
+        assert f"{older} has {size - 9} bytes there and {size} here; give every machine the same records" in lines[1]
+        assert f"{tmp_path / 'none.jsonl'} does not exist there" in lines[2]
+        assert "torch is 1.0" in lines[3]
+        assert f"{older} has" in lines[4]
+        assert "the configuration differs in seed, tasks;" in lines[5]
         followers.join()
         for rank in (1, 2):
             assert str(followers.errors[rank]) == f"node 0 has ended the run: {told.value}"

@@ -16,7 +16,7 @@ from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import LaunchConfig, TrainingFailedError, rank_devices
-from trainer.nodes.machine import Machine, Report, versions
+from trainer.nodes.machine import Machine, Report, record_sizes, versions
 from trainer.nodes.mailbox import JOINING, POLL, Mailbox
 from trainer.nodes.membership import Membership
 from trainer.nodes.messages import (
@@ -198,6 +198,9 @@ class Cluster:
                 problems.append(
                     f"{name} is {hello.versions.get(name)} there and {own} here; install the same everywhere"
                 )
+        for path, size in record_sizes(self._config).items():
+            if (there := hello.sizes.get(path)) not in (None, size):
+                problems.append(f"{path} has {there} bytes there and {size} here; give every machine the same records")
         own_config = self._config.model_dump(mode="json")
         if different := [key for key, value in own_config.items() if hello.config.get(key) != value]:
             problems.append(f"the configuration differs in {', '.join(different)}; start the same command everywhere")

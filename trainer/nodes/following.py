@@ -17,11 +17,10 @@ from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.launching import TrainingFailedError, rank_devices, resolve_device
 from trainer.nodes.cluster import SILENCE
-from trainer.nodes.machine import Machine, versions
+from trainer.nodes.machine import Machine, record_sizes, versions
 from trainer.nodes.mailbox import POLL, ContactLost, Mailbox
 from trainer.nodes.membership import Membership
 from trainer.nodes.messages import Advance, Ended, Hello, Job, Notice, SharedFolder, TrainingJob, reason_of
-from trainer.tasks import SPLITS
 
 _VISIBLE_AFTER = 60.0  # seconds that a network file system may take to show another machine's file
 
@@ -68,7 +67,8 @@ def _take_part(config: RunConfig, node: Membership, mailbox: Mailbox, address: s
         rank_devices(device, config.launch.processes * config.launch.parallel)
     except UserError as error:
         problems.append(str(error))
-    problems += _missing_files(config)
+    sizes = record_sizes(config)
+    problems += _missing_files(config, sizes)
     mailbox.beat(node.rank)
     problems += _other_folder(mailbox)
     hello = Hello(
@@ -77,6 +77,7 @@ def _take_part(config: RunConfig, node: Membership, mailbox: Mailbox, address: s
         versions=versions(),
         device=device,
         config=config.model_dump(mode="json"),
+        sizes=sizes,
         problems=problems,
     )
     mailbox.post(f"hello/{node.rank}", hello)
@@ -175,15 +176,13 @@ def _perform(job: Job, machine: Machine, rank: int, mailbox: Mailbox, stop: thre
         mailbox.post(f"ended/{work.number}/{rank}", ended)
 
 
-def _missing_files(config: RunConfig) -> list[str]:
+def _missing_files(config: RunConfig, sizes: dict[str, int | None]) -> list[str]:
     """Record files and a model's folder that this machine does not see; images are too many to look for."""
-    tasks = [] if isinstance(config.tasks, str) else config.tasks
-    files = [path for task in tasks for split in SPLITS for path in task.record_files(split).values()]
-    missing = [path for path in files if not path.is_file()]
+    missing = [path for path, size in sizes.items() if size is None]
     model = Path(config.model.path)
     if model.is_absolute() and not model.is_dir():
-        missing.append(model)
-    return [f"{path} does not exist there" for path in dict.fromkeys(missing)]
+        missing.append(str(model))
+    return [f"{path} does not exist there" for path in missing]
 
 
 def _other_folder(mailbox: Mailbox) -> list[str]:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from trainer.config import RunConfig
 from trainer.evaluation.ranks import RankProcesses
 from trainer.evaluation.running import evaluate
 from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import LaunchConfig, Meeting, run_training
 from trainer.nodes.mailbox import POLL, Mailbox
 from trainer.nodes.messages import Port, TrainingJob
+from trainer.tasks import SPLITS
 
 Report = Callable[[int, int, str], None]  # records done, records in all, a note on the speed
 
@@ -63,6 +65,13 @@ def versions() -> dict[str, str]:
     """What must be the same on every machine."""
     packages = {name: version(name) for name in ("cotbal", "torch", "transformers", "deepspeed", "accelerate")}
     return {"python": platform.python_version(), **packages}
+
+
+def record_sizes(config: RunConfig) -> dict[str, int | None]:
+    """Bytes of the record files as this machine sees them, by path; None of one that it does not see."""
+    tasks = [] if isinstance(config.tasks, str) else config.tasks
+    files = [path for task in tasks for split in SPLITS for path in task.record_files(split).values()]
+    return {str(path): path.stat().st_size if path.is_file() else None for path in files}
 
 
 def _meet(job: TrainingJob, node: int, mailbox: Mailbox, poll: Callable[[], None]) -> Meeting:

@@ -23,6 +23,7 @@ class Hello(BaseModel):
         versions: of what must be the same everywhere, by name.
         device: ``cpu`` or ``cuda``.
         config: the configuration that it was started with.
+        sizes: bytes of every record file by path; None of one that it does not see.
         problems: why it cannot take part.
     """
 
@@ -31,6 +32,7 @@ class Hello(BaseModel):
     versions: dict[str, str]
     device: str
     config: dict[str, Any]
+    sizes: dict[str, int | None]
     problems: list[Quoting]
 
 

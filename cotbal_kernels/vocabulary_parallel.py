@@ -84,7 +84,7 @@ class _ShardedRows(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         local_M = targets_M - shard.start
-        local_M = torch.where((local_M >= 0) & (local_M < shard.rows) & (targets_M >= 0), local_M, -1)
+        local_M = torch.where((local_M >= 0) & (local_M < shard.rows), local_M, -1)
         wide = compute_dtype(hidden_MD.dtype)
         if shard.rows == 0:  # padding only
             loss_M = hidden_MD.new_zeros(targets_M.shape, dtype=wide)

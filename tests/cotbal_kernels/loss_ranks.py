@@ -33,6 +33,7 @@ from cotbal_kernels import (
     linear_task_cross_entropy,
     portable,
     sharded_head,
+    vocabulary_parallel,
 )
 
 V = 67
@@ -107,7 +108,7 @@ CASES = {
     "argmax ties": Case(change=_ties),
     "bfloat16": Case(problem={"shape": (2, 40), "D": 64, "dtype": torch.bfloat16}),
     "bfloat16, every option": Case({"aggregation": "task", **EVERYTHING}, problem={"dtype": torch.bfloat16}),
-    "float16, padded": Case({}, {2: (40, 40), 3: (30, 30, 30)}, {"dtype": torch.float16}),
+    "float16, padding only": Case({}, {2: (70, 10), 3: (40, 40, 20)}, {"dtype": torch.float16}),
     "differentiable tasks": Case({"differentiable_tasks": True}),
     "max_tokens": Case({"max_tokens": 40}),
     "own normalizer": Case({"normalizer": 64.0, "recompute": True}),
@@ -247,6 +248,10 @@ def run_modes(rank: int, ranks: int) -> dict[str, Tensor]:
     found["plain"] = plain.detach()
     found["first"] = torch.autograd.grad(plain, p.hidden, retain_graph=True)[0]
     found["second"] = torch.autograd.grad(plain, p.hidden)[0]
+    with mock.patch.object(vocabulary_parallel, "on_cpu", return_value=False):  # as on a GPU: how many rows is not read
+        fewer = {"max_tokens": 40, "process_group": dist.group.WORLD}
+        unread = linear_task_cross_entropy(p.hidden, weight, *p.tensors[2:], **fewer).loss
+        found["unread"] = torch.autograd.grad(unread, p.hidden)[0]
     again = checkpoint(loss, p.hidden, weight, use_reentrant=False)
     found["checkpoint"] = torch.autograd.grad(again, p.hidden)[0]
     try:
@@ -280,7 +285,12 @@ def run_errors(rank: int, ranks: int) -> dict[str, str]:
         sharded_head._SHARDS.clear()  # as if it were the first call
         return message(lambda: linear_task_cross_entropy(*arguments, **{**world, **options}))
 
+    with mock.patch.object(vocabulary_parallel, "on_cpu", return_value=False):  # as on a GPU, which does not wait
+        poisoned = linear_task_cross_entropy(p.hidden.detach(), weight, labels, *p.tensors[3:], **world).loss.item()
+        checked = call(labels=labels, check=True)
     return {
+        "labels, without a wait": str(poisoned),
+        "labels, checked": checked,
         "vocab_size": call(vocab_size=V + 1),
         "vocab_size of a rank": call(vocab_size=V - rank),
         "dtype": call(weight.double() if last else weight),

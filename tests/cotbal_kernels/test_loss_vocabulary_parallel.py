@@ -162,7 +162,7 @@ def test_autocast_checkpoint_inference_and_two_backward_passes() -> None:
         assert not torch.equal(found["autocast"], found["plain"])
         assert torch.equal(found["inference"], found["plain"])
         assert error(found["plain"], exact_loss) <= FP32
-        for name in ("first", "second", "checkpoint"):
+        for name in ("first", "second", "unread", "checkpoint"):
             assert error(found[name], wanted) <= FP32
         assert "has no second derivative" in found["create_graph"]
 
@@ -181,7 +181,9 @@ def test_errors_come_on_all_ranks() -> None:
             assert "'torch.float32', 'torch.float64'" in found["dtype"]
             assert "weight must have one width D on all ranks" in found["width"]
             assert "24, 23]" in found["width"]
-            assert "labels must be the same on all ranks of process_group" in found["labels"]
+            for name in ("labels", "labels, checked"):
+                assert "labels must be the same on all ranks of process_group" in found[name]
+            assert found["labels, without a wait"] == "nan"
             assert "labels must be in [0, 67) where supervised, got 67" in found["label out of range"]
             assert "process_group must be None with backend='reference'" in found["reference"]
             assert "process_group must be a torch.distributed.ProcessGroup" in found["no group"]

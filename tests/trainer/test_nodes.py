@@ -202,9 +202,13 @@ class TestWork:
                 raise TrainingFailedError("out of memory")
             if spec.parent.name.startswith("fails-on") or spec.parent.name == "endless":
                 ticks = threading.Event()
-                while True:  # as a training whose other machine is gone
-                    poll()
-                    ticks.wait(0.1)
+                try:
+                    while True:  # as a training whose other machine is gone
+                        poll()
+                        ticks.wait(0.1)
+                finally:
+                    time.sleep(0.3)  # a process takes a while to end
+                    found[spec.parent.name, rank] = "over"
 
         monkeypatch.setattr(machine_module, "run_training", train)
         return found
@@ -259,6 +263,7 @@ class TestWork:
             machine = "" if 2 * slot + rank == 0 else rf"node {2 * slot + rank} \(.*\): "
             with pytest.raises(TrainingFailedError, match=rf"^{machine}out of memory$"):
                 cluster.train(spec, slot, spec.parent / "output.log", lambda: None)
+            assert calls[f"fails-on-{rank}", 1 - rank] == "over"
             spec = self.spec(tmp_path, "next")
             cluster.train(spec, slot, spec.parent / "output.log", lambda: None)
         assert {name for name, _ in calls} == {f"fails-on-{rank}", "next"}

@@ -23,6 +23,10 @@ ERRORS = {
     "EW": {"captions": 0.02, "questions": 1.5, "boxes": 2.0},
     "CoTBal": {"captions": 0.03, "questions": 2.0, "boxes": 3.0},
 }
+SAMPLING_ERRORS = {
+    "CoTBal": {"delta_i": 7.5, "per_task": {"captions": 9.25, "questions": 8.5, "boxes": None}},
+    "EW": {"delta_i": 6.25, "per_task": {"captions": 4.5, "questions": 3.25, "boxes": 2.75}, "behind_final": 4.75},
+}
 # CoTBal's margins over the majority in standard errors: captions 5, questions exactly 2, boxes 5.
 MAJORITY = {"captions": 0.40, "questions": 46.0, "boxes": 10.0}
 QUESTION_ONLY = {"captions": 0.40, "questions": 30.0, "boxes": 24.0}
@@ -155,6 +159,7 @@ def make_run(path):
             "baseline": nested(VALUES["STL"]),
             "methods": {"CoTBal": nested(VALUES["CoTBal"]), "EW": nested(VALUES["EW"])},
             "standard_errors": {name: nested(table) for name, table in ERRORS.items()},
+            "sampling_errors": SAMPLING_ERRORS,
             "baselines": {"majority": nested(MAJORITY), "question_only": nested(QUESTION_ONLY)},
         },
     )

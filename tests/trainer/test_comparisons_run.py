@@ -18,6 +18,7 @@ from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.comparison import compare
 from trainer.config import RunConfig, parse_config
+from trainer.data.records import write_jsonl
 from trainer.errors import UserError
 from trainer.evaluation.spec import EvaluationSpec
 from trainer.files import write_json
@@ -76,8 +77,10 @@ class Runs:
             }
             for own in spec.sets
         }
-        spec.output_dir.mkdir(parents=True, exist_ok=True)
-        (spec.output_dir / "metrics.json").write_text(json.dumps(metrics))
+        for own in spec.sets:
+            rows = [{"references": ["a"], "prediction": "a" if k % 2 else "b"} for k in range(4)]
+            write_jsonl(spec.predictions(own), rows)
+        write_json(spec.output_dir / "metrics.json", metrics)
 
 
 @pytest.fixture
@@ -136,8 +139,9 @@ def test_rows_of_every_method_with_means_over_seeds(run: Callable[..., Path], ru
         each = [compare({**results, "methods": {"x": table}})["x"] for table in results["seeds"][label]]
         gains, errors = [seed.delta_i for seed in each], [seed.delta_e for seed in each]
         (row,) = [row for row in page.tables["deltas"] if row[0] == label]
-        assert row[1] == f"{statistics.fmean(gains):+.2f} ± {statistics.stdev(gains):.2f}"
-        assert row[2] == f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f}"
+        sampling = results["sampling_errors"][label]["delta_i"]
+        assert row[1] == f"{statistics.fmean(gains):+.2f} ± {sampling:.2f}seeds ± {statistics.stdev(gains):.2f}"
+        assert row[2] == f"{statistics.fmean(errors):.2f}seeds ± {statistics.stdev(errors):.2f}"
     for task in BALANCED:
         header, row = page.tables["test-scores"][0], page.row("test-scores", task)
         for label, name in (labels | {"STL": f"stl-{task}"}).items():

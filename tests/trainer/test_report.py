@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import re
 
 import pytest
@@ -15,6 +14,7 @@ from synthetic_run import (
     HOSTILE,
     LAMBDAS,
     MAJORITY,
+    SAMPLING_ERRORS,
     TASKS,
     V_FULL,
     V_MINI,
@@ -76,28 +76,34 @@ class TestNumbers:
         assert "question-only baseline by more than two standard errors on 2 of 3" in found.words
         assert "; not on boxes." in found.words
 
-    def test_deltas(self, run):
-        found = page(run)
+    def test_deltas_with_the_errors_of_the_test_sampling(self, run):
+        found, gains = page(run), {}
         for name in ("EW", "CoTBal"):
             changes = [100 * (VALUES[name][t] - VALUES["STL"][t]) / VALUES["STL"][t] for t in TASKS]
-            delta_i, delta_e = sum(changes) / 3, -sum(min(0, c) for c in changes) / 3
-            assert found.row("deltas", name)[1:] == [
-                f"{delta_i:+.2f}", f"{delta_e:.2f}", *(f"{c:+.2f}" for c in changes),
-            ]  # fmt: skip
-            assert f"ΔI = {delta_i:+.2f} %" in found.words
-            assert f"ΔE = {delta_e:.2f} %" in found.words
+            gains[name], delta_e = sum(changes) / 3, -sum(min(0, c) for c in changes) / 3
+            errors = SAMPLING_ERRORS[name]
+            per_task = [(c, errors["per_task"][t]) for c, t in zip(changes, TASKS, strict=True)]
+            row = found.row("deltas", name)
+            assert row[1] == f"{gains[name]:+.2f} ± {errors['delta_i']:.2f}"
+            assert row[2] == f"{delta_e:.2f}"
+            assert row[4:] == [f"{c:+.2f}" + (f" ± {error:.2f}" if error else "") for c, error in per_task]
+            assert f"mean gain over tasks{row[1].replace(' ±', ' % ±')}" in found.words.replace("\xa0", " ")
+        difference = gains["CoTBal"] - gains["EW"]
+        assert found.row("deltas", "EW")[3] == f"{difference:+.2f} ± 4.75"
+        assert found.row("deltas", "CoTBal")[3] == "–"
 
-    def test_difference_and_its_error(self, run):
-        difference, variance = 0.0, 0.0
-        for task in TASKS:
-            base = VALUES["STL"][task]
-            difference += 100 * (VALUES["CoTBal"][task] - VALUES["EW"][task]) / base / 3
-            variance += (ERRORS["CoTBal"][task] ** 2 + ERRORS["EW"][task] ** 2) / base**2 / 9
-        error = 100 * math.sqrt(variance)
-        assert difference < 2 * error  # so the sentence has to say "no more"
-        sentence = f"{difference:+.2f} percentage points, no more than two standard errors"
-        assert sentence in page(run).words
-        assert f"(one is {error:.2f} points)" in page(run).words
+    @pytest.mark.parametrize("error", [6.0, 5.5, None])
+    def test_the_verdict_on_the_difference_is_of_its_own_error(self, run, error):
+        """CoTBal's Delta I of 20 % is 11.67 points above EW's."""
+        table = json.loads((run / "results.json").read_text())
+        table["sampling_errors"]["EW"]["behind_final"] = error
+        write(run / "results.json", table)
+        sentence = "the error of this difference is not known."
+        if error:
+            verdict = "no more" if error == 6.0 else "more"
+            sentence = f"{verdict} than two standard errors of the test sampling (one is {error:.2f} points)"
+        words = page(run).words
+        assert f"CoTBal − EW in ΔI: +11.67 percentage points{',' if error else ';'} {sentence}" in words
 
     def test_contributions_and_scores(self, run):
         found = page(run)

@@ -172,6 +172,22 @@ def test_eq_12_averages_over_test_sets_and_metrics(data: dict[str, Any], run: Ca
         assert found[name].delta_e == pytest.approx(100 * np.mean(-np.minimum(0, improvement)))
         assert list(found[name].per_task.values()) == pytest.approx(100 * np.array(improvement))
 
+        # A token costs the same in all records of "box", so its perplexities have no error. F1 and EM of a set are of
+        # the same records.
+        variance = 0.0
+        for part, size in (("testA+", 4), ("testB", 3)):
+            moved = np.zeros(size)
+            for partial in (200 / 3, 0.0):  # what F1 and EM give for a word too many
+                ours, base = (
+                    np.array([100.0] * right + [partial] * longer + [0.0] * (size - right - longer))
+                    for right, longer in (ANSWERS[name.lower()][part], ANSWERS["stl-colour"][part])
+                )
+                moved += ours / base.mean() - ours.mean() / base.mean() ** 2 * base
+            variance += (moved / 4).var(ddof=1) / size
+        errors = results["sampling_errors"][name]
+        assert errors["per_task"] == {"colour": pytest.approx(100 * variance**0.5), "box": pytest.approx(0, abs=1e-9)}
+        assert errors["delta_i"] == pytest.approx(50 * variance**0.5)
+
     # "red" is the majority answer of the training records: 1 of 4 and 2 of 3. A constant has no perplexity.
     majority = {"testA+ F1": 25.0, "testA+ EM": 25.0, "testB F1": 200 / 3, "testB EM": 200 / 3}
     assert results["baselines"]["majority"] == {"colour": pytest.approx(majority)}
@@ -199,7 +215,7 @@ def test_eq_12_averages_over_test_sets_and_metrics(data: dict[str, Any], run: Ca
     ]  # fmt: skip
     (em,) = [row for row in table if row[0].startswith("colourtestB EM")]
     assert [cell.split(" ± ")[0] for cell in em[1:]] == ["66.7", "66.7", "33.3", "66.7", "33.3"]
-    assert page.row("deltas", "CoTBal")[1] == f"{found['CoTBal'].delta_i:+.2f}"
+    assert page.row("deltas", "CoTBal")[1] == f"{found['CoTBal'].delta_i:+.2f} ± {errors['delta_i']:.2f}"
     assert "colour testA+, F1, 4 of 4" in page.words
     assert page.row("tasks", "colour")[-2] == "7"
 

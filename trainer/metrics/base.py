@@ -15,22 +15,30 @@ class MetricResult:
     """Value of a metric on a set of samples, in the units of ``per_sample``.
 
     ``value`` is the mean of ``per_sample``, except for metrics of the whole set (BLEU, perplexity).
-    ``standard_error`` is the sample standard deviation of ``per_sample`` over sqrt(n). It is NaN for a
-    single sample, where nothing is known about the spread. For CIDEr the IDF is taken as given.
+    ``influences`` say how each sample moves ``value``: its change per weight that is put on the sample and taken from
+    all alike. For a mean they are ``per_sample`` less the mean; they add up to 0. CIDEr's IDF is taken as given.
     """
 
     value: float
     per_sample: list[float] = field(repr=False)
-    standard_error: float
+    influences: list[float] = field(repr=False)
+
+    @property
+    def standard_error(self) -> float:
+        """Of ``value``, over the samples, from their ``influences``; for a mean the usual one.
+
+        NaN for a single sample, where nothing is known about the spread, and for an infinite value.
+        """
+        n = len(self.influences)
+        if n == 1:
+            return math.nan
+        return math.sqrt(math.fsum(moved**2 for moved in self.influences) / (n - 1) / n)
 
     @classmethod
     def from_samples(cls, per_sample: Sequence[float]) -> MetricResult:
-        n = len(per_sample)
-        mean = math.fsum(per_sample) / n
-        if n == 1:
-            return cls(mean, list(per_sample), math.nan)
-        variance = math.fsum((score - mean) ** 2 for score in per_sample) / (n - 1)
-        return cls(mean, list(per_sample), math.sqrt(variance / n))
+        """Of a metric that is the mean of its samples' scores."""
+        mean = math.fsum(per_sample) / len(per_sample)
+        return cls(mean, list(per_sample), [score - mean for score in per_sample])
 
 
 class Metric(Protocol):

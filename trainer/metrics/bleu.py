@@ -104,7 +104,7 @@ class Bleu:
     """Corpus BLEU in percent: counts are added over the set before precisions are taken.
 
     ``per_sample`` are sentence scores (orders that a short sentence lacks are left out), whose mean is another
-    number; ``standard_error`` is the jackknife's, leaving out one sample at a time.
+    number; ``influences`` and the standard error are the jackknife's, leaving out one sample at a time.
     """
 
     name: str = "bleu"
@@ -118,11 +118,11 @@ class Bleu:
         for sample in counts[1:]:
             total += sample
         n = len(counts)
-        error = math.nan
+        influences = [0.0]
         if n > 1:
             left_out = [_bleu(total - sample, every_order=True) for sample in counts]
             mean = math.fsum(left_out) / n
-            error = math.sqrt((n - 1) / n * math.fsum((score - mean) ** 2 for score in left_out))
+            influences = [(n - 1) * (mean - score) for score in left_out]
         return MetricResult(
-            _bleu(total, every_order=True), [_bleu(sample, every_order=False) for sample in counts], error
+            _bleu(total, every_order=True), [_bleu(sample, every_order=False) for sample in counts], influences
         )

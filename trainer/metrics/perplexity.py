@@ -32,7 +32,7 @@ def perplexity(loss_sums: Sequence[float], tokens: Sequence[int]) -> MetricResul
 
     Returns:
         ``value`` the perplexity of the set (inf past the largest float), ``per_sample`` each sample's own, and
-        ``standard_error`` of the value by the delta method for a ratio of sums.
+        ``influences`` by the delta method for a ratio of sums (NaN where the value is inf).
 
     Raises:
         UserError: lengths differ, there is no sample, a sample has no token, or a sum is negative or not a number.
@@ -50,10 +50,11 @@ def perplexity(loss_sums: Sequence[float], tokens: Sequence[int]) -> MetricResul
     mean = math.fsum(loss_sums) / total
     value = _exp(mean)
     per_sample = [_exp(loss / count) for loss, count in zip(loss_sums, tokens, strict=True)]
-    if n == 1 or not math.isfinite(value):
-        return MetricResult(value, per_sample, math.nan)
-    spread = math.fsum((loss - mean * count) ** 2 for loss, count in zip(loss_sums, tokens, strict=True))
-    return MetricResult(value, per_sample, value * math.sqrt(n / (n - 1) * spread) / total)
+    if not math.isfinite(value):
+        return MetricResult(value, per_sample, [math.nan] * n)
+    scale = value * n / total
+    moved = [scale * (loss - mean * count) for loss, count in zip(loss_sums, tokens, strict=True)]
+    return MetricResult(value, per_sample, moved)
 
 
 def _exp(exponent: float) -> float:

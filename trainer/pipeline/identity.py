@@ -109,7 +109,8 @@ class Identity:
     def results(self) -> dict[str, Any]:
         """Of the table of results beside the evaluations: baselines that read the records."""
         metrics = {task.name: _metrics(task, "test") for task in self.tasks}
-        return {"format": FORMAT, "metrics": metrics, "records": self.records("train", "test")}
+        records = self.records("train", "test")
+        return {"format": FORMAT, "columns": "with sampling errors", "metrics": metrics, "records": records}
 
     def _digests_of(self, task: TaskConfig, split: str) -> str | dict[str, str] | None:
         """Of a split's file, or of its named ones."""

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.balancing.registry import SINGLE_TASK_LABEL, training_label
+import numpy as np
+
+from trainer.balancing.registry import METHODS, SINGLE_TASK_LABEL, training_label
 from trainer.baselines import majority_answer, question_only
 from trainer.config import RunConfig
 from trainer.errors import UserError
-from trainer.evaluation.scoring import score_name, scores_by_task
+from trainer.evaluation.scoring import compute, read_predictions, score_name, scores_by_task
+from trainer.evaluation.spec import set_key
 from trainer.files import known, write_json
 from trainer.metrics import get_metric, takes_losses
 from trainer.pipeline.trainings import Training
+from trainer.sampling_errors import Array, sampling_errors
+from trainer.task_config import TaskConfig
 from trainer.tasks import load_task
 
 Table = dict[str, dict[str, float]]  # task -> score, of a test set by a metric -> value
@@ -63,8 +68,9 @@ def score_table(run_dir: Path, config: RunConfig, precise: bool) -> dict[str, An
 def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) -> None:
     """Writes ``results.json``, the input of ``cotbal compare``, with standard errors and baselines beside it.
 
-    With several seeds, values and standard errors (of the test sampling) are means over seeds, and ``seeds`` has the
-    values of each: ``{method: [task -> score -> value, ...]}``.
+    ``sampling_errors`` are of Delta I (:mod:`trainer.sampling_errors`). With several seeds, values and
+    standard errors (of the test sampling) are means over seeds, and ``seeds`` has the values of each: ``{method: [task ->
+    score -> value, ...]}``.
     """
     by_seed: dict[str, list[Table]] = {}
     errors_by_seed: dict[str, list[Table]] = {}
@@ -99,9 +105,37 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     if SINGLE_TASK_LABEL in values:
         results["baseline"] = values.pop(SINGLE_TASK_LABEL)
     results |= {"methods": values, "standard_errors": errors, "baselines": baselines}
+    if "baseline" in results:
+        tasks = {task.name: task for task in config.tasks}
+        samples = {
+            method: _mean_samples(run_dir, tasks, [t for t in finals if training_label(t.name) == method])
+            for method in by_seed
+        }
+        baseline = samples.pop(SINGLE_TASK_LABEL)
+        results["sampling_errors"] = sampling_errors(results, samples, baseline, METHODS["cotbal"].label)
     if config.seeds > 1:
         results["seeds"] = {method: list(map(_known, tables)) for method, tables in by_seed.items()}
     write_json(run_dir / "results.json", results)
+
+
+def _mean_samples(
+    run_dir: Path, tasks: Mapping[str, TaskConfig], trainings: Sequence[Training]
+) -> dict[str, dict[str, dict[str, Array]]]:
+    """Influences of the test samples on a method's scores, by task, test set and score; means over seeds."""
+    each: dict[tuple[str, str, str], list[list[float]]] = {}
+    for training in trainings:
+        for task in (tasks[name] for name in training.tasks):
+            for part in task.record_files("test"):
+                path = run_dir / "evaluations" / training.name / "test" / f"{set_key(task.name, part)}.jsonl"
+                losses = takes_losses(task.scored_with("test")[0])
+                rows = read_predictions(path, answers=not losses, losses=losses)
+                for metric in task.scored_with("test"):
+                    key = task.name, part, score_name(part, metric)
+                    each.setdefault(key, []).append(compute(metric, rows).influences)
+    found: dict[str, dict[str, dict[str, Array]]] = {}
+    for (name, part, score), seeds in each.items():
+        found.setdefault(name, {}).setdefault(part, {})[score] = np.mean(seeds, axis=0)
+    return found
 
 
 def _known(table: Table) -> dict[str, dict[str, float | None]]:

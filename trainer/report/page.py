@@ -35,6 +35,7 @@ from trainer.report.tables import (
     SINGLE,
     ScoreTable,
     comparisons,
+    delta_rows,
     format_value,
     headline,
     metric_label,
@@ -42,7 +43,6 @@ from trainer.report.tables import (
     score_rows,
     scores_by_seed,
     seed_comparisons,
-    spread,
 )
 
 T = TypeVar("T")
@@ -102,27 +102,21 @@ def report_context(run: RunDirectory) -> dict[str, Any]:
     scores = read_scores(run)
     over_seeds = seed_comparisons(run)
     deltas, why_no_deltas = comparisons(run, over_seeds)
+    rows = delta_rows(run, deltas, over_seeds)
     samples = {(task["name"], part): records for task in run.tasks for part, records in test_sets(task).items()}
     sampled = next((name for name in ("cotbal", "ew") if (run.path / "evaluations" / name / "test").is_dir()), None)
     weights = _attempt(run, "weights.json", lambda: _weights(run))
     context = {
         "title": run.path.resolve().name,
         "facts": _facts(run),
-        "headline": headline(scores, deltas, over_seeds),
+        "headline": headline(run, scores, deltas, over_seeds),
         "weight_sentence": weights["sentence"] if weights else None,
-        "tiles": [
-            {"method": name, "delta_i": delta.delta_i, "delta_e": delta.delta_e}
-            for name, delta in sorted(deltas.items(), key=lambda item: (item[0] != FINAL, item[0] != EQUAL))
-        ][:2],
+        "tiles": sorted(rows, key=lambda row: (row["method"] != FINAL, row["method"] != EQUAL))[:2],
         "columns": [{"name": name, "label": BASELINES.get(name, name)} for name in scores.values],
         "test_rows": score_rows(scores, samples),
         "test_complete": scores.complete,
-        "deltas": deltas,
+        "deltas": rows,
         "seeds": max(map(len, scores_by_seed(run).values()), default=1),
-        "spreads": {
-            name: {key: spread([getattr(delta, key) for delta in each]) for key in ("delta_i", "delta_e")}
-            for name, each in over_seeds.items()
-        },
         "why_no_deltas": why_no_deltas,
         "radar": _radar(scores),
         "weights": weights,

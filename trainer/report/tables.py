@@ -248,24 +248,59 @@ def spread(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
+def sampling_error(run: RunDirectory, method: str, *keys: str) -> float | None:
+    """One of ``sampling_errors`` of ``results.json``, in percent; None where it is not known."""
+    found: Any = (run.results or {}).get("sampling_errors")
+    for key in (method, *keys):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return number(found)
+
+
+def delta_rows(
+    run: RunDirectory, deltas: Mapping[str, Comparison], over_seeds: Mapping[str, Sequence[Comparison]]
+) -> list[dict[str, Any]]:
+    """Delta I and Delta E of every method in percent, with errors of the test sampling and spreads over seeds."""
+    rows = []
+    for name, delta in deltas.items():
+        each = over_seeds.get(name, ())
+        compared = FINAL in deltas and name != FINAL
+        rows.append(
+            {
+                "method": name,
+                "delta_i": delta.delta_i,
+                "error": sampling_error(run, name, "delta_i"),
+                "delta_e": delta.delta_e,
+                "spreads": {key: spread([getattr(one, key) for one in each]) for key in ("delta_i", "delta_e")},
+                "behind": deltas[FINAL].delta_i - delta.delta_i if compared else None,
+                "behind_error": sampling_error(run, name, "behind_final"),
+                "tasks": [
+                    (value, sampling_error(run, name, "per_task", task)) for task, value in delta.per_task.items()
+                ],
+            }
+        )
+    return rows
+
+
 def headline(
+    run: RunDirectory,
     scores: ScoreTable,
     deltas: Mapping[str, Comparison],
-    over_seeds: Mapping[str, Sequence[Comparison]] = MappingProxyType({}),
+    over_seeds: Mapping[str, Sequence[Comparison]],
 ) -> list[str]:
     """Plain sentences about the outcome that claim no more than the numbers carry."""
     sentences = []
-    for name in (FINAL, EQUAL):
-        if name in deltas:
-            delta = deltas[name]
-            word = "better" if delta.delta_i >= 0 else "worse"
-            sentences.append(
-                f"{name}: averaged over tasks, {abs(delta.delta_i):.2f} % {word} than one model per task "
-                f"(ΔI = {delta.delta_i:+.2f} %); the tasks that fell behind account for ΔE = {delta.delta_e:.2f} %."
-            )
     if FINAL in deltas and EQUAL in deltas:
         difference = deltas[FINAL].delta_i - deltas[EQUAL].delta_i
-        sentences.append(_difference(scores, difference, over_seeds))
+        text = f"CoTBal − EW in ΔI: {difference:+.2f} percentage points"
+        error = sampling_error(run, EQUAL, "behind_final")
+        if error is None:
+            sentences.append(f"{text}; the error of this difference is not known.")
+        else:
+            verdict = "more" if abs(difference) > 2 * error else "no more"
+            sentences.append(
+                f"{text}, {verdict} than two standard errors of the test sampling (one is {error:.2f} points); "
+                f"{_seeds_sentence(over_seeds)}."
+            )
     sentences += [
         f"ΔI of {name} rests mostly on {task} ({deltas[name].per_task[task]:+.0f} %): relative changes are "
         "large where the single-task score is small."
@@ -273,32 +308,6 @@ def headline(
         if name in deltas and (task := dominant_task(deltas[name])) is not None
     ]
     return sentences + learned(scores)
-
-
-def _difference(scores: ScoreTable, difference: float, over_seeds: Mapping[str, Sequence[Comparison]]) -> str:
-    """CoTBal against EW in Delta I, with the error that the finite test sets alone put on it.
-
-    The difference is mean_i mean_j of (M_CoTBal - M_EW) / M_STL; M_STL is taken as given and the two models as
-    independent, which overstates the error of models scored on the same samples.
-    """
-    text = f"CoTBal − EW in ΔI: {difference:+.2f} percentage points"
-    per_task: dict[str, list[float | None]] = {}
-    for key in scores.directions:
-        base = scores.values.get(SINGLE, {}).get(key)
-        errors = [scores.errors.get(name, {}).get(key) for name in (FINAL, EQUAL)]
-        known = base and None not in errors
-        per_task.setdefault(key[0], []).append(
-            sum((error or 0) ** 2 for error in errors) / base**2 if known and base else None
-        )
-    variances = [None if None in row else math.fsum(v or 0 for v in row) / len(row) ** 2 for row in per_task.values()]
-    if not variances or None in variances:
-        return f"{text}; the error of this difference is not known."
-    error = 100 * math.sqrt(math.fsum(v or 0 for v in variances)) / len(variances)
-    verdict = "more" if abs(difference) > 2 * error else "no more"
-    return (
-        f"{text}, {verdict} than two standard errors of the test sampling (one is {error:.2f} points); "
-        f"{_seeds_sentence(over_seeds)}."
-    )
 
 
 def _seeds_sentence(over_seeds: Mapping[str, Sequence[Comparison]]) -> str:

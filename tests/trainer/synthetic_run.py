@@ -150,6 +150,10 @@ def make_run(path):
         {
             "tasks": TASKS, "temperature": 0.5, "alpha": 0.5, "contribution": contribution,
             "difficulty": difficulty, **LAMBDAS, "clipped": [], "warnings": [],
+            "sampling_errors": {
+                "contribution": [[0.11, 0.12, 0.13], [0.21, 0.22, 0.23], [0.31, 0.32, 0.33]],
+                "difficulty": [0.041, 0.042, 0.043], "applied": [0.151, 0.152, 0.153],
+            },
         },
     )  # fmt: skip
     write(

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from synthetic_run import Page
 
 import trainer.nodes.machine as machine
 from trainer.balancing.cotbal import cotbal_weights
+from trainer.balancing.resampling import Influences, resampled
 from trainer.balancing.scores import Scores
 from trainer.comparison import compare
 from trainer.config import RunConfig, parse_config
@@ -35,6 +37,12 @@ def score(training: str, task: str) -> float:
     """A score in percent that is another one for every training and task, with more data scoring higher."""
     data = 20.0 if training in ("mini", f"alone-{task}") else 50.0
     return data + sum(ord(letter) * (k + 1) for k, letter in enumerate(training + task)) % 97 / 10
+
+
+def answers(training: str, task: str) -> list[bool]:
+    """Which of four answers are right: other ones for every training and task, whatever the score above."""
+    number = sum(map(ord, training + task))
+    return [bool(number >> place & 1) for place in range(4)]
 
 
 class Quiet(Progress):
@@ -78,8 +86,8 @@ class Runs:
             for own in spec.sets
         }
         for own in spec.sets:
-            rows = [{"references": ["a"], "prediction": "a" if k % 2 else "b"} for k in range(4)]
-            write_jsonl(spec.predictions(own), rows)
+            predictions = ["a" if right else "b" for right in answers(training, own.name)]
+            write_jsonl(spec.predictions(own), [{"references": ["a"], "prediction": text} for text in predictions])
         write_json(spec.output_dir / "metrics.json", metrics)
 
 
@@ -180,6 +188,18 @@ def test_a_method_that_never_moved_its_weights_is_named(run: Callable[..., Path]
     assert [row[0] for row in page.tables["moving-weights"][1:]] == ["CoBa"]
 
 
+def moved(task: str) -> Influences:
+    """By the answers of the models that Eq. 3-9 compare on a task."""
+    mini, *full, own_mini, own = (
+        np.array(right) * 100.0 - 100.0 * np.mean(right)
+        for right in (
+            answers(training, task)
+            for training in ("mini", *(f"plus-{name}" for name in BALANCED), f"alone-{task}", f"stl-{task}")
+        )
+    )
+    return Influences(mini, np.stack(full), np.stack([own_mini, own]))
+
+
 def test_ablations_have_weights_of_their_own(run: Callable[..., Path]) -> None:
     run_dir = run(comparisons=COMPARED)
     table = read(run_dir / "scores.json")
@@ -197,6 +217,9 @@ def test_ablations_have_weights_of_their_own(run: Callable[..., Path]) -> None:
     for name, weights in expected.items():
         file = run_dir / ("weights.json" if name == "cotbal" else f"weights/{name}.json")
         assert read(file)["applied"] == weights.weights.tolist()
+        options = {"temperature": weights.temperature, "difficulty": "precise" if "precise" in name else "reused"}
+        errors = resampled(scores, [moved(task) for task in BALANCED], **options)
+        assert read(file)["sampling_errors"] == errors
         spec = TrainingSpec.model_validate_json((run_dir / "trainings" / name / "spec.json").read_text())
         assert spec.task_weights == dict(zip(BALANCED, weights.weights.tolist(), strict=True))
     page = Page((run_dir / "report.html").read_text())

@@ -109,7 +109,9 @@ class TestNumbers:
         found = page(run)
         for i in TASKS:
             expected = [(V_FULL[i][j] - V_MINI[j]) / (V_FULL[j][j] - V_MINI[j]) for j in TASKS]
-            assert found.row("contributions", i)[1:] == [f"{value:.2f}" for value in expected]
+            errors = [f"± 0.{TASKS.index(i) + 1}{k + 1}" if TASKS[k] != i else "" for k in range(3)]
+            cells = [f"{value:.2f}{error}" for value, error in zip(expected, errors, strict=True)]
+            assert found.row("contributions", i)[1:] == cells
         assert found.row("scores", "mini")[1:] == ["0.200± 1.250", "20.0± 1.2", "5.0± 1.2"]
         assert found.row("scores", "questions + mini")[1:] == ["0.300± 1.250", "40.0± 1.2", "7.5± 1.2"]
         assert found.row("scores", "boxes + mini")[1:] == ["0.200± 1.250", "30.0± 1.2", "15.0± 1.2"]
@@ -118,9 +120,21 @@ class TestNumbers:
         found = page(run)
         names = ("λ one2all", "λ all2one", "λ C (", "λ D (", "λ CoTBal")
         for name, key in zip(names, LAMBDAS, strict=True):
-            assert found.row("lambdas", name)[1:] == [f"{value:.3f}" for value in LAMBDAS[key]]
-        assert found.row("lambdas", "difficulty")[1:] == ["0.500", "0.500", "0.667"]
-        assert "most weight to boxes (1.12) and the least to captions (0.85)" in found.words
+            marks = [" ± 0.151", " ± 0.152", " ± 0.153"] if key == "weights" else [""] * 3
+            cells = [f"{value:.3f}{mark}" for value, mark in zip(LAMBDAS[key], marks, strict=True)]
+            assert found.row("lambdas", name)[1:] == cells
+        assert found.row("lambdas", "difficulty")[1:] == ["0.500 ± 0.041", "0.500 ± 0.042", "0.667 ± 0.043"]
+        assert "most weight to boxes (1.12 ± 0.15) and the least to captions (0.85 ± 0.15)" in found.words
+
+    def test_weights_of_a_run_that_knows_no_errors(self, run):
+        table = json.loads((run / "weights.json").read_text())
+        del table["sampling_errors"]
+        write(run / "weights.json", table)
+        found = page(run)
+        assert found.row("contributions", "captions")[1] == "1.00"
+        assert found.row("lambdas", "λ CoTBal")[1:] == [f"{value:.3f}" for value in LAMBDAS["weights"]]
+        assert "boxes (1.12) and the least to captions (0.85); equal weighting is 1 for every task." in found.words
+        assert "resampled" not in found.words
 
     def test_difficulty_of_a_metric_where_lower_is_better(self, run, monkeypatch):
         """Perplexities of 5 and 1.25: what Eq. 9 gives for them is not what its axis says."""
@@ -153,7 +167,10 @@ class TestNumbers:
         table = json.loads((run / "weights.json").read_text())
         table |= {"strategy": "all2one", "applied": LAMBDAS["lambda_all2one"]}
         write(run / "weights.json", table)
-        assert "CoTBal (all2one strategy) gives the most weight to questions (1.20)" in page(run).words
+        found = page(run)
+        assert "CoTBal (all2one strategy) gives the most weight to questions (1.20 ± 0.15)" in found.words
+        assert found.row("lambdas", "λ all2one")[1] == "0.700 ± 0.151"
+        assert found.row("lambdas", "λ CoTBal")[1] == "0.850"
 
     def test_clipping_is_said(self, run):
         table = json.loads((run / "weights.json").read_text())
@@ -162,7 +179,7 @@ class TestNumbers:
         table["contribution"][0][2] = -2.0
         write(run / "weights.json", table)
         found = page(run)
-        assert found.row("contributions", "captions")[3] == "-2.00*"
+        assert found.row("contributions", "captions")[3] == "-2.00*± 0.13"
         assert "contribution captions → boxes: -40 became -2" in found.words
         assert "task 'boxes': too small" in found.words
 

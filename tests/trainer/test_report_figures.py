@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from trainer.report import plots
-from trainer.report.page import STRATEGIES
+from trainer.report.balancing import STRATEGIES
 
 
 @pytest.fixture

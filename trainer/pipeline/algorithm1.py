@@ -354,9 +354,10 @@ class Pipeline:
         table = outcome.score_table(self.run_dir, self.resolved, options.difficulty == "precise")
         if name == "cotbal":
             write_json(self.run_dir / "scores.json", table)
+        scores = Scores.from_json(table)
         try:
             result = cotbal_weights(
-                Scores.from_json(table),
+                scores,
                 options.temperature,
                 options.alpha,
                 options.on_degenerate,
@@ -366,7 +367,9 @@ class Pipeline:
             remedy = "the same command with --set cotbal.on_degenerate=clip, which trains no proxy again"
             raise UserError(f"{error}: {remedy}") from error
         applied = list(result.by_strategy(options.strategy).values())
-        write_json(self.places.weights(name), result.to_json() | {"strategy": options.strategy, "applied": applied})
+        errors = outcome.weight_errors(self.run_dir, self.resolved, scores, options)
+        more = {"strategy": options.strategy, "applied": applied, "sampling_errors": errors}
+        write_json(self.places.weights(name), result.to_json() | more)
 
     def _collect_results(self, context: StageContext) -> None:
         outcome.write_results(self.run_dir, self.resolved, [t for t in self.trainings if "test" in t.splits])

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from trainer.balancing.registry import METHODS, SINGLE_TASK_LABEL, training_label
+from trainer.balancing.resampling import Influences, resampled
+from trainer.balancing.scores import Scores
 from trainer.baselines import majority_answer, question_only
-from trainer.config import RunConfig
+from trainer.config import CotbalConfig, RunConfig
 from trainer.errors import UserError
 from trainer.evaluation.scoring import compute, read_predictions, score_name, scores_by_task
 from trainer.evaluation.spec import set_key
@@ -69,8 +71,8 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     """Writes ``results.json``, the input of ``cotbal compare``, with standard errors and baselines beside it.
 
     ``sampling_errors`` are of Delta I (:mod:`trainer.sampling_errors`). With several seeds, values and
-    standard errors (of the test sampling) are means over seeds, and ``seeds`` has the values of each: ``{method: [task ->
-    score -> value, ...]}``.
+    standard errors (of the test sampling) are means over seeds, and ``seeds`` has the values of each:
+    ``{method: [task -> score -> value, ...]}``.
     """
     by_seed: dict[str, list[Table]] = {}
     errors_by_seed: dict[str, list[Table]] = {}
@@ -118,6 +120,32 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     write_json(run_dir / "results.json", results)
 
 
+def weight_errors(run_dir: Path, config: RunConfig, scores: Scores, options: CotbalConfig) -> dict[str, Any]:
+    """How far other validation samples would move the weights, see :func:`trainer.balancing.resampling.resampled`."""
+    assert not isinstance(config.tasks, str)
+    precise = options.difficulty == "precise"
+    found = []
+    for task in (task for task in config.tasks if task.name in scores.tasks):
+
+        def moved(*trainings: str, task: TaskConfig = task) -> Array:
+            each = [_influences(run_dir, name, "validation", task, "") for name in trainings]
+            return np.array([influences for one in each for influences in one.values()])
+
+        alone = moved(f"alone-{task.name}", f"stl-{task.name}") if precise else None
+        found.append(Influences(moved("mini")[0], moved(*(f"plus-{name}" for name in scores.tasks)), alone))
+    own = options.model_dump(include={"temperature", "alpha", "difficulty"})
+    return resampled(scores, found, options.strategy, config.seed, **own)
+
+
+def _influences(run_dir: Path, training: str, split: str, task: TaskConfig, part: str) -> dict[str, list[float]]:
+    """Of the samples of a set on the training's scores, by metric."""
+    metrics = task.scored_with(split)
+    losses = takes_losses(metrics[0])
+    path = run_dir / "evaluations" / training / split / f"{set_key(task.name, part)}.jsonl"
+    rows = read_predictions(path, answers=not losses, losses=losses)
+    return {metric: compute(metric, rows).influences for metric in metrics}
+
+
 def _mean_samples(
     run_dir: Path, tasks: Mapping[str, TaskConfig], trainings: Sequence[Training]
 ) -> dict[str, dict[str, dict[str, Array]]]:
@@ -126,12 +154,8 @@ def _mean_samples(
     for training in trainings:
         for task in (tasks[name] for name in training.tasks):
             for part in task.record_files("test"):
-                path = run_dir / "evaluations" / training.name / "test" / f"{set_key(task.name, part)}.jsonl"
-                losses = takes_losses(task.scored_with("test")[0])
-                rows = read_predictions(path, answers=not losses, losses=losses)
-                for metric in task.scored_with("test"):
-                    key = task.name, part, score_name(part, metric)
-                    each.setdefault(key, []).append(compute(metric, rows).influences)
+                for metric, moved in _influences(run_dir, training.name, "test", task, part).items():
+                    each.setdefault((task.name, part, score_name(part, metric)), []).append(moved)
     found: dict[str, dict[str, dict[str, Array]]] = {}
     for (name, part, score), seeds in each.items():
         found.setdefault(name, {}).setdefault(part, {})[score] = np.mean(seeds, axis=0)

@@ -20,11 +20,11 @@ import yaml
 from markupsafe import Markup, escape
 
 from trainer.balancing.registry import training_label
-from trainer.balancing.scores import Scores
 from trainer.config import BUILT_IN
 from trainer.errors import UserError
 from trainer.parsing import number
 from trainer.report import plots
+from trainer.report.balancing import score_matrix, variant, weights
 from trainer.report.curves import loss_panels, weight_panels
 from trainer.report.run_directory import RunDirectory, test_sets
 from trainer.report.samples import sample_groups
@@ -36,7 +36,6 @@ from trainer.report.tables import (
     ScoreTable,
     comparisons,
     delta_rows,
-    format_value,
     headline,
     metric_label,
     read_scores,
@@ -55,13 +54,6 @@ EXPECTED = {
     "scores.json": "validation scores of the proxies",
     "weights.json": "the task weights",
     "results.json": "test scores of the final models",
-}
-STRATEGIES = {
-    "lambda_one2all": ("λ one2all (Eq. 5)", "green"),
-    "lambda_all2one": ("λ all2one (Eq. 7)", "gold"),
-    "lambda_c": ("λ C (Eq. 8)", "violet"),
-    "lambda_d": ("λ D (Eq. 10)", "orange"),
-    "weights": ("λ CoTBal (Eq. 11)", "blue"),
 }
 
 
@@ -105,12 +97,12 @@ def report_context(run: RunDirectory) -> dict[str, Any]:
     rows = delta_rows(run, deltas, over_seeds)
     samples = {(task["name"], part): records for task in run.tasks for part, records in test_sets(task).items()}
     sampled = next((name for name in ("cotbal", "ew") if (run.path / "evaluations" / name / "test").is_dir()), None)
-    weights = _attempt(run, "weights.json", lambda: _weights(run))
+    balanced = _attempt(run, "weights.json", lambda: weights(run))
     context = {
         "title": run.path.resolve().name,
         "facts": _facts(run),
         "headline": headline(run, scores, deltas, over_seeds),
-        "weight_sentence": weights["sentence"] if weights else None,
+        "weight_sentence": balanced["sentence"] if balanced else None,
         "tiles": sorted(rows, key=lambda row: (row["method"] != FINAL, row["method"] != EQUAL))[:2],
         "columns": [{"name": name, "label": BASELINES.get(name, name)} for name in scores.values],
         "test_rows": score_rows(scores, samples),
@@ -119,13 +111,13 @@ def report_context(run: RunDirectory) -> dict[str, Any]:
         "seeds": max(map(len, scores_by_seed(run).values()), default=1),
         "why_no_deltas": why_no_deltas,
         "radar": _radar(scores),
-        "weights": weights,
+        "weights": balanced,
         "variants": [
             row
             for name in run.variants
-            if (row := _attempt(run, f"weights/{name}.json", functools.partial(_variant, run, name)))
+            if (row := _attempt(run, f"weights/{name}.json", functools.partial(variant, run, name)))
         ],
-        "score_matrix": _attempt(run, "scores.json", lambda: _score_matrix(run)),
+        "score_matrix": _attempt(run, "scores.json", lambda: score_matrix(run)),
         "curves": loss_panels(run),
         "trajectories": weight_panels(run),
         "sampled": training_label(sampled) if sampled else None,
@@ -171,111 +163,6 @@ def _facts(run: RunDirectory) -> list[str]:
     if run.stages:
         facts.append(f"started {_moment(run.stages[0].get('started'))}")
     return facts
-
-
-def _weights(run: RunDirectory) -> dict[str, Any] | None:
-    """Contribution heatmap, difficulties and the weights of every strategy."""
-    table = run.weights
-    if table is None:
-        return None
-    tasks = [str(task) for task in table["tasks"]]
-    contribution = [[float(value) for value in row] for row in table["contribution"]]
-    off_diagonal = [abs(v) for i, row in enumerate(contribution) for j, v in enumerate(row) if i != j]
-    # An own contribution is 1 by definition, so 1 is the least that full colour stands for.
-    largest = max([1.0, *off_diagonal])
-    clipped = [entry.get("tasks") for entry in table.get("clipped") or [] if entry.get("quantity") == "contribution"]
-    heatmap = [
-        {
-            "task": task,
-            "cells": [
-                {
-                    "value": f"{value:.2f}",
-                    "own": i == j,
-                    "clipped": [task, tasks[j]] in clipped,
-                    "tone": "negative" if value < 0 else "positive",
-                    "strength": round(abs(value) / largest, 3),
-                }
-                for j, value in enumerate(row)
-            ],
-        }
-        for i, (task, row) in enumerate(zip(tasks, contribution, strict=True))
-    ]
-    applied = [float(value) for value in table.get("applied") or table["weights"]]
-    high, low = max(range(len(tasks)), key=applied.__getitem__), min(range(len(tasks)), key=applied.__getitem__)
-    strategy = table.get("strategy", "cotbal")
-    named = "CoTBal" if strategy == "cotbal" else f"CoTBal ({strategy} strategy)"
-    strategies = {key: label for key, (label, _) in STRATEGIES.items()}
-    directions = (run.scores or {}).get("higher_is_better") or {}
-    lower = [task for task in tasks if directions.get(task) is False]
-    return {
-        "tasks": tasks,
-        "heatmap": heatmap,
-        "difficulty": Markup(plots.difficulty_bars(tasks, table["difficulty"], lower)),
-        "lower": lower,
-        "bars": Markup(
-            plots.grouped_bars(
-                tasks,
-                {label: table[key] for key, label in strategies.items()},
-                dict(STRATEGIES.values()),
-                1.0,
-                "task weight λ",
-                "Task weights by strategy",
-            )
-        ),
-        "rows": [{"label": strategies[key], "values": [f"{v:.3f}" for v in table[key]]} for key in STRATEGIES],
-        "difficulties": [f"{value:.3f}" for value in table["difficulty"]],
-        "temperature": table["temperature"],
-        "alpha": table["alpha"],
-        "strategy": strategy,
-        "warnings": table.get("warnings") or [],
-        "clipped": table.get("clipped") or [],
-        "sentence": (
-            f"{named} gives the most weight to {tasks[high]} ({applied[high]:.2f}) and the least to "
-            f"{tasks[low]} ({applied[low]:.2f}); equal weighting is 1 for every task."
-            if len(tasks) > 1
-            else f"There is one balanced task, {tasks[0]}, so its weight is {applied[0]:.2f}."
-        ),
-    }
-
-
-def _variant(run: RunDirectory, name: str) -> dict[str, Any]:
-    """A variant's temperature, alpha and strategy, and by task the weight it trained with and its difficulty."""
-    table = run.variants[name]
-    each = zip(table["tasks"], table["applied"], table["difficulty"], strict=True)
-    return {
-        "label": training_label(name),
-        **{key: table[key] for key in ("temperature", "alpha", "strategy")},
-        "cells": {task: {"weight": f"{weight:.3f}", "difficulty": f"{D:.3f}"} for task, weight, D in each},
-    }
-
-
-def _score_matrix(run: RunDirectory) -> dict[str, Any] | None:
-    """V_j(mini) and V_j(i+mini), with standard errors where the evaluations are at hand."""
-    if run.scores is None:
-        return None
-    scores = Scores.from_json(run.scores)
-    labels = [metric_label(next((t.get("metric") for t in run.tasks if t["name"] == n), "")) for n in scores.tasks]
-    rows = [("mini", "mini", scores.mini)]
-    rows += [(f"{task} + mini", f"plus-{task}", scores.full[i]) for i, task in enumerate(scores.tasks)]
-    columns = [[row[2][j] for row in rows] for j in range(len(scores.tasks))]
-    matrix = []
-    for position, (name, training, values) in enumerate(rows):
-        evaluated = run.metrics(training, "validation")
-        cells = []
-        for j, task in enumerate(scores.tasks):
-            low, high = min(columns[j]), max(columns[j])
-            error = number(evaluated.get(task, {}).get("standard_error"))
-            cells.append(
-                {
-                    "value": format_value(float(values[j]), labels[j]),
-                    "error": format_value(error, labels[j]) if error is not None else None,
-                    "strength": round(float((values[j] - low) / (high - low)), 3) if high > low else 0.0,
-                    "own": position == j + 1,
-                }
-            )
-        matrix.append({"name": name, "cells": cells})
-    headers = [{"task": task, "metric": label} for task, label in zip(scores.tasks, labels, strict=True)]
-    return {"headers": headers, "rows": matrix}
 
 
 def _radar(scores: ScoreTable) -> Markup | None:

@@ -105,6 +105,23 @@ class TestNumbers:
         words = page(run).words
         assert f"CoTBal − EW in ΔI: +11.67 percentage points{',' if error else ';'} {sentence}" in words
 
+    @pytest.mark.parametrize(
+        ("captions", "boxes", "said"),
+        [
+            (0.50, 5.0, "that of CoTBal on boxes (+400 %) and that of EW on boxes (+280 %)"),
+            (0.50, 16.0, "that of CoTBal on boxes (+56 %)"),  # of 10, 25 and 56.25 %
+            (0.40, 16.0, None),  # of 37.5, 25 and 56.25 %: less than half of all
+            (0.50, 20.0, None),
+        ],
+    )
+    def test_a_task_that_delta_i_rests_on_is_named(self, run, captions, boxes, said):
+        table = json.loads((run / "results.json").read_text())
+        table["baseline"]["captions"]["CIDEr"], table["baseline"]["boxes"]["IoU@0.5"] = captions, boxes
+        write(run / "results.json", table)
+        words = page(run).words
+        assert ("ΔI rests mostly on a single task" in words) == (said is not None)
+        assert said is None or f"ΔI rests mostly on a single task, {said}: relative" in words
+
     def test_contributions_and_scores(self, run):
         found = page(run)
         for i in TASKS:

@@ -301,12 +301,16 @@ def headline(
                 f"{text}, {verdict} than two standard errors of the test sampling (one is {error:.2f} points); "
                 f"{_seeds_sentence(over_seeds)}."
             )
-    sentences += [
-        f"ΔI of {name} rests mostly on {task} ({deltas[name].per_task[task]:+.0f} %): relative changes are "
-        "large where the single-task score is small."
+    rests = [
+        f"of {name} on {task} ({deltas[name].per_task[task]:+.0f} %)"
         for name in (FINAL, EQUAL)
         if name in deltas and (task := dominant_task(deltas[name])) is not None
     ]
+    if rests:
+        sentences.append(
+            f"ΔI rests mostly on a single task, that {' and that '.join(rests)}: relative changes are large where the "
+            "single-task score is small."
+        )
     return sentences + learned(scores)
 
 

@@ -50,6 +50,10 @@ def full(tmp_path_factory):
     return page(make_run(tmp_path_factory.mktemp("report") / "a run"))
 
 
+def in_bold(found):
+    return re.findall(r'class="best [^"]*"><span class="value">([^<]*)<', found.html)
+
+
 @pytest.mark.usefixtures("no_drawing")
 class TestNumbers:
     def test_test_scores(self, run):
@@ -63,6 +67,13 @@ class TestNumbers:
         assert found.row("test-scores", "boxes")[1:] == [
             "10.0", "24.0", "20.0 ± 2.0", "19.0 ± 2.0", "25.0 ± 3.0",
         ]  # fmt: skip
+        assert in_bold(found) == ["0.600", "50.0", "25.0"]
+
+    def test_the_best_of_one_model_is_not_marked(self, run):
+        table = json.loads((run / "results.json").read_text())
+        del table["baseline"], table["methods"]["EW"]
+        write(run / "results.json", table)
+        assert in_bold(page(run)) == []
 
     def test_at_chance_is_said_in_words(self, run):
         found = page(run)
@@ -218,12 +229,14 @@ class TestNumbers:
             place["boxes"]["error"] = value
         table["tasks"]["boxes"]["error"] = "lower"
         table["baselines"]["majority"]["boxes"]["error"] = 1.5
+        table["baselines"]["question_only"]["boxes"]["error"] = 1.0
         for name in ERRORS:
             table["standard_errors"][name]["boxes"]["error"] = 0.1
         write(run / "results.json", table)
         found = page(run)
         (row,) = [row for row in found.tables["test-scores"] if row[0].startswith("boxes") and "error" in row[0]]
         assert row[3:] == ["2 ± 0.1at chance", "2.5 ± 0.1at chance", "1 ± 0.1"]
+        assert in_bold(found) == ["0.600", "50.0", "25.0", "1"]  # of the trained models
         # (25 % from IoU and 50 % from the error) / 2.
         assert found.row("deltas", "CoTBal")[-1] == "+37.50"
 

@@ -150,6 +150,11 @@ def test_rows_of_every_method_with_means_over_seeds(run: Callable[..., Path], ru
         sampling = results["sampling_errors"][label]["delta_i"]
         assert row[1] == f"{statistics.fmean(gains):+.2f} ± {sampling:.2f}seeds ± {statistics.stdev(gains):.2f}"
         assert row[2] == f"{statistics.fmean(errors):.2f}seeds ± {statistics.stdev(errors):.2f}"
+        ours = compare({**results, "methods": dict(enumerate(results["seeds"]["CoTBal"]))})
+        apart = [ours[seed].delta_i - gain for seed, gain in enumerate(gains)]
+        sampling = results["sampling_errors"][label].get("behind_final", 0.0)
+        behind = f"{statistics.fmean(apart):+.2f} ± {sampling:.2f}seeds ± {statistics.stdev(apart):.2f}"
+        assert row[3] == (behind if label != "CoTBal" else "–")
     for task in BALANCED:
         header, row = page.tables["test-scores"][0], page.row("test-scores", task)
         for label, name in (labels | {"STL": f"stl-{task}"}).items():

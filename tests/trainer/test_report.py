@@ -62,7 +62,7 @@ class TestNumbers:
             "Task", "majority answer", "question only", "STL", "EW", "CoTBal",
         ]  # fmt: skip
         assert found.row("test-scores", "captions")[1:] == [
-            "0.400", "0.400", "0.500 ± 0.010", "0.600 ± 0.020", "0.550 ± 0.030",
+            "0.500", "0.400", "0.500 ± 0.010at chance", "0.600 ± 0.020", "0.550 ± 0.030at chance",
         ]  # fmt: skip
         assert found.row("test-scores", "boxes")[1:] == [
             "10.0", "24.0", "20.0 ± 2.0", "19.0 ± 2.0", "25.0 ± 3.0",
@@ -82,7 +82,7 @@ class TestNumbers:
             for name, cell in zip(("STL", "EW", "CoTBal"), cells, strict=True):
                 margin = VALUES[name][task] - MAJORITY[task]
                 assert cell.endswith("at chance") == (margin <= 2 * ERRORS[name][task]), (task, name)
-        assert "on 2 of 3 test scores; at chance on questions." in found.words
+        assert "on 1 of 3 test scores; at chance on captions, questions." in found.words
         # Over question-only: captions 5 and questions 10 standard errors, boxes 1/3 of one.
         assert "question-only baseline by more than two standard errors on 2 of 3" in found.words
         assert "; not on boxes." in found.words

@@ -264,13 +264,18 @@ def delta_rows(
     for name, delta in deltas.items():
         each = over_seeds.get(name, ())
         compared = FINAL in deltas and name != FINAL
+        apart = gaps(over_seeds, name) if compared else []
         rows.append(
             {
                 "method": name,
                 "delta_i": delta.delta_i,
                 "error": sampling_error(run, name, "delta_i"),
                 "delta_e": delta.delta_e,
-                "spreads": {key: spread([getattr(one, key) for one in each]) for key in ("delta_i", "delta_e")},
+                "spreads": {
+                    "delta_i": spread([one.delta_i for one in each]),
+                    "delta_e": spread([one.delta_e for one in each]),
+                    "behind": spread(apart),
+                },
                 "behind": deltas[FINAL].delta_i - delta.delta_i if compared else None,
                 "behind_error": sampling_error(run, name, "behind_final"),
                 "tasks": [
@@ -315,10 +320,17 @@ def headline(
 
 
 def _seeds_sentence(over_seeds: Mapping[str, Sequence[Comparison]]) -> str:
-    if FINAL not in over_seeds or EQUAL not in over_seeds:
+    each = gaps(over_seeds, EQUAL)
+    if not each:
         return "how much another seed would move it is not in this figure"
-    each = [a.delta_i - b.delta_i for a, b in zip(over_seeds[FINAL], over_seeds[EQUAL], strict=True)]
     return f"from seed to seed it is {', '.join(f'{value:+.2f}' for value in each)}"
+
+
+def gaps(over_seeds: Mapping[str, Sequence[Comparison]], method: str) -> list[float]:
+    """How far CoTBal's Delta I is above the method's with every seed; empty where one of them is not known."""
+    if FINAL not in over_seeds or method not in over_seeds:
+        return []
+    return [a.delta_i - b.delta_i for a, b in zip(over_seeds[FINAL], over_seeds[method], strict=True)]
 
 
 def dominant_task(comparison: Comparison) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 
 import pytest
@@ -31,6 +32,7 @@ from trainer.report import build_report
 from trainer.report import plots as report_plots
 from trainer.report.page import duration
 from trainer.report.plots import smooth
+from trainer.report.tables import ScoreTable
 
 
 @pytest.fixture
@@ -385,3 +387,21 @@ def test_smoothing_has_no_lag():
     assert smooth(line) == pytest.approx(line, abs=1e-12)
     assert smooth([1.0]) == [1.0]
     assert smooth([0.0, 3.0, 0.0], share=0.34) == pytest.approx([0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("value", "floor", "error", "direction", "expected"),
+    [
+        (0.0, 0.0, 0.0, "higher", 0.0),  # nothing right, where the constant has nothing right either
+        (100.0, 90.0, 0.0, "higher", math.inf),
+        (0.0, 10.0, 0.0, "higher", -math.inf),
+        (0.5, 0.25, 0.125, "higher", 2.0),
+        (0.5, 0.25, 0.125, "lower", -2.0),
+        (0.5, 0.25, None, "higher", None),
+    ],
+)
+def test_advantage_in_standard_errors(value, floor, error, direction, expected):
+    key = ("task", "EM")
+    errors = {"EW": {key: error}} if error is not None else {}
+    scores = ScoreTable({key: direction}, {"majority": {key: floor}, "EW": {key: value}}, errors)
+    assert scores.advantage("EW", "majority", key) == expected

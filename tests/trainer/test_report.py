@@ -32,6 +32,7 @@ from trainer.report import build_report
 from trainer.report import plots as report_plots
 from trainer.report.page import duration
 from trainer.report.plots import smooth
+from trainer.report.samples import choose
 from trainer.report.tables import ScoreTable
 
 
@@ -308,7 +309,7 @@ class TestPage:
         assert len(colors) > 1
         # Two tasks are right or wrong; captions carry their score and say when they match exactly.
         assert full.words.count("✓ right") == full.words.count("✗ wrong") == 4
-        scores = [float(s) for s in re.findall(r"CIDEr (\d\.\d{3})", full.words)]
+        scores = [float(s) for s in re.findall(r"CIDEr (\d\.\d{3}) Question", full.words)]
         assert scores == sorted(scores, reverse=True)
         assert len(scores) == 4
         boxes = [attrs for tag, attrs in full.tags if tag == "rect" and attrs.get("class") == "predicted"]
@@ -329,7 +330,7 @@ class TestPage:
         assert found.words.count("✓ right") == found.words.count("✗ wrong") == 2  # the boxes' alone
         cards = (
             found.words.split("Predictions on test data")[1]
-            .partition("questions perplexity, 4 of 8")[2]
+            .partition("questions perplexity –, 4 of 8 answers")[2]
             .partition("boxes IoU")[0]
         )
         assert cards.count("Referenceanswer") == 4
@@ -405,3 +406,17 @@ def test_advantage_in_standard_errors(value, floor, error, direction, expected):
     errors = {"EW": {key: error}} if error is not None else {}
     scores = ScoreTable({key: direction}, {"majority": {key: floor}, "EW": {key: value}}, errors)
     assert scores.advantage("EW", "majority", key) == expected
+
+
+@pytest.mark.parametrize(
+    ("scores", "label", "chosen"),
+    [
+        ([0, 0, 100, 0, 0, 0, 0, 0], "EM", [2, 1, 4, 6]),  # one right answer leaves three places
+        ([100, 100, 0, 100, 100, 0, 100, 100], "EM", [1, 6, 2, 5]),
+        ([100] * 8, "EM", [1, 3, 5, 7]),
+        ([0, 100], "EM", [1, 0]),
+        ([3, 0, 7, 1, 6, 2, 5, 4], "CIDEr", [4, 7, 5, 1]),  # of 7, 6, ..., 0 the middles of four quarters
+    ],
+)
+def test_samples_are_spread_over_right_and_wrong_answers(scores, label, chosen):
+    assert [row["id"] for row in choose([{"id": k, "score": s} for k, s in enumerate(scores)], label)] == chosen

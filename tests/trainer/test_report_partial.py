@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 from synthetic_run import PIECES, make_run, page, write
@@ -112,6 +113,17 @@ class TestPartialRuns:
         assert found.tables["test-scores"][0] == ["Task", "STL"]
         assert found.row("test-scores", "questions")[1] == "61.5 ± 1.5"
         assert "these are the test evaluations so far" in found.words
+
+    def test_the_best_so_far_is_the_lowest_perplexity(self, run):
+        """STL comes first and CoTBal last, as in the whole table; other seeds have no column."""
+        (run / "results.json").unlink()
+        for name, value in (("cotbal", 7.5), ("ew", 8.5), ("stl-questions", 9.5), ("ew@1", 5.5)):
+            entry = {"metric": "perplexity", "value": value, "standard_error": 1.5, "samples": 8}
+            write(run / f"evaluations/{name}/test/metrics.json", {"questions": entry})
+        found = page(run)
+        assert found.tables["test-scores"][0] == ["Task", "STL", "EW", "CoTBal"]
+        assert found.row("test-scores", "questions")[1:] == ["9.5 ± 1.5", "8.5 ± 1.5", "7.5 ± 1.5"]
+        assert re.findall(r'class="best [^"]*"><span class="value">([^<]*)<', found.html) == ["7.5"]
 
     def test_missing_and_corrupt_images(self, run):
         (run / "images/0.png").unlink()

@@ -36,6 +36,7 @@ from trainer.report.tables import (
     ScoreTable,
     comparisons,
     delta_rows,
+    format_value,
     headline,
     metric_label,
     read_scores,
@@ -121,7 +122,11 @@ def report_context(run: RunDirectory) -> dict[str, Any]:
         "curves": loss_panels(run),
         "trajectories": weight_panels(run),
         "sampled": training_label(sampled) if sampled else None,
-        "sample_groups": sample_groups(run, sampled) if sampled else [],
+        "sample_groups": [
+            {**group, "value": _scored(scores, training_label(sampled), group)} for group in sample_groups(run, sampled)
+        ]
+        if sampled
+        else [],
         "stages": _stages(run),
         "environment": _flatten(run.environment or {}),
         "config": run.config,
@@ -133,6 +138,12 @@ def report_context(run: RunDirectory) -> dict[str, Any]:
     context["absent"] = {name: what for name, what in EXPECTED.items() if name in run.missing}
     context["damaged"] = list(dict.fromkeys(run.damaged))
     return context
+
+
+def _scored(scores: ScoreTable, method: str, group: Mapping[str, Any]) -> str:
+    """The model's score on the set that a group of samples is of."""
+    name = f"{group['part']} {group['metric']}".strip()
+    return format_value(scores.values.get(method, {}).get((group["task"], name)), name)
 
 
 def breakable(name: str) -> Markup:

@@ -316,6 +316,19 @@ class TestPage:
         drawn = {tuple(float(box[k]) for k in ("x", "y", "width", "height")) for box in boxes}
         assert drawn == {(10, 10, 50, 50), (70, 70, 20, 20)}
 
+    @pytest.mark.usefixtures("no_drawing")
+    def test_long_texts_are_cut_and_images_that_are_not_square_have_no_boxes(self, run):
+        """Boxes may be relative to the image or to the padded square: the page cannot know."""
+        Image.new("RGB", (8, 16), "red").save(run / "images" / "1.png")
+        rows = [prediction(k, "boxes") | {"image": "1.png"} for k in range(8)]
+        write(run / "evaluations/cotbal/test/boxes.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        rows = [prediction(k, "questions") | {"references": ["x" * 401, "y", "z", "u", "v"]} for k in range(8)]
+        write(run / "evaluations/cotbal/test/questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        found = page(run)
+        assert not any(tag == "rect" for tag, _ in found.tags)
+        assert found.words.count("Reference" + "x" * 400 + " … y z (+ 2 more)") == 4
+
+    @pytest.mark.usefixtures("no_drawing")
     def test_losses_have_a_score_and_no_prediction(self, run):
         """Perplexities of 1.25, 1.5, ..., 3: no answer is right or wrong, none is "empty"."""
         rows = [prediction(k, "questions") | {"loss_sum": 1.0, "tokens": 2, "score": 1.25 + k / 4} for k in range(8)]

@@ -54,7 +54,7 @@ def supervised_rows(
         labels, task_ids, ignore_index, shift: as in :func:`linear_task_cross_entropy`.
     """
     labels_M, tasks_M = flatten_targets(labels, task_ids, ignore_index, shift)
-    kept_M = labels_M != ignore_index
+    kept_M = (labels_M != ignore_index).nonzero().squeeze(1)  # once: the host waits for the number of rows
     rows_MD = hidden.detach().reshape(-1, hidden.shape[-1])[kept_M]
     return HeadRows(rows_MD, lse.detach().reshape(-1)[kept_M], labels_M[kept_M], tasks_M[kept_M])
 
@@ -93,7 +93,7 @@ def head_gradient_norms(
     order_M = torch.argsort(all_rows.task_ids, stable=True)
     hidden_MD, lse_M, labels_M, tasks_M = (part[order_M] for part in all_rows)
     hidden_MD = hidden_MD.to(weight.dtype)
-    counts = torch.bincount(tasks_M, minlength=num_tasks).tolist()
+    counts = (tasks_M[:, None] == torch.arange(num_tasks, device=tasks_M.device)).sum(0).tolist()
     ends = torch.tensor(counts).cumsum(0).tolist()
     tasks = [(k, slice(end - count, end)) for k, (count, end) in enumerate(zip(counts, ends, strict=True)) if count]
 
@@ -153,7 +153,7 @@ def _gather(rows: HeadRows, world: int, group: dist.ProcessGroup | None) -> Head
     count = torch.tensor([len(rows.lse)], device=rows.lse.device)
     counts = [torch.zeros_like(count) for _ in range(world)]
     dist.all_gather(counts, count, group=group)
-    sizes = [int(size) for size in counts]
+    sizes = torch.cat(counts).tolist()
 
     def exchange(part: Tensor) -> Tensor:
         padded = part.new_zeros(max(sizes), *part.shape[1:])

@@ -269,15 +269,18 @@ class FusedLinear(FusedHead, nn.Linear):  # type: ignore[misc]  # forward takes 
         return hidden, self.weight, self.bias
 
 
-def checked_weights(task_weights: Tensor | Sequence[float]) -> Tensor:
-    """Lambda ``[K]`` as a float32 tensor of its own; raises ``ValueError`` unless finite and >= 0."""
+def checked_weights(task_weights: Tensor | Sequence[float], wait: bool = True) -> Tensor:
+    """Lambda ``[K]`` as a float32 tensor of its own; raises ``ValueError`` unless finite and >= 0.
+
+    Values on a GPU are read only with ``wait``; the loss checks them again, on the device.
+    """
     if isinstance(task_weights, Tensor) and task_weights.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(f"task_weights must be float32 whatever the model's dtype, got {task_weights.dtype}")
     device = task_weights.device if isinstance(task_weights, Tensor) else "cpu"  # not a default device: no meta tensor
     weights_K = torch.as_tensor(task_weights, dtype=torch.float32, device=device).detach().clone()
     if weights_K.dim() != 1 or len(weights_K) == 0:
         raise ValueError(f"task_weights must be [K] with K >= 1, got {tuple(weights_K.shape)}")
-    for task, value in enumerate(weights_K.tolist()):
+    for task, value in enumerate(weights_K.tolist() if wait or weights_K.device.type == "cpu" else ()):
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"task_weights must be finite and >= 0, got {value} for task {task}")
     return weights_K

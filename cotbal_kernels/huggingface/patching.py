@@ -140,9 +140,13 @@ def remove_fused_loss(model: Model) -> Model:
 
 
 def set_task_weights(model: nn.Module, task_weights: Tensor | Sequence[float]) -> None:
-    """Replace lambda ``[K]`` of a patched model, in place and with the same K; at any time between steps."""
+    """Replace lambda ``[K]`` of a patched model, in place and with the same K; at any time between steps.
+
+    A weight that is negative or not finite raises ``ValueError``. From a tensor on a GPU, which is not waited for, it
+    makes the next loss NaN instead.
+    """
     state = fused_loss(model)
-    new = checked_weights(task_weights)
+    new = checked_weights(task_weights, wait=False)
     if new.shape != state.task_weights.shape:
         raise ValueError(f"task_weights must keep K = {len(state.task_weights)}, got {len(new)} entries")
     state.task_weights.copy_(new)

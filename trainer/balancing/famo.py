@@ -59,8 +59,7 @@ class Famo(BalancingMethod):
         seen = ~self.last.isnan()
         D = self._distance(self.last)
         D = torch.where(seen, D, torch.where(seen, D, 0.0).sum() / seen.sum().clamp(min=1))
-        if seen.any():
-            self.weights = mean_one(self.xi.softmax(0) / D)
+        self.weights = torch.where(seen.any(), mean_one(self.xi.softmax(0) / D), self.weights)
 
     def after_step(self, report: StepReport) -> None:
         assert self._before is not None

@@ -182,6 +182,12 @@ class BalancingMethod:
             setattr(self, name, _to(state[name], self.context.device))
 
 
+def onto(values: Tensor, device: torch.device) -> Tensor:
+    """Values on a device, which the host does not wait for: a copy that is made when the device comes to it."""
+    pinned = values.pin_memory() if device.type == "cuda" and values.device.type == "cpu" else values
+    return pinned.to(device, non_blocking=True)
+
+
 def mean_one(w: Tensor) -> Tensor:
     """``lambda = N w / sum(w)`` as float32: any weights ``[N]`` >= 0 in the terms of Eq. 2; all zeros are ones."""
     total = w.sum()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from trainer.balancing.method import BalancingMethod, MethodContext, MethodOptions, TaskLosses, mean_one
+from trainer.balancing.method import BalancingMethod, MethodContext, MethodOptions, TaskLosses, mean_one, onto
 
 
 class RlwOptions(MethodOptions):
@@ -34,7 +34,7 @@ class RandomLossWeighting(BalancingMethod):
             w = draw.normal_(generator=self._generator).softmax(0)
         else:  # normalised exponentials are Dirichlet(1, ..., 1)
             w = draw.exponential_(generator=self._generator)
-        self.weights = mean_one(w).to(self.context.device)
+        self.weights = onto(mean_one(w), self.context.device)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"generator": self._generator.get_state()}

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from cotbal_kernels.gradient_norms import HeadRows, head_gradient_norms, supervised_rows
 from cotbal_kernels.huggingface import set_task_weights
-from trainer.balancing.method import TaskLosses
+from trainer.balancing.method import TaskLosses, onto
 
 
 class HeadTap:
@@ -80,15 +80,17 @@ def forward_only(
     """
     model: Any = trainer.model_wrapped
     own: Any = trainer.model
-    set_task_weights(own, torch.ones(num_tasks))
+    device = trainer.args.device
+    set_task_weights(own, torch.ones(num_tasks, device=device))
     training = model.training
     model.eval()
-    sums = torch.zeros(2, num_tasks, dtype=torch.float64, device=trainer.args.device)
+    sums = torch.zeros(2, num_tasks, dtype=torch.float64, device=device)
     if tap is not None:
         tap.open()
     with torch.no_grad(), trainer.compute_loss_context_manager():
         for batch in batches:
-            outputs = model(**trainer._prepare_inputs(batch))
+            moved = {name: onto(value, device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            outputs = model(**trainer._prepare_inputs(moved))
             sums += torch.stack([outputs["task_loss"], outputs["task_tokens"]])
     norms = tap.norms() if tap is not None else None
     model.train(training)

@@ -62,7 +62,9 @@ class TaskWeighting(TrainerCallback):
         self.method = method
         self.tasks = tasks
         self.weights = torch.ones(len(tasks.names), device=method.context.device)  # [K], of the current step
-        self._balanced = torch.tensor(tasks.balanced, device=method.context.device)
+        # Numbers of the balanced ones: how many a mask takes would have to be read from the device.
+        own = [k for k, balanced in enumerate(tasks.balanced) if balanced]
+        self._balanced = torch.tensor(own, device=method.context.device)
         self._validation = validation
         self._interval = interval
         self._updates = 0
@@ -90,10 +92,10 @@ class TaskWeighting(TrainerCallback):
         if needs.losses_before:
             losses = self._of_balanced(forward_only(self._trainer, window, len(self.weights)))
         self.method.before_step(losses)
-        self.weights = torch.ones_like(self.weights).masked_scatter(self._balanced, self.method.weights)
+        self.weights = torch.ones_like(self.weights).index_copy_(0, self._balanced, self.method.weights)
         try:
             set_task_weights(cast(torch.nn.Module, self._trainer.model), self.weights)
-        except ValueError as error:  # from losses that are no numbers, before the next line of the log tells
+        except ValueError as error:  # on a CPU; on a GPU the loss is no number, and the next line of the log tells
             raise diverged(f"the weights are {self.weights.tolist()}", self._trainer.state) from error
         self._trajectory.append((self._trainer.state.global_step + 1, self.weights))
         self._window = window

@@ -76,7 +76,11 @@ class TrainingConfig(Options):
         description="trackers that logs go to beside log.jsonl: tensorboard, wandb, mlflow and others of transformers",
     )
     save_steps: Annotated[int, Field(ge=1)] = Field(500, description="steps between checkpoints (resume points)")
-    dataloader_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that encode samples; 0 = none")
+    dataloader_workers: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="processes that encode samples, for each process of a training, while the GPU computes; 0: it does "
+        "that itself, between steps; none: 2 on a GPU, 0 on a CPU",
+    )
     packing: bool = Field(False, description="several samples in a sequence of model.max_length tokens (docs/data.md)")
     overlong: Literal["truncate", "refuse", "drop"] = Field(
         "truncate", description="samples of more than model.max_length tokens: cut at the end, an error, or left out"
@@ -99,6 +103,12 @@ class TrainingConfig(Options):
                 "the first, and updates are too small until its means have forgotten it; choose 1"
             )
         return self
+
+    def workers(self, device: str) -> int:
+        """``dataloader_workers`` of a process on ``cpu`` or ``cuda``."""
+        if self.dataloader_workers is not None:
+            return self.dataloader_workers
+        return 0 if device == "cpu" else 2
 
     def fingerprint(self) -> dict[str, Any]:
         """What results depend on: of batches, how many samples a step has, not how they go through the model."""

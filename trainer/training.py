@@ -164,8 +164,9 @@ def training_arguments(spec: TrainingSpec, use_cpu: bool) -> TrainingArguments:
         save_total_limit=2,
         save_only_model=False,
         seed=spec.training_seed,
-        dataloader_num_workers=training.dataloader_workers,
+        dataloader_num_workers=training.workers("cpu" if use_cpu else "cuda"),
         dataloader_pin_memory=not use_cpu,
+        accelerator_config={"non_blocking": not use_cpu},  # else a copy waits for all that the GPU has to do before it
         remove_unused_columns=False,
         average_tokens_across_devices=True,
         report_to=training.report_to,

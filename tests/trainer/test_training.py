@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForImageTextToText, set_seed
+from transformers import AutoModelForImageTextToText, TrainingArguments, set_seed
 
 from trainer.config import parse_config
 from trainer.data.collator import Collator, MixtureDataset
@@ -23,7 +23,7 @@ from trainer.loop.callbacks import COMPLETE
 from trainer.models.loading import load_config, load_processor
 from trainer.pipeline.estimate import model_size, space_on_disk
 from trainer.tasks import load_task
-from trainer.training import TrainingSpec, newest_checkpoint
+from trainer.training import TrainingSpec, newest_checkpoint, training_arguments
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {"colour": 0.4, "box": 1.6}
@@ -252,6 +252,33 @@ def test_another_number_of_processes_is_refused_before_loading(tmp_path: Path) -
     assert newest_checkpoint(tmp_path, world_size=2) == checkpoint
     with pytest.raises(UserError, match="written by 2 process"):
         newest_checkpoint(tmp_path, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("use_cpu", "given", "workers"), [(False, None, 2), (True, None, 0), (False, 0, 0), (True, 3, 3)]
+)
+def test_a_gpu_does_not_wait_for_samples(
+    use_cpu: bool,
+    given: int | None,
+    workers: int,
+    run_data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are encoded by other processes, and copied without a stop, which memory that stays in its place allows."""
+
+    class Kept(TrainingArguments):
+        def __post_init__(self) -> None:
+            """Nothing: no GPU is looked for."""
+
+    monkeypatch.setattr("trainer.training.TrainingArguments", Kept)
+    run_data["training"] |= {} if given is None else {"dataloader_workers": given}
+    config = parse_config(run_data, "test")
+    spec = TrainingSpec(name="x", config=config, model_path="x", mixture="all", output_dir=tmp_path)
+    args = training_arguments(spec, use_cpu)
+    assert args.dataloader_num_workers == workers
+    assert args.accelerator_config == {"non_blocking": args.dataloader_pin_memory}
+    assert args.dataloader_pin_memory is not use_cpu
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -270,6 +270,29 @@ class TestImages:
             assert [tuple(v.shape) for v in with_pixels.image_inputs.values()] == [(count, 3, 64, 64)][:count]
         assert pixels.blank_image().input_ids == features.blank_image().input_ids
 
+    @pytest.mark.parametrize("one_token", [True, False])
+    def test_tokens_of_features_are_those_of_the_token_repeated_in_the_text(
+        self, processor: Any, folder: Path, one_token: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """But it is not in the text: tokenizers take long for hundreds. Only where they would make others of many is it
+        repeated there."""
+        encoder = ConversationEncoder(processor, 200, Features())
+        if not one_token:
+            monkeypatch.setattr(processor, "image_token", "colour")  # an ordinary word
+        text = f"a {encoder.image_token}{encoder.image_token} b"
+        repeated = text.replace(encoder.image_token, encoder.image_token * PATCHES)
+        expected = processor.tokenizer(repeated, add_special_tokens=False)["input_ids"]
+        seen: list[str] = []
+        tokenize = type(processor.tokenizer).__call__
+
+        def spied(tokenizer: Any, text: Any, **options: Any) -> Any:
+            seen.append(text)
+            return tokenize(tokenizer, text, **options)
+
+        monkeypatch.setattr(type(processor.tokenizer), "__call__", spied)
+        assert encoder._with_features(text, [torch.zeros(PATCHES, CHANNELS)] * 2).ids == expected
+        assert (max(found.count(encoder.image_token) for found in seen) == 2) == one_token
+
     def test_features_come_in_the_order_of_the_images(self, processor: Any, folder: Path) -> None:
         encoded = ConversationEncoder(processor, 200, Features()).training_sample(IMAGES, folder.joinpath)
         found = encoded.image_inputs["pixel_values"]

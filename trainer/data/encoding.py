@@ -77,7 +77,8 @@ class Encoded:
     @property
     def supervised(self) -> int:
         """Tokens that carry loss; the first position has none before it to predict it."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        own = self.labels[1:]
+        return len(own) - own.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -303,11 +304,24 @@ class ConversationEncoder:
         return _Piece(out["input_ids"][0].tolist(), inputs, types)
 
     def _with_features(self, text: str, features: list[Tensor], special: bool = False) -> _Piece:
-        token = self.image_token
+        token, image = self.image_token, self._image_id
+        counts = [features_PC.shape[0] for features_PC in features]
         head, *rest = text.split(token)
-        for features_PC, tail in zip(features, rest, strict=True):
-            head += token * features_PC.shape[0] + tail
-        return _Piece(
-            self.tokenizer(head, add_special_tokens=special)["input_ids"],
-            {"pixel_values": join([features_PC[None] for features_PC in features])},
-        )
+        for count, tail in zip(counts, rest, strict=True):
+            head += token * (count if image is None else 1) + tail
+        ids = self.tokenizer(head, add_special_tokens=special)["input_ids"]
+        if image is not None:  # repeated here: a tokenizer takes ten times as long for hundreds of them
+            start = 0
+            for count in counts:
+                place = ids.index(image, start)
+                ids[place : place + 1] = [image] * count
+                start = place + count
+        return _Piece(ids, {"pixel_values": join([features_PC[None] for features_PC in features])})
+
+    @cached_property
+    def _image_id(self) -> int | None:
+        """The token of ``image_token``; None where the tokenizer does not make one of each, whatever is beside it."""
+        ids = self.tokenizer(f"a{self.image_token * 2}b", add_special_tokens=False)["input_ids"]
+        own = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return own if own in added and ids.count(own) == 2 else None

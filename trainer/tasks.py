@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from trainer.bars import watched
 from trainer.data.pictures import oddity
-from trainer.data.records import Record, RecordError, scan_records
+from trainer.data.records import Record, RecordError, Records, scan_records
 from trainer.errors import SHOWN, UserError, each, first
 from trainer.metrics import takes_losses
 from trainer.task_config import TaskConfig, set_title
@@ -26,9 +27,9 @@ class Task:
     """
 
     config: TaskConfig
-    train: list[Record]
-    validation: list[Record]
-    test_sets: dict[str, list[Record]]
+    train: Records
+    validation: Records
+    test_sets: dict[str, Records]
 
     @property
     def name(self) -> str:
@@ -39,40 +40,43 @@ class Task:
         """The records of all test sets."""
         return [record for records in self.test_sets.values() for record in records]
 
-    def sets(self, split: str) -> dict[str, list[Record]]:
+    def sets(self, split: str) -> dict[str, Records]:
         """The records of ``train``, ``validation`` or ``test`` by set."""
-        return self.test_sets if split == "test" else {"": self.split(split)}
+        return self.test_sets if split == "test" else {"": self.train if split == "train" else self.validation}
 
-    def split(self, name: str) -> list[Record]:
+    def split(self, name: str) -> Sequence[Record]:
         """The records of ``train``, ``validation`` or ``test``."""
-        return self.test if name == "test" else {"train": self.train, "validation": self.validation}[name]
+        return self.test if name == "test" else self.sets(name)[""]
 
     def image_path(self, image: str) -> Path:
         return self.config.image_root / image
 
 
-def load_task(config: TaskConfig) -> Task:
-    """Reads a task's record files.
+def load_task(config: TaskConfig, splits: Sequence[str] = SPLITS) -> Task:
+    """Reads a task's record files, those of some splits or of all.
 
     Raises:
         UserError: every problem of :func:`scan_task`.
     """
-    task, problems = scan_task(config)
+    task, problems = scan_task(config, splits)
     refuse(problems)
     return task
 
 
-def scan_task(config: TaskConfig) -> tuple[Task, list[str]]:
+def scan_task(config: TaskConfig, wanted: Sequence[str] = SPLITS) -> tuple[Task, list[str]]:
     """A task with the records that can be used, and what is wrong with its files.
 
     That is a file that is missing or has no records, a malformed record, named by file and position, and a record to
     score that has not one question, unless it is scored by losses alone; the first of each file by name.
+
+    Args:
+        wanted: splits to read; the task has no records of the others.
     """
-    splits: dict[str, dict[str, list[Record]]] = {split: {} for split in SPLITS}
+    splits: dict[str, dict[str, Records]] = {split: {} for split in SPLITS}
     problems: list[str] = []
-    files = [(split, part, path) for split in SPLITS for part, path in config.record_files(split).items()]
+    files = [(split, part, path) for split in wanted for part, path in config.record_files(split).items()]
     for split, part, path in files:
-        records: list[Record] = []
+        records = Records()
         try:
             records, wrong = scan_records(path, unique_ids=split != "train", task=config.name)
         except RecordError as error:
@@ -80,17 +84,19 @@ def scan_task(config: TaskConfig) -> tuple[Task, list[str]]:
         if not records and not wrong and not (config.auxiliary and split != "train"):
             wrong = [f"task '{config.name}': the {set_title(split, part)} {path} has no records"]
         if split != "train" and not config.auxiliary and not all(map(takes_losses, config.scored_with(split))):
+            several = [record for record in records if len(record.turns) != 1]
             wrong += [
                 f"{config.record_title(split, part, record.id)}: scoring takes one question per record, got "
                 f"{len(record.turns)} turns; split the conversation into one record per question, or "
                 "score perplexity, which takes every answer"
-                for record in records
-                if len(record.turns) != 1
+                for record in several
             ]
-            records = [record for record in records if len(record.turns) == 1]
+            if several:
+                records = Records(record for record in records if len(record.turns) == 1)
         splits[split][part] = records
         problems += first(wrong)
-    return Task(config, splits["train"][""], splits["validation"].get("", []), splits["test"]), problems
+    train, validation = (splits[split].get("", Records()) for split in ("train", "validation"))
+    return Task(config, train, validation, splits["test"]), problems
 
 
 def refuse(problems: list[str]) -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -195,7 +196,9 @@ def task_weighting(
     validation = None
     options = spec.config.balancing.validation
     if chosen.needs.validation:
-        held_out = [task.validation if own else [] for task, own in zip(tasks, balanced, strict=True)]
+        held_out: list[Sequence[Record]] = [
+            task.validation if own else [] for task, own in zip(tasks, balanced, strict=True)
+        ]
         if spec.config.training.overlong == "drop":
             counter = counter_of(encoder)
             held_out = [
@@ -232,7 +235,7 @@ def task_weighting(
 
 
 def training_samples(
-    spec: TrainingSpec, encoder: ConversationEncoder, tasks: list[Task], records: list[list[Record]]
+    spec: TrainingSpec, encoder: ConversationEncoder, tasks: list[Task], records: Sequence[Sequence[Record]]
 ) -> MixtureDataset | PackedDataset:
     """What the training iterates over: samples, or with packing sequences of them; the same on every rank.
 
@@ -248,14 +251,14 @@ def training_samples(
     counter = counter_of(encoder)
 
     def measure(index: int) -> SampleLength:
-        task_id, record = dataset.items[index]
+        task_id, record = dataset.record(index)
         try:
             return sample_length(counter, record, tasks[task_id].image_path, training.overlong)
         except UserError as error:
             raise UserError(f"task '{tasks[task_id].name}': {error}") from error
 
     lengths = measure_all(len(dataset), measure)
-    dataset.items = [item for item, length in zip(dataset.items, lengths, strict=True) if not length.dropped]
+    dataset.choose(index for index, length in enumerate(lengths) if not length.dropped)
     tokens = [length.tokens for length in lengths if not length.dropped]
     if not tokens:
         raise UserError(f"training {spec.name}: every sample is longer than {encoder.max_length} tokens; none is left")
@@ -284,7 +287,8 @@ def train(spec: TrainingSpec) -> None:
     set_seed(spec.training_seed)
 
     assert not isinstance(spec.config.tasks, str), "the pipeline spells the tasks out"
-    tasks = [load_task(config) for config in spec.config.tasks]
+    needed = ("train", "validation") if method_class(spec.method).needs.validation else ("train",)
+    tasks = [load_task(config, needed) for config in spec.config.tasks]
     mixture = Mixture(spec.mixture, spec.mixture_task)
     records = [
         select(task.train, mixture.share(task.name, spec.config.cotbal.mini_ratio), spec.config.seed, task.name)
@@ -296,7 +300,10 @@ def train(spec: TrainingSpec) -> None:
     encoder = ConversationEncoder(processor, spec.config.model.max_length, features)
     collator = Collator(
         padding_token(encoder.tokenizer),
-        encoder.blank_image() if any(record.images for task in tasks for record in task.train) else None,
+        # Asked of every record where none has an image.
+        encoder.blank_image()
+        if encoder.reads_images and any(record.images for task in tasks for record in task.train)
+        else None,
     )
     if spec.config.training.packing:
         refuse_unpackable(spec.model_path)

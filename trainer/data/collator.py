@@ -5,7 +5,10 @@ Legend: B samples, S tokens of the longest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import itertools
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,20 +28,34 @@ MOST_KEPT_TOKENS = 2**21
 class MixtureDataset(Dataset[dict[str, Any]]):
     """The records of one training with their task ids; encoded when asked for. The first without pixels are kept."""
 
-    def __init__(self, encoder: ConversationEncoder, tasks: Sequence[Task], records: Sequence[list[Record]]) -> None:
+    def __init__(
+        self, encoder: ConversationEncoder, tasks: Sequence[Task], records: Sequence[Sequence[Record]]
+    ) -> None:
         self.encoder = encoder
         self.tasks = tasks
-        self.items = [(k, record) for k, chosen in enumerate(records) for record in chosen]
+        self._records = records
+        self._starts = list(itertools.accumulate(map(len, records), initial=0))  # of each task, among all records
+        self._chosen: Sequence[int] = range(self._starts[-1])
         self._kept: dict[int, dict[str, Any]] = {}
         self._room = MOST_KEPT_TOKENS
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self._chosen)
+
+    def choose(self, samples: Iterable[int]) -> None:
+        """Keeps some of the samples, in this order."""
+        self._chosen, self._kept = array("q", [self._chosen[index] for index in samples]), {}
+
+    def record(self, index: int) -> tuple[int, Record]:
+        """A sample's task id and record."""
+        place = self._chosen[index]
+        task_id = bisect.bisect_right(self._starts, place) - 1
+        return task_id, self._records[task_id][place - self._starts[task_id]]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index in self._kept:
             return self._kept[index]
-        task_id, record = self.items[index]
+        task_id, record = self.record(index)
         sample: dict[str, Any] = {
             "encoded": self.encoder.training_sample(record, self.tasks[task_id].image_path),
             "task_id": task_id,

@@ -50,10 +50,10 @@ def mini_subset(records: Sequence[T], ratio: float, seed: int, task: str) -> lis
     return [records[index] for index in chosen]
 
 
-def select(records: Sequence[T], share: float, seed: int, task: str) -> list[T]:
+def select(records: Sequence[T], share: float, seed: int, task: str) -> Sequence[T]:
     """`records` for a share that :meth:`Mixture.share` gave."""
     if share >= 1.0:
-        return list(records)
+        return records
     return mini_subset(records, share, seed, task) if share > 0.0 else []
 
 

@@ -10,13 +10,14 @@ name several.
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import marshal
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from trainer.data.raw_json import Damage, elements
 from trainer.errors import UserError, first, listed
@@ -66,7 +67,51 @@ class Record:
         return list(self.references) or [self.turns[-1].answer]
 
 
-def read_records(path: Path, answered: bool = True, task: str = "") -> list[Record]:
+class Records(Sequence[Record]):
+    """Records in memory: as bytes in one piece, of which a record is made anew each time that it is asked for.
+
+    As Python objects they take three times as much, in every process of a training. Those that encode samples would
+    come to copy the objects page by page, as they count references to them. Equal to any sequence of equal records.
+    """
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self._content = bytearray()
+        self._ends = array("q", [0])
+        for record in records:
+            self.append(record)
+
+    def append(self, record: Record) -> None:
+        """Adds a record at the end."""
+        texts = [text for turn in record.turns for text in (turn.question, turn.answer)]
+        self._content += marshal.dumps((record.id, record.images, texts, record.references, record.system))
+        self._ends.append(len(self._content))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        places = range(len(self))[index]
+        return [self._read(place) for place in places] if isinstance(places, range) else self._read(places)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # it grows
+
+    def _read(self, place: int) -> Record:
+        with memoryview(self._content) as content:  # a slice of it copies nothing
+            name, images, texts, references, system = marshal.loads(content[self._ends[place] : self._ends[place + 1]])
+        turns = tuple(map(Turn, texts[::2], texts[1::2]))
+        return Record(name, images, turns, references, system)
+
+
+def read_records(path: Path, answered: bool = True, task: str = "") -> Records:
     """Reads every record of a ``.json`` list or a ``.jsonl`` file, in file order.
 
     Args:
@@ -85,7 +130,7 @@ def read_records(path: Path, answered: bool = True, task: str = "") -> list[Reco
 
 def scan_records(
     path: Path, answered: bool = True, unique_ids: bool = True, task: str = ""
-) -> tuple[list[Record], list[str]]:
+) -> tuple[Records, list[str]]:
     """The records of a file that can be used, in file order, and what is wrong with the others.
 
     Args:
@@ -97,52 +142,39 @@ def scan_records(
     Raises:
         RecordError: the file is missing, or is not a JSON list.
     """
-    found: list[tuple[str, Record, Any]] = []
+    records, places, tasks = Records(), [], []
     problems: list[str] = []
-    with _without_collection():
-        for where, raw in _raw_records(path):
-            try:
-                value = _loads(raw, where) if isinstance(raw, bytes) else raw
-                found.append((where, _parse(value, where, answered), value.get("task")))
-            except RecordError as error:
-                problems.append(str(error))
-    names = {name for *_, name in found if isinstance(name, str)}
+    for where, raw in _raw_records(path):
+        try:
+            value = _loads(raw, where) if isinstance(raw, bytes) else raw
+            records.append(_parse(value, where, answered))
+        except RecordError as error:
+            problems.append(str(error))
+            continue
+        places.append(where)
+        tasks.append(sys.intern(name) if isinstance(name := value.get("task"), str) else None)
+    names = {name for name in tasks if name is not None}
+    chosen: Sequence[int] = range(len(records))
     if task and len(names) > 1:
-        if nameless := [where for where, _, name in found if not isinstance(name, str)]:
+        if nameless := [where for where, name in zip(places, tasks, strict=True) if name is None]:
             problems.append(
                 f"{nameless[0]}: no 'task', as {len(nameless):,} in all, and others name {listed(sorted(names))}: no "
                 "task would get them; give each its task, or take 'task' out of all"
             )
-        found = [item for item in found if item[2] == task]
-        if not found:
+        chosen = [index for index, name in enumerate(tasks) if name == task]
+        if not chosen:
             problems.append(
                 f"{path}: its records name the tasks {listed(sorted(names))} in 'task', and none '{task}'; name the "
                 "task as they do, or take 'task' out of them"
             )
-    if not unique_ids:
-        return [record for _, record, _ in found], problems
-    records: list[Record] = []
-    seen: dict[str, str] = {}
-    for where, record, _ in found:
-        if record.id in seen:
-            problems.append(f"{where}: id '{record.id}' is already used by {seen[record.id]}; ids must be unique")
-            continue
-        seen[record.id] = where
-        records.append(record)
-    return records, problems
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Keeps Python from looking for cycles in what is read, where there are none: over and over, which takes nearly as
-    long as the reading itself."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    if unique_ids:
+        seen: dict[str, int] = {}
+        for index in chosen:
+            before = seen.setdefault(name := records[index].id, index)
+            if before != index:
+                problems.append(f"{places[index]}: id '{name}' is already used by {places[before]}; ids must be unique")
+        chosen = list(seen.values())
+    return records if len(chosen) == len(records) else Records(records[index] for index in chosen), problems
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

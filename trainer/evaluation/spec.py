@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from trainer.data.records import Record, RecordError, read_records
+from trainer.data.records import RecordError, Records, read_records
 from trainer.errors import UserError
 from trainer.metrics import takes_losses
 from trainer.models.config import ImageConfig
@@ -67,14 +67,14 @@ class EvaluationSet:
     def image_path(self, image: str) -> Path:
         return self.image_root / image
 
-    def load(self) -> list[Record]:
+    def load(self) -> Records:
         """The set's records.
 
         Raises:
             RecordError: a malformed record or an id that two files share, named by file and position.
             UserError: there is no record.
         """
-        records: list[Record] = []
+        records = Records()
         origin: dict[str, Path] = {}
         for path in self.files:
             for record in read_records(path, answered=bool(self.metrics), task=self.task):
@@ -84,7 +84,7 @@ class EvaluationSet:
                 records.append(record)
         if not records:
             raise UserError(f"{self.title}: {', '.join(map(str, self.files))} has no records")
-        return records[: self.limit]
+        return records if self.limit is None else Records(records[: self.limit])
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def write_initial_model(directory: Path, config: RunConfig, tasks: list[TaskConf
     texts = [
         " " + text.replace(IMAGE_PLACEHOLDER, "").strip()
         for task in tasks
-        for record in load_task(task).train
+        for record in load_task(task, ("train",)).train
         for turn in record.turns
         for text in (turn.question, turn.answer)
     ]

@@ -91,7 +91,8 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     assert not isinstance(config.tasks, str)
     directions: dict[str, dict[str, str]] = {}
     baselines: dict[str, Table] = {"majority": {}, "question_only": {}}
-    for task in [load_task(options) for options in config.tasks if options.test and not options.auxiliary]:
+    scored = [options for options in config.tasks if options.test and not options.auxiliary]
+    for task in (load_task(options, ("train", "test")) for options in scored):
         seen = [(turn.question, [turn.answer]) for record in task.train for turn in record.turns]
         for part, records in task.test_sets.items():
             asked = [(record.turns[-1].question, record.answers) for record in records]

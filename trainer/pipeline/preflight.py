@@ -308,7 +308,7 @@ def check_validation(config: RunConfig, model_path: str, context: StageContext) 
     encoder = _token_counter(config, model_path)
     balanced = [task for task in config.tasks if not task.auxiliary]
     for number, task_config in enumerate(balanced):
-        check_tokens(load_task(task_config), encoder, "validation", config.training.overlong)
+        check_tokens(load_task(task_config, ("validation",)), encoder, "validation", config.training.overlong)
         context.report(number + 1, len(balanced), "task")
 
 

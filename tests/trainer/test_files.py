@@ -1,11 +1,14 @@
-"""What a crash of the machine, or a full disk, leaves of files that are written whole."""
+"""What a crash of the machine, or a full disk, leaves of files that are written whole; how large ones are read."""
 
 from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from trainer.files import put_in_place, write_json
 from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog
 from trainer.loop.weighting import TaskWeighting
+from trainer.pipeline.identity import digest
+from trainer.pipeline.places import last_step
 
+SIZE, LINE = 2**23, b'\n{"step": 7, "steps": 9}\n'
 FILES = {"model.safetensors": b"weights", "global_step8/zero_pp_rank_0.pt": b"states", "trainer_state.json": b"{}"}
 
 
@@ -128,3 +134,22 @@ def test_a_training_that_goes_on_without_space_keeps_its_log(tmp_path: Path, mon
     weighting._start_csv(1)
     with table.open(newline="") as file:
         assert list(csv.reader(file)) == [["step", "a"], ["1", "1.0"]]
+
+
+@pytest.mark.parametrize(
+    ("look", "found"),
+    [
+        (last_step, (7, 9)),
+        (digest, hashlib.sha256(bytes(SIZE) + LINE).hexdigest()[:16]),
+    ],
+)
+def test_large_files_are_never_in_memory_whole(look: Callable[[Path], Any], found: Any, tmp_path: Path) -> None:
+    """The log of a training, which is looked at twice a second, and files of records."""
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.seek(SIZE)
+        file.write(LINE)
+    tracemalloc.start()
+    assert look(path) == found
+    assert tracemalloc.get_traced_memory()[1] < SIZE / 2
+    tracemalloc.stop()

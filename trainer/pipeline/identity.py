@@ -129,4 +129,10 @@ def _metrics(task: TaskConfig, split: str) -> str | None:
 
 def digest(path: Path) -> str:
     """Content hash of a record file; a missing one is the check stage's to report."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "missing"
+    if not path.is_file():
+        return "missing"
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            whole.update(piece)
+    return whole.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from trainer.pipeline.trainings import Training
 
 RESOLVED = "config.yaml"  # the configuration of the run, with all defaults and absolute paths
 PLAN = "plan.json"  # names of the stages that the run has now; what earlier configurations left may lie beside it
+_LONGEST_LINE = 2**18  # bytes of log.jsonl; a task takes some 150
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ def environment(config: RunConfig, device: str) -> dict[str, Any]:
 def last_step(log: Path) -> tuple[int, int]:
     """Steps done and steps in all, from a training's ``log.jsonl``; 0 of 0 while nothing is known."""
     try:
-        line = json.loads(log.read_text().splitlines()[-1])
+        with log.open("rb") as file:  # asked for twice a second, and it grows
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
+            line = json.loads(file.read().splitlines()[-1])
     except (FileNotFoundError, IndexError, json.JSONDecodeError):
         return 0, 0
     return line["step"], line["steps"]

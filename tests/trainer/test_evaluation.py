@@ -23,7 +23,7 @@ from trainer.data.records import Record, Turn
 from trainer.evaluation.generation import BatchScorer
 from trainer.evaluation.parts import no_ranks
 from trainer.evaluation.progress import Meter
-from trainer.evaluation.ranks import RankProcesses, load_encoder
+from trainer.evaluation.ranks import RankProcesses, load_encoder, measure
 from trainer.evaluation.running import _row, evaluate
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 
@@ -161,9 +161,22 @@ class TestRanks:
         assert blocked == {signal.SIGUSR1}
 
     def test_two_give_the_same_files_as_one(
-        self, make_spec: Callable[..., EvaluationSpec], answers: Path, two_ranks: RankProcesses, tmp_path: Path
+        self,
+        make_spec: Callable[..., EvaluationSpec],
+        answers: Path,
+        two_ranks: RankProcesses,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Losses as well as answers: their last bits tell with which neighbours a record went through the model."""
+        """Losses as well as answers: their last bits tell with which neighbours a record went through the model. Both
+        measure records too, so that none waits for minutes."""
+        submit, measured = two_ranks.submit, []
+
+        def noted(rank: int, work: Callable[..., Any], *arguments: Any) -> Any:
+            measured.extend([rank] if work is measure else [])
+            return submit(rank, work, *arguments)
+
+        monkeypatch.setattr(two_ranks, "submit", noted)
         losses = evaluate(make_spec(tmp_path / "one", metrics=("perplexity",)))
         for name, reference, metrics in (
             ("answers", answers, ("exact_match",)),
@@ -176,6 +189,8 @@ class TestRanks:
 
             evaluate(make_spec(tmp_path / name, metrics=metrics, devices=("cpu", "cpu")), two_ranks, look)
             assert wrote == {"rank-0.jsonl", "rank-1.jsonl"}
+            assert measured == [0, 1]
+            measured.clear()
             found, wanted = ((folder / "predictions.jsonl").read_bytes() for folder in (tmp_path / name, reference))
             assert found == wanted
         metrics_of_two = json.loads((tmp_path / "losses" / "metrics.json").read_text())

@@ -51,14 +51,15 @@ def plan_batches(lengths: Sequence[Sequence[int]], new_tokens: Sequence[int], ba
     return [batch for _, batch in batches]
 
 
-def write_plan(spec: EvaluationSpec, records: Sequence[Sequence[Record]], encoder: ConversationEncoder) -> list[Batch]:
+def write_plan(spec: EvaluationSpec, lengths: Sequence[Sequence[int]]) -> None:
     """Makes the plan and keeps it, so that a restart need not measure every record again."""
-    sizes = prompt_sizes(encoder)
-    lengths = [[sizes(record, chosen) for record in own] for chosen, own in zip(spec.sets, records, strict=True)]
     new_tokens = [0 if chosen.teacher_forced else chosen.max_new_tokens for chosen in spec.sets]
-    batches = plan_batches(lengths, new_tokens, spec.batch_size)
-    _keep(spec, batches)
-    return batches
+    _keep(spec, plan_batches(lengths, new_tokens, spec.batch_size))
+
+
+def has_plan(spec: EvaluationSpec) -> bool:
+    """Whether there is one."""
+    return _path(spec).exists()
 
 
 def split_plan(spec: EvaluationSpec, batches: Sequence[Batch], done: Collection[int]) -> list[Batch]:
@@ -76,7 +77,7 @@ def split_plan(spec: EvaluationSpec, batches: Sequence[Batch], done: Collection[
 
 
 def read_plan(spec: EvaluationSpec) -> list[Batch]:
-    """The plan that :func:`write_plan` or :func:`split_plan` left; FileNotFoundError when there is none."""
+    """The plan that :func:`write_plan` or :func:`split_plan` left."""
     return [Batch(index, tuple(records)) for index, *records in json.loads(_path(spec).read_text())]
 
 

@@ -20,7 +20,7 @@ from trainer.config import ModelConfig
 from trainer.data.encoding import ConversationEncoder, Encoded
 from trainer.evaluation.generation import BatchScorer, encode
 from trainer.evaluation.parts import Claims, Finished, PartFile, as_rank
-from trainer.evaluation.planning import read_plan
+from trainer.evaluation.planning import prompt_sizes, read_plan
 from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import die_with_parent, starting
 from trainer.models.features import FeatureStore
@@ -61,6 +61,16 @@ def load_encoder(spec: EvaluationSpec) -> ConversationEncoder:
     config = load_config(str(spec.model_path))
     most = positions(config) or spec.max_length
     return ConversationEncoder(processor, min(spec.max_length, most), features, table_of_positions(config))
+
+
+def measure(spec: EvaluationSpec, rank: int, ranks: int) -> list[list[int]]:
+    """A rank's share of the lengths in tokens: of each set, those of the records `rank`, `rank` + `ranks`, ...
+
+    Raises:
+        UserError: a record that cannot be encoded.
+    """
+    sizes = prompt_sizes(load_encoder(spec))
+    return [[sizes(record, chosen) for record in chosen.load()[rank::ranks]] for chosen in spec.sets]
 
 
 def run_rank(spec: EvaluationSpec, rank: int, todo: Sequence[int], after: Callable[[], None] = lambda: None) -> None:

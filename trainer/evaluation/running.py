@@ -1,7 +1,8 @@
 """An evaluation from its first batch to ``metrics.json``: started, gone on with after a kill, or found finished.
 
-1. ``prepare``: the folder is this evaluation's (``manifest.json``), the batches are fixed (``parts/plan.json``).
-2. Ranks take batches and append them to ``parts/rank-<k>.jsonl``.
+1. ``prepare``: the folder is this evaluation's (``manifest.json``).
+2. Ranks measure the records, which fixes the batches (``parts/plan.json``). Then they take batches and append them to
+   ``parts/rank-<k>.jsonl``.
 3. ``finish``: parts become ``<set>.jsonl`` in record order, each written whole or not at all; then ``metrics.json``;
    then ``parts/`` goes.
 """
@@ -20,9 +21,9 @@ from trainer.data.records import IMAGE_PLACEHOLDER, Record, write_jsonl
 from trainer.errors import UserError
 from trainer.evaluation.manifest import claim_folder, describe, read_throughput, write_throughput
 from trainer.evaluation.parts import Claims, Finished, Tail, busy_seconds, collect, no_ranks, sole_use
-from trainer.evaluation.planning import Batch, read_plan, split_plan, write_plan
+from trainer.evaluation.planning import Batch, has_plan, read_plan, split_plan, write_plan
 from trainer.evaluation.progress import Meter
-from trainer.evaluation.ranks import RankProcesses, load_encoder, run_rank
+from trainer.evaluation.ranks import RankProcesses, measure, run_rank
 from trainer.evaluation.scoring import check_references, compute, entry, read_predictions, score_key
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.files import known, write_json
@@ -64,7 +65,14 @@ def evaluate(
 
     try:
         with sole_use(spec.output_dir):
-            work = call(prepare, spec)
+            total = call(prepare, spec)
+            work = Work([], total, total)
+            if not _answered(spec):
+                spec.parts.mkdir(exist_ok=True)
+                with no_ranks(spec.output_dir):
+                    if not has_plan(spec):
+                        write_plan(spec, _lengths(spec, processes, total))
+                    work = _left(spec, total)
             meter = Meter(work.done, work.total)
             report(meter)
             if work.todo:
@@ -103,8 +111,37 @@ def _run_ranks(spec: EvaluationSpec, processes: RankProcesses, todo: list[int], 
         raise
 
 
-def prepare(spec: EvaluationSpec) -> Work:
-    """Claims the folder, checks records and images, and says what is left to do.
+def _lengths(spec: EvaluationSpec, processes: RankProcesses | None, total: int) -> list[list[int]]:
+    """Tokens of every record of every set, which all ranks measure: for one alone it would be minutes."""
+    ranks = min(len(spec.devices), -(-total // spec.batch_size))
+    if processes is None:
+        return measure(spec, 0, 1)
+    running = [processes.submit(rank, measure, spec, rank, ranks) for rank in range(ranks)]
+    wait(running)
+    shares = [future.result() for future in running]
+    lengths = []
+    for own in zip(*shares, strict=True):  # of one set
+        count = sum(map(len, own))
+        lengths.append([own[record % ranks][record // ranks] for record in range(count)])
+    return lengths
+
+
+def _left(spec: EvaluationSpec, total: int) -> Work:
+    """What is left of the plan."""
+    plan = read_plan(spec)
+    done = collect(spec.parts, plan)
+    plan = split_plan(spec, plan, done)
+    todo = [number for number in range(len(plan)) if number not in done]
+    return Work(todo, sum(len(plan[number].records) for number in done), total)
+
+
+def _answered(spec: EvaluationSpec) -> bool:
+    """Whether all predictions are there."""
+    return all(spec.predictions(chosen).exists() for chosen in spec.sets)
+
+
+def prepare(spec: EvaluationSpec) -> int:
+    """Claims the folder and checks records and images; returns how many records there are.
 
     Raises:
         UserError: as :func:`evaluate`.
@@ -114,20 +151,8 @@ def prepare(spec: EvaluationSpec) -> Work:
         _ = chosen.teacher_forced  # metrics that exclude each other
         check_references(chosen.metrics, {f"record '{record.id}'": record.answers for record in own}, chosen.title)
         _check_images(chosen, own)
-    total = sum(map(len, records))
     claim_folder(spec, describe(spec, records))
-    if all(spec.predictions(chosen).exists() for chosen in spec.sets):
-        return Work([], total, total)
-    spec.parts.mkdir(exist_ok=True)
-    with no_ranks(spec.output_dir):
-        try:
-            plan = read_plan(spec)
-        except FileNotFoundError:
-            plan = write_plan(spec, records, load_encoder(spec))
-        done = collect(spec.parts, plan)
-        plan = split_plan(spec, plan, done)
-    todo = [number for number in range(len(plan)) if number not in done]
-    return Work(todo, sum(len(plan[number].records) for number in done), total)
+    return sum(map(len, records))
 
 
 def _check_images(chosen: EvaluationSet, records: Sequence[Record]) -> None:
@@ -142,7 +167,7 @@ def _check_images(chosen: EvaluationSet, records: Sequence[Record]) -> None:
 
 def finish(spec: EvaluationSpec) -> dict[str, Any]:
     """Merges the parts, scores the predictions and writes ``metrics.json``; can be run again at any point."""
-    if not all(spec.predictions(chosen).exists() for chosen in spec.sets):
+    if not _answered(spec):
         _merge(spec)
     throughput = read_throughput(spec)
     metrics: dict[str, Any] = {}

@@ -216,6 +216,8 @@ def task_weighting(
             seed=spec.training_seed,
             rank=args.process_index,
             world=args.world_size,
+            ahead=args.dataloader_num_workers > 0,
+            pinned=args.dataloader_pin_memory,
         )
     own_tasks = [task.name for task, own in zip(tasks, balanced, strict=True) if own]
     context = MethodContext(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -289,6 +290,30 @@ class TestValidationBatches:
         expected = [forward.drawn(u) for u in range(12)]
         assert [backward.drawn(u) for u in reversed(range(12))] == expected[::-1]
         assert validation_batches(rank=1, world=2).drawn(7) == expected[7]
+
+    def test_another_process_makes_those_to_come(self) -> None:
+        """In any order that they are asked for; what is random in a training stays as it was."""
+        here, calls = os.getpid(), []
+
+        def noted(rows: Any) -> dict[str, torch.Tensor]:
+            calls.append(rows)
+            return collate(rows) | {"process": torch.tensor(os.getpid())}
+
+        expected, ahead = validation_batches(), validation_batches(ahead=True)
+        ahead._collate = noted
+        state = torch.get_rng_state()
+        for update in (3, 3, 4, 5, 1, 2):
+            for found, wanted in zip(ahead(update), expected(update), strict=True):
+                assert found.pop("process") != here
+                assert found.keys() == wanted.keys()
+                assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+                found["process"] = torch.tensor(-1)  # it comes again from memory
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not calls
+        ahead.close()
+        assert not multiprocessing.active_children()
+        plain = validation_batches()
+        assert plain(3) is plain(3)  # FAMO* asks again
 
     @pytest.mark.parametrize("initial", [False, True])
     @pytest.mark.parametrize("world", [1, 2, 3, 7])

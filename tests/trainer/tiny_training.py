@@ -64,7 +64,7 @@ def tiny_model() -> LlamaForCausalLM:
     )  # fmt: skip
 
 
-def validation_batches(per_task: int = 2, rank: int = 0, world: int = 1) -> ValidationBatches:
+def validation_batches(per_task: int = 2, rank: int = 0, world: int = 1, ahead: bool = False) -> ValidationBatches:
     held_out = samples(24, seed=2)
     by_task = [[row for row in held_out if row["loss_task_ids"] == k] for k in (0, 1)]
     return ValidationBatches(
@@ -76,6 +76,7 @@ def validation_batches(per_task: int = 2, rank: int = 0, world: int = 1) -> Vali
         seed=0,
         rank=rank,
         world=world,
+        ahead=ahead,
     )
 
 

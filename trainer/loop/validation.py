@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.encoding import IGNORE_INDEX
 
@@ -21,6 +24,20 @@ INITIAL_RECORDS = 256
 
 Sample = dict[str, Any]
 Batch = dict[str, Tensor]
+
+
+class _Updates(Dataset[list[Batch]]):
+    """The batches of every update."""
+
+    def __init__(self, validation: ValidationBatches) -> None:
+        self._validation = validation
+
+    def __getitem__(self, update: int) -> list[Batch]:
+        return self._validation.made(update)
+
+
+def _unchanged(batches: list[Batch]) -> list[Batch]:
+    return batches
 
 
 class ValidationBatches:
@@ -34,6 +51,8 @@ class ValidationBatches:
         batch_size: rows per forward pass.
         seed: of the orders.
         rank, world: this process and how many there are.
+        ahead: whether a process of its own makes the batches of the coming updates, in the order of updates.
+        pinned: whether that leaves them in memory that is copied to a GPU without a stop.
     """
 
     def __init__(
@@ -47,6 +66,8 @@ class ValidationBatches:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        ahead: bool = False,
+        pinned: bool = False,
     ) -> None:
         self.sizes = list(sizes)
         self.per_task = per_task
@@ -56,6 +77,9 @@ class ValidationBatches:
         self._seed = seed
         self._rank, self._world = rank, world
         self._orders: dict[tuple[int, int], list[int]] = {}
+        self._ahead, self._pinned = ahead, pinned
+        self._coming: Iterator[list[Batch]] = iter(())
+        self._made: tuple[int, list[Batch]] = (-1, [])  # the last update that was asked for
 
     @property
     def batches_per_pass(self) -> int:
@@ -76,7 +100,39 @@ class ValidationBatches:
 
         A rank that gets fewer samples than another fills up with samples whose labels are all ignored.
         """
+        last, batches = self._made
+        if update != last:
+            if not self._ahead:
+                batches = self.made(update)
+            else:
+                if update != last + 1 or last < 0:
+                    self._coming = self._from(update)
+                batches = next(self._coming)
+            self._made = update, batches
+        return batches
+
+    def made(self, update: int) -> list[Batch]:
+        """What a call returns, made now."""
         return list(self._share(self.drawn(update)))
+
+    def close(self) -> None:
+        """Ends the process that makes batches."""
+        self._coming, self._made = iter(()), (-1, [])
+
+    def _from(self, update: int) -> Iterator[list[Batch]]:
+        """The batches of this update and of all behind it."""
+        return iter(
+            DataLoader(
+                _Updates(self),
+                batch_size=None,
+                sampler=range(update, sys.maxsize),
+                num_workers=1,
+                multiprocessing_context="fork",  # nothing of the records is copied
+                collate_fn=_unchanged,
+                pin_memory=self._pinned,
+                generator=torch.Generator(),  # its seed is drawn from this one, not from the training's
+            )
+        )
 
     def initial(self) -> Iterator[Batch]:
         """This rank's share of the first records of every task, ``INITIAL_RECORDS`` or all; batches as of an update."""

@@ -172,6 +172,8 @@ class TaskWeighting(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._flush(state)
+        if self._validation is not None:
+            self._validation.close()
 
     # -- parts ---------------------------------------------------------------------------------------------
 

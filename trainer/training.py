@@ -237,11 +237,16 @@ def task_weighting(
 
 
 def training_samples(
-    spec: TrainingSpec, encoder: ConversationEncoder, tasks: list[Task], records: Sequence[Sequence[Record]]
+    spec: TrainingSpec,
+    encoder: ConversationEncoder,
+    tasks: list[Task],
+    records: Sequence[Sequence[Record]],
+    processes: int = 0,
 ) -> MixtureDataset | PackedDataset:
     """What the training iterates over: samples, or with packing sequences of them; the same on every rank.
 
-    Where lengths matter they are measured first, and ``samples.json`` says what they came to.
+    Where lengths matter they are measured first, by `processes` beside each rank, and ``samples.json`` says what they
+    came to.
 
     Raises:
         UserError: a sample that cannot be used or is refused, or none is left.
@@ -259,7 +264,7 @@ def training_samples(
         except UserError as error:
             raise UserError(f"task '{tasks[task_id].name}': {error}") from error
 
-    lengths = measure_all(len(dataset), measure)
+    lengths = measure_all(len(dataset), measure, processes)
     dataset.choose(index for index, length in enumerate(lengths) if not length.dropped)
     tokens = [length.tokens for length in lengths if not length.dropped]
     if not tokens:
@@ -309,7 +314,7 @@ def train(spec: TrainingSpec) -> None:
     )
     if spec.config.training.packing:
         refuse_unpackable(spec.model_path)
-    dataset = training_samples(spec, encoder, tasks, records)
+    dataset = training_samples(spec, encoder, tasks, records, args.dataloader_num_workers)
 
     end_marks = encoder.chat.end_marks
     model = load_model(spec.model_path, spec.config.model, torch.float32)

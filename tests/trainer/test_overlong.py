@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from trainer.config import parse_config
+from trainer.data.ahead import tried
 from trainer.data.collator import MixtureDataset
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import SampleLength, measure_all, token_counter
@@ -210,6 +212,29 @@ def test_problems_of_all_samples_are_counted() -> None:
     assert [length.tokens for length in measure_all(1, measure)] == [1]
     with pytest.raises(UserError, match=r"^sample 1 is wrong \(and 2 more like it\)$"):
         measure_all(9, measure)
+
+
+def test_other_processes_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, errors among them, and on a training's random numbers it has no effect."""
+    here, state = os.getpid(), torch.get_rng_state()
+
+    def work(index: int) -> tuple[int, bool]:
+        if index % 300 == 8:
+            raise UserError(f"sample {index} is wrong")
+        return index * index, os.getpid() == here
+
+    def found(count: int, processes: int) -> tuple[list[int | str], set[bool]]:
+        results = list(tried(work, range(0, 2 * count, 2), processes))
+        return (
+            [result if isinstance(result, str) else result[0] for result in results],
+            {result[1] for result in results if not isinstance(result, str)},
+        )
+
+    expected = [f"sample {n} is wrong" if n % 300 == 8 else n * n for n in range(0, 2000, 2)]
+    assert found(1000, 2) == (expected, {True})  # too few for others
+    monkeypatch.setattr("trainer.data.ahead._WORTH", 1000)
+    assert found(1000, 2) == (expected, {False})
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_estimate_by_characters_counts_the_system_message() -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.data.ahead import tried
 from trainer.data.encoding import ConversationEncoder, TooLongError
 from trainer.data.pictures import image_size
 from trainer.data.records import Record
@@ -124,19 +125,17 @@ def sample_length(
     return SampleLength(len(encoded.input_ids), encoded.supervised, encoded.truncated)
 
 
-def measure_all(count: int, measure: Callable[[int], SampleLength]) -> list[SampleLength]:
+def measure_all(count: int, measure: Callable[[int], SampleLength], processes: int = 0) -> list[SampleLength]:
     """``measure(0 .. count - 1)``, shared out over the ranks of a training; every rank gets all of it.
+
+    Args:
+        processes: of each rank, beside it.
 
     Raises:
         UserError: on every rank alike, the first problem in the order of samples, and how many there are.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine: list[SampleLength | str] = []
-    for index in range(rank, count, world):
-        try:
-            mine.append(measure(index))
-        except UserError as error:
-            mine.append(str(error))
+    mine = list(tried(measure, range(rank, count, world), processes))
     shares: list[list[SampleLength | str]] = [mine]
     if world > 1:
         shares = [[] for _ in range(world)]

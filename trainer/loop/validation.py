@@ -12,10 +12,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from trainer.data.ahead import made_ahead
 from trainer.data.encoding import IGNORE_INDEX
 
 # Of each task, for L_i(0), whose noise stays in every later ratio of the task. With losses that spread by as much as
@@ -24,20 +23,6 @@ INITIAL_RECORDS = 256
 
 Sample = dict[str, Any]
 Batch = dict[str, Tensor]
-
-
-class _Updates(Dataset[list[Batch]]):
-    """The batches of every update."""
-
-    def __init__(self, validation: ValidationBatches) -> None:
-        self._validation = validation
-
-    def __getitem__(self, update: int) -> list[Batch]:
-        return self._validation.made(update)
-
-
-def _unchanged(batches: list[Batch]) -> list[Batch]:
-    return batches
 
 
 class ValidationBatches:
@@ -106,7 +91,7 @@ class ValidationBatches:
                 batches = self.made(update)
             else:
                 if update != last + 1 or last < 0:
-                    self._coming = self._from(update)
+                    self._coming = made_ahead(self.made, range(update, sys.maxsize), 1, self._pinned)
                 batches = next(self._coming)
             self._made = update, batches
         return batches
@@ -118,21 +103,6 @@ class ValidationBatches:
     def close(self) -> None:
         """Ends the process that makes batches."""
         self._coming, self._made = iter(()), (-1, [])
-
-    def _from(self, update: int) -> Iterator[list[Batch]]:
-        """The batches of this update and of all behind it."""
-        return iter(
-            DataLoader(
-                _Updates(self),
-                batch_size=None,
-                sampler=range(update, sys.maxsize),
-                num_workers=1,
-                multiprocessing_context="fork",  # nothing of the records is copied
-                collate_fn=_unchanged,
-                pin_memory=self._pinned,
-                generator=torch.Generator(),  # its seed is drawn from this one, not from the training's
-            )
-        )
 
     def initial(self) -> Iterator[Batch]:
         """This rank's share of the first records of every task, ``INITIAL_RECORDS`` or all; batches as of an update."""

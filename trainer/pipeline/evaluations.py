@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.bars import watched
 from trainer.config import RunConfig
+from trainer.data.ahead import accepted, spare_processes, tried
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.records import Record
 from trainer.errors import SHOWN, each
@@ -46,10 +47,11 @@ def check_scoring(chosen: EvaluationSet, split: str, records: Sequence[Record], 
         UserError: the first records that cannot be scored, and how many there are.
     """
 
-    def check(record: Record) -> None:  # keeps nothing: encoded, a large split would fill the memory
-        encode(encoder, chosen, [record])
+    def check(index: int) -> None:  # keeps nothing: encoded, a large split would fill the memory
+        encode(encoder, chosen, [records[index]])
 
-    each(check, watched(records, f"{chosen.key} {split}", "record"), shown=SHOWN)
+    checked = tried(check, range(len(records)), spare_processes())
+    each(accepted, watched(checked, f"{chosen.key} {split}", "record", len(records)), shown=SHOWN)
 
 
 def evaluation_spec(

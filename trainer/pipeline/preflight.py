@@ -13,6 +13,7 @@ from cotbal_kernels.huggingface import apply_fused_loss
 from trainer.balancing.registry import method_class
 from trainer.bars import watched
 from trainer.config import BUILT_IN, RunConfig
+from trainer.data.ahead import accepted, spare_processes, tried
 from trainer.data.chat import ChatTemplate
 from trainer.data.encoding import ConversationEncoder
 from trainer.data.lengths import SampleLength, sample_length, token_counter
@@ -80,15 +81,16 @@ def check_tokens(
         UserError: records whose images do not fit, that have no supervised token, or that are too long where
             ``training.overlong`` refuses that, the first of them by name; or none is left.
     """
-    title = task.config.title(split)
+    title, records = task.config.title(split), task.split(split)
 
-    def measure(record: Record) -> SampleLength:
+    def measure(index: int) -> SampleLength:
         try:
-            return sample_length(encoder, record, task.image_path, overlong)
+            return sample_length(encoder, records[index], task.image_path, overlong)
         except UserError as error:
             raise UserError(f"{title}: {error}") from error
 
-    lengths = each(measure, watched(task.split(split), f"{task.name} {split}", "record"), shown=SHOWN)
+    measured = tried(measure, range(len(records)), spare_processes())
+    lengths = each(accepted, watched(measured, f"{task.name} {split}", "record", len(records)), shown=SHOWN)
     if lengths and all(length.dropped for length in lengths):
         raise UserError(
             f"task '{task.name}': every {split} record is longer than model.max_length = {encoder.max_length} "

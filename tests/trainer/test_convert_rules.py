@@ -106,6 +106,19 @@ class TestVqav2:
         assert set(manifest.outputs) == {"train", "validation", "test-dev2015"}
         assert [row["id"] for row in rows(manifest, "test-dev2015")] == ["2001", "2002"]
 
+    def test_answers_that_no_two_annotators_share(self, tmp_path):
+        """Their consensus is anyone's; counted where they are scored, and training records need no references."""
+        files = vqav2()
+        for year in ("train", "val"):
+            annotation = files[f"v2_mscoco_{year}2014_annotations.json"]["annotations"][0]
+            for number, answer in enumerate(annotation["answers"]):
+                answer["answer"] = f"b{number}"
+        del files["v2_mscoco_val2014_annotations.json"]["annotations"][1]["answers"][0]
+        manifest = convert_raw(tmp_path, "vqav2", files)
+        assert manifest.content["notes"] == {"questions without two annotators who agree": 1}
+        assert not any("references" in row for row in rows(manifest, "train"))
+        assert manifest.rejected == {"malformed": 1, "no partner": 1}  # nine answers, and the question about them
+
     def test_a_question_without_an_answer_or_about_another_image(self, tmp_path):
         files = vqav2()
         annotations = files["v2_mscoco_train2014_annotations.json"]["annotations"]

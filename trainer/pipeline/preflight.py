@@ -235,8 +235,8 @@ def _answers_boxes(task: TaskConfig) -> bool:
 
 
 def _token_counter(config: RunConfig, model_path: str) -> ConversationEncoder:
-    table = table_of_positions(load_config(model_path))
-    return token_counter(load_processor(model_path, config.model.images), config.model.max_length, table)
+    processor = load_processor(model_path, config.model.images)
+    return token_counter(processor, config.model.max_length, table_of_positions(load_config(model_path)))
 
 
 def _validates(config: RunConfig) -> bool:

@@ -35,13 +35,15 @@ def sampling_errors(
         samples: of every method.
         baseline: those of the baseline.
     """
-    moved: dict[str, dict[tuple[str, str], Array]] = {}
-    for method, table in results["methods"].items():
-        try:
-            compare({**results, "methods": {method: table}})
-        except UserError:  # said where Delta I itself is asked for
-            continue
-        moved[method] = _improvement_influences(results, table, samples[method], baseline)
+    try:
+        comparisons = compare(results)
+    except UserError:  # said where Delta I itself is asked for
+        return {}
+    moved = {
+        method: _improvement_influences(results, table, samples[method], baseline)
+        for method, table in results["methods"].items()
+        if comparisons[method] is not None
+    }
     tasks = len(results["tasks"])
     found: dict[str, Any] = {}
     for method, own in moved.items():

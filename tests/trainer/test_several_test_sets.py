@@ -30,6 +30,7 @@ from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.files import write_json
 from trainer.metrics import get_metric
 from trainer.nodes.following import _missing_files
+from trainer.nodes.machine import record_sizes
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.evaluations import evaluation_sets
 from trainer.pipeline.outcome import score_table
@@ -340,9 +341,9 @@ def test_errors_name_the_set(
 
 def test_other_machines_look_for_every_set(data: dict[str, Any], tmp_path: Path) -> None:
     config = parse_config(data, "x")
-    assert _missing_files(config) == []
+    assert _missing_files(config, record_sizes(config)) == []
     (tmp_path / "b.jsonl").unlink()
-    assert _missing_files(config) == [f"{tmp_path / 'b.jsonl'} does not exist there"]
+    assert _missing_files(config, record_sizes(config)) == [f"{tmp_path / 'b.jsonl'} does not exist there"]
 
 
 def test_finished_runs_of_plain_files_are_still_finished(run_config: RunConfig) -> None:

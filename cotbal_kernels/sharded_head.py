@@ -117,7 +117,7 @@ def place_head(head: Head) -> tuple[Head, "Shard | None"]:
     """Find the shard of the vocabulary that is here; where that is all of it, None and the head without its padding."""
     weight = head.weight
     if head.group is not None:
-        shard = find_shard(head.group, weight, head.vocab_size)
+        shard = find_shard(head.group, weight, head.vocab_size, head.hidden.shape[:-1].numel())
         if len(shard.bounds) > 2:
             return head, shard
     if head.vocab_size is None or head.vocab_size == weight.shape[0]:
@@ -134,29 +134,33 @@ _SHARDS: dict[tuple[Any, ...], Shard] = {}
 
 
 @torch.compiler.disable
-def find_shard(group: dist.ProcessGroup, weight_VD: Tensor, vocab_size: int | None) -> Shard:
+def find_shard(group: dist.ProcessGroup, weight_VD: Tensor, vocab_size: int | None, positions: int) -> Shard:
     """The part of the vocabulary that this rank holds: from the sizes of all shards, in the order of the ranks.
 
     They are gathered when a group is first used with a head of these sizes, which waits for the device, and are
     remembered: so all ranks have to make that call, and heads of one group whose shards are of equal size on one
-    rank are expected to be on all.
+    rank are expected to be on all. So is the number of positions gathered: batches that differ end the process, or
+    never end, in the collectives that follow, where they have other sizes.
 
     Raises:
-        ValueError: the shards do not fit together, or they hold fewer rows than ``vocab_size``. All ranks raise.
+        ValueError: the shards do not fit together, they hold fewer rows than ``vocab_size``, or ranks have different
+            numbers of positions. All ranks raise.
     """
     key = (group, *weight_VD.shape, weight_VD.dtype, weight_VD.device, vocab_size)
     if key not in _SHARDS:
-        bounds = _gather_bounds(group, weight_VD, vocab_size)
+        bounds = _gather_bounds(group, weight_VD, vocab_size, positions)
         _SHARDS[key] = Shard(group, dist.get_rank(group), bounds, torch.tensor(bounds, device=weight_VD.device))
     return _SHARDS[key]
 
 
-def _gather_bounds(group: dist.ProcessGroup, weight_VD: Tensor, vocab_size: int | None) -> tuple[int, ...]:
+def _gather_bounds(
+    group: dist.ProcessGroup, weight_VD: Tensor, vocab_size: int | None, positions: int
+) -> tuple[int, ...]:
     own = torch.tensor(
-        [*weight_VD.shape, _DTYPES.index(weight_VD.dtype), -1 if vocab_size is None else vocab_size],
+        [*weight_VD.shape, _DTYPES.index(weight_VD.dtype), -1 if vocab_size is None else vocab_size, positions],
         device=weight_VD.device,
     )
-    sizes, widths, dtypes, wanted = gather(own, group).t().tolist()
+    sizes, widths, dtypes, wanted, counts = gather(own, group).t().tolist()
     dtype_names = [str(_DTYPES[index]) for index in dtypes]
     for name, values in (("weight must have one width D", widths), ("weight must have one dtype", dtype_names)):
         if len(set(values)) > 1:
@@ -164,6 +168,11 @@ def _gather_bounds(group: dist.ProcessGroup, weight_VD: Tensor, vocab_size: int 
     if len(set(wanted)) > 1:
         shown = [None if size < 0 else size for size in wanted]
         raise ValueError(f"vocab_size must be the same on all ranks of process_group, got {shown}")
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"hidden must have as many positions on all ranks of process_group, got {counts} in order of ranks: "
+            "they share the vocabulary, not the batch. A weight that FSDP has sharded is to be gathered first"
+        )
     total = sum(sizes)
     if vocab_size is None:
         vocab_size = total

@@ -279,9 +279,9 @@ def run_errors(rank: int, ranks: int) -> dict[str, str]:
     subset = dist.new_group([0, 1]) if ranks > 2 else dist.group.WORLD
     world = {"process_group": dist.group.WORLD}
 
-    def call(weight: Tensor = weight, labels: Tensor = p.labels, **options: object) -> str:
-        hidden = p.hidden.detach().to(weight.dtype)[..., : weight.shape[1]]
-        arguments = (hidden, weight, labels, p.task_ids, p.task_weights)
+    def call(weight: Tensor = weight, labels: Tensor = p.labels, rows: int = 3, **options: object) -> str:
+        hidden = p.hidden.detach().to(weight.dtype)[:rows, :, : weight.shape[1]]
+        arguments = (hidden, weight, labels[:rows], p.task_ids[:rows], p.task_weights)
         sharded_head._SHARDS.clear()  # as if it were the first call
         return message(lambda: linear_task_cross_entropy(*arguments, **{**world, **options}))
 
@@ -292,6 +292,8 @@ def run_errors(rank: int, ranks: int) -> dict[str, str]:
         "labels, without a wait": str(poisoned),
         "labels, checked": checked,
         "vocab_size": call(vocab_size=V + 1),
+        "no vocab_size": call(vocab_size=0),
+        "positions": call(rows=3 - rank),
         "vocab_size of a rank": call(vocab_size=V - rank),
         "dtype": call(weight.double() if last else weight),
         "width": call(weight[:, :-1] if last else weight),

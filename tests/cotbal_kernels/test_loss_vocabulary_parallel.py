@@ -176,6 +176,9 @@ def test_errors_come_on_all_ranks() -> None:
                 f"vocab_size must be in [1, 67], the rows of weight on all ranks of process_group ({shown})"
                 in (found["vocab_size"])
             )
+            assert "vocab_size must be in [1, 67]" in found["no vocab_size"]
+            counts = [51, 34, 17][:ranks]
+            assert f"as many positions on all ranks of process_group, got {counts}" in found["positions"]
             assert "vocab_size must be the same on all ranks" in found["vocab_size of a rank"]
             assert "weight must have one dtype on all ranks" in found["dtype"]
             assert "'torch.float32', 'torch.float64'" in found["dtype"]

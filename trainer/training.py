@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -98,13 +99,16 @@ def newest_checkpoint(directory: Path, world_size: int) -> Path | None:
     A shared folder may show a machine its files late, and ranks would go on together from different steps.
 
     Raises:
-        UserError: the checkpoint was written by another number of processes, whose shards cannot be loaded.
+        UserError: the checkpoint was written by another number of processes, whose shards cannot be loaded; or is not
+            there yet on this machine.
     """
     found = complete_checkpoints(directory)
     seen: list[Any] = [found[-1], len(list(found[-1].glob("rng_state*.pth")))] if found else [None, world_size]
     if dist.is_initialized():
         dist.broadcast_object_list(seen, src=0)
     newest, written_by = seen
+    if newest and not (newest / COMPLETE).exists():
+        raise UserError(f"{newest} is not yet on {gethostname()}, only on rank 0's machine; start again once it is")
     if written_by != world_size:
         raise UserError(
             f"{newest} was written by {written_by} process(es) and this run has {world_size}; "

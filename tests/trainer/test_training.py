@@ -243,7 +243,8 @@ def test_a_resumed_training_is_bitwise_the_uninterrupted_one(run_data: dict[str,
     assert len({line.split(",", 1)[1] for line in weights.splitlines()}) > 50, "the weights hardly move"
 
 
-def test_another_number_of_processes_is_refused_before_loading(tmp_path: Path) -> None:
+def test_another_number_of_processes_is_refused_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a checkpoint that another machine sees and this one does not."""
     checkpoint = tmp_path / "checkpoints" / "checkpoint-4"
     checkpoint.mkdir(parents=True)
     (checkpoint / COMPLETE).touch()
@@ -252,6 +253,14 @@ def test_another_number_of_processes_is_refused_before_loading(tmp_path: Path) -
     assert newest_checkpoint(tmp_path, world_size=2) == checkpoint
     with pytest.raises(UserError, match="written by 2 process"):
         newest_checkpoint(tmp_path, world_size=1)
+
+    def told(seen: list[Any], src: int) -> None:
+        seen[:] = tmp_path / "checkpoints" / "checkpoint-6", 2
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", told)
+    with pytest.raises(UserError, match=r"checkpoint-6 is not yet on .*start again once it is"):
+        newest_checkpoint(tmp_path, world_size=2)
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,16 @@ class TestRawJson:
 
     def test_lines_go_on_after_damage(self, tmp_path, monkeypatch):
         monkeypatch.setattr("trainer.data.raw_json.LARGEST_ELEMENT", 20)
-        (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": \n"' + b"x" * 50 + b'"\n"\xff"\n2')
-        found = [(element.where, element.value) for element in elements(tmp_path / "x.jsonl", "lines")]
-        assert [where for where, _ in found] == ["line 1", "line 3", "line 4", "line 5", "line 6"]
-        assert [isinstance(value, Damage) for _, value in found] == [False, True, True, True, False]
+        lines = [b'\xef\xbb\xbf{"a": 1}\n', b"\n", b'{"a": \n', b'"' + b"x" * 50 + b'"\n', b'"\xff"\n', b"2"]
+        (tmp_path / "x.jsonl").write_bytes(b"".join(lines))
+        found = list(elements(tmp_path / "x.jsonl", "lines"))
+        assert [element.where for element in found] == [f"line {number}" for number in (1, 3, 4, 5, 6)]
+        assert [isinstance(element.value, Damage) and element.value.ends for element in found] == [False] * 5
+        assert [element.value for element in found if not isinstance(element.value, Damage)] == [{"a": 1}, 2]
+        assert [element.offset for element in found] == [sum(map(len, lines[:number])) for number in (1, 3, 4, 5, 6)]
+        (tmp_path / "x.jsonl").write_bytes(b'1\n{"a": ')
+        *_, cut = elements(tmp_path / "x.jsonl", "lines")
+        assert cut.value.ends
 
     def test_a_damaged_file_does_not_fill_memory(self, tmp_path, monkeypatch):
         monkeypatch.setattr("trainer.data.raw_json.LARGEST_ELEMENT", 1000)

@@ -99,7 +99,6 @@ class _Reader:
         self.not_utf8 = ""
 
     def elements(self) -> Iterator[Element]:
-        label = self.key or ("" if self.container == "object" else "record ")
         last = "the beginning"
         try:
             if self.key is not None and not self._enter(self.key):
@@ -107,7 +106,7 @@ class _Reader:
                 return
             walk = self._members() if self.container == "object" else self._items()
             for index, (key, value) in enumerate(walk):
-                last = f"'{key}'" if key is not None else f"{label}[{index}]" if self.key else f"{label}{index}"
+                last = f"'{key}'" if key is not None else f"{self.key}[{index}]" if self.key else f"record {index}"
                 yield Element(last, key, value, self.dropped + self.place)
             if self.key is None and self._peek():
                 yield Element(self._byte(), None, Damage("text after the end of the JSON value"))

@@ -64,6 +64,11 @@ class TestRawJson:
         assert bad.where == place
         assert reason in bad.value.reason
 
+    def test_a_member_that_is_not_there(self, tmp_path):
+        (tmp_path / "x.json").write_text('{"a": [1], "b": {"c": [2]}, "d": 3}')
+        (bad,) = elements(tmp_path / "x.json", "list", "c")
+        assert bad.value == Damage("the file has no member 'c'")
+
     def test_bytes_that_are_not_utf8(self, tmp_path):
         (tmp_path / "x.json").write_bytes(b'["a", "\xff", "b"]')
         *good, bad = elements(tmp_path / "x.json", "list")

@@ -9,7 +9,7 @@ dX is float32, which is what waits for the backward pass, and takes the slices i
 import triton
 import triton.language as tl
 
-from .tiles import left_half, right_half, rows_here, tile_at
+from .tiles import parts_of, rows_here, tile_at
 
 
 @triton.jit
@@ -68,10 +68,7 @@ def grad_hidden_kernel(
             acc = tl.dot(dlogits_MV, weight_VD, acc, input_precision="ieee")
         position_M = tl.load(rows_ptr + row_start + local_M, mask=live_M, other=0)
         row_ptr = out_ptr + position_M * width
-        if PARTS == 1:
-            _add(row_ptr, live_M, col_block * BLOCK_D, width, acc * unit, BLOCK_D)
-        else:
-            left = left_half(acc, BLOCK_M, BLOCK_D) * unit
-            _add(row_ptr, live_M, col_block * BLOCK_D, width, left, BLOCK_D // 2)
-            right = right_half(acc, BLOCK_M, BLOCK_D) * unit
-            _add(row_ptr, live_M, col_block * BLOCK_D + BLOCK_D // 2, width, right, BLOCK_D // 2)
+        BLOCK: tl.constexpr = BLOCK_D // PARTS
+        parts = parts_of(acc, BLOCK_M, BLOCK_D, PARTS)
+        for part in tl.static_range(PARTS):
+            _add(row_ptr, live_M, col_block * BLOCK_D + part * BLOCK, width, parts[part] * unit, BLOCK)

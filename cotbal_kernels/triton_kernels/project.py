@@ -21,7 +21,7 @@ device memory, so ignored positions cost nothing and the host never waits for th
 import triton
 import triton.language as tl
 
-from .tiles import left_half, right_half, rows_here, tile_at
+from .tiles import parts_of, rows_here, tile_at
 from .twelve_bits import pack
 
 WRITE_NONE = tl.constexpr(0)
@@ -221,26 +221,15 @@ def project_kernel(
             columns = out_stride // 3 * 4 if WRITE == WRITE_PACKED else out_stride
             slice_ptr += (column // columns).to(tl.int64) * row_count * out_stride
             column %= columns
-        if PARTS == 1:
-            _finish(
-                z, first_V, column, local_M, live_M, position_M, col_block, bias_ptr, targets_ptr,
-                part_max_ptr, part_sum_ptr, part_shift_ptr, target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr,
-                scale_ptr, unit_ptr, slice_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing,
-                z_loss, logit_scale, even, WRITE, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_M, BLOCK_V,
-            )  # fmt: skip
-        else:
-            _finish(
-                left_half(z, BLOCK_M, BLOCK_V), first_V, column, local_M, live_M, position_M,
-                2 * col_block, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr, part_shift_ptr,
-                target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr, slice_ptr, row_count,
-                vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, logit_scale, even, WRITE, HAS_BIAS,
-                HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_M, BLOCK_V // 2,
-            )  # fmt: skip
-            if first_V + BLOCK_V // 2 < vocab_stop or WRITE == WRITE_GRADIENT:
+        BLOCK: tl.constexpr = BLOCK_V // PARTS
+        parts = parts_of(z, BLOCK_M, BLOCK_V, PARTS)
+        for part in tl.static_range(PARTS):
+            # The second half of the last tile may lie behind the vocabulary; its gradient is zeros that products read.
+            if part == 0 or WRITE == WRITE_GRADIENT or first_V + part * BLOCK < vocab_stop:
                 _finish(
-                    right_half(z, BLOCK_M, BLOCK_V), first_V + BLOCK_V // 2, column + BLOCK_V // 2, local_M, live_M,
-                    position_M, 2 * col_block + 1, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr,
-                    part_shift_ptr, target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr,
-                    slice_ptr, row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, logit_scale,
-                    even, WRITE, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_M, BLOCK_V // 2,
+                    parts[part], first_V + part * BLOCK, column + part * BLOCK, local_M, live_M, position_M,
+                    PARTS * col_block + part, bias_ptr, targets_ptr, part_max_ptr, part_sum_ptr, part_shift_ptr,
+                    target_logit_ptr, target_first_ptr, max_ptr, log_sum_ptr, scale_ptr, unit_ptr, slice_ptr,
+                    row_count, vocab_stop, vocab_size, out_stride, softcap, smoothing, z_loss, logit_scale, even,
+                    WRITE, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK_M, BLOCK,
                 )  # fmt: skip

@@ -46,3 +46,9 @@ def right_half(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The other half."""
     _, right = tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))
     return right
+
+
+@triton.jit
+def parts_of(tile, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """The column parts of a product tile, which an epilogue takes one after the other: all of it, or its two halves."""
+    return (tile,) if PARTS == 1 else (left_half(tile, ROWS, COLS), right_half(tile, ROWS, COLS))

@@ -378,8 +378,8 @@ def train(spec: TrainingSpec) -> None:
 
 def explain(error: Exception, output: Path) -> str:
     """How a training says why it ended: a sentence where the user can do something about it, else the traceback."""
-    if isinstance(error, UserError):
-        return str(error)
+    if isinstance(error, UserError):  # from a process that encodes samples, it comes behind that one's traceback
+        return str(error).rpartition(f"{type(error).__name__}: ")[2].rstrip()
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (
             "out of GPU memory; lower training.batch_size and raise training.gradient_accumulation_steps by as much, "

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 import trainer.launching as launching
+from trainer.data.ahead import made_ahead
+from trainer.data.encoding import TooLongError
 from trainer.errors import UserError
 from trainer.launching import PARENT, SAVE_FILE, LaunchConfig, TrainingFailedError, run_training, threads_per_process
 from trainer.training import explain
@@ -190,3 +192,15 @@ def test_how_a_training_says_why_it_ended(error: Exception, told: str) -> None:
         text = explain(raised, Path("/runs/t"))
     assert text.startswith(told)
     assert len(text.splitlines()) == 1 or text.endswith("RuntimeError: a defect\n")
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_sample_that_cannot_be_used_is_told_in_a_sentence(processes: int) -> None:
+    """Wherever it was encoded."""
+
+    def encode(index: int) -> None:
+        raise TooLongError(f"record 'r{index}': raise max_length")
+
+    with pytest.raises(TooLongError) as caught:
+        list(made_ahead(encode, range(3, 4), processes))
+    assert explain(caught.value, Path("/runs/t")) == "record 'r3': raise max_length"

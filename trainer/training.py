@@ -35,7 +35,7 @@ from trainer.data.encoding import ConversationEncoder, padding_token
 from trainer.data.lengths import SampleLength, counter_of, measure_all, sample_length
 from trainer.data.mixtures import Mixture, MixtureKind, select
 from trainer.data.packing import PackedCollator, PackedDataset, pack
-from trainer.data.records import Record
+from trainer.data.records import Record, Records
 from trainer.data.whole_batches import WholeBatches
 from trainer.errors import NO_SPACE, UserError
 from trainer.files import put_in_place, write_json
@@ -200,13 +200,11 @@ def task_weighting(
     validation = None
     options = spec.config.balancing.validation
     if chosen.needs.validation:
-        held_out: list[Sequence[Record]] = [
-            task.validation if own else [] for task, own in zip(tasks, balanced, strict=True)
-        ]
+        held_out = [task.validation if own else Records() for task, own in zip(tasks, balanced, strict=True)]
         if spec.config.training.overlong == "drop":
             counter = counter_of(encoder)
             held_out = [
-                [r for r in found if not sample_length(counter, r, task.image_path, "drop").dropped]
+                Records(r for r in found if not sample_length(counter, r, task.image_path, "drop").dropped)
                 for task, found in zip(tasks, held_out, strict=True)
             ]
         samples = MixtureDataset(encoder, tasks, held_out)
@@ -309,13 +307,9 @@ def train(spec: TrainingSpec) -> None:
     processor = load_processor(spec.model_path, spec.config.model.images)
     features = FeatureStore(spec.features) if spec.features else None
     encoder = ConversationEncoder(processor, spec.config.model.max_length, features)
-    collator = Collator(
-        padding_token(encoder.tokenizer),
-        # Asked of every record where none has an image.
-        encoder.blank_image()
-        if encoder.reads_images and any(record.images for task in tasks for record in task.train)
-        else None,
-    )
+    # Every record is looked at where none has an image.
+    images = encoder.reads_images and any(record.images for task in tasks for record in task.train)
+    collator = Collator(padding_token(encoder.tokenizer), encoder.blank_image() if images else None)
     if spec.config.training.packing:
         refuse_unpackable(spec.model_path)
     dataset = training_samples(spec, encoder, tasks, records, args.dataloader_num_workers)

@@ -97,12 +97,14 @@ class TestPartialRuns:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         lines[3] |= {"loss": None, "grad_norm": None}
         lines[3]["tasks"]["boxes"]["loss"] = None
+        lines[5]["tasks"]["captions"] = {"loss": 0.0, "tokens": 0, "weight": 1.0}  # none in the step
         log.write_text("".join(json.dumps(line) + "\n" for line in lines))
         drawn = {}
         monkeypatch.setattr(report_plots, "loss_curves", lambda panels: drawn.update(panels) or "<svg></svg>")
         assert "Could not be read" not in page(run).words
         assert drawn["boxes"]["CoTBal"][0] == (10, 20, 30, 50, 60, 70, 80, 90, 100)
-        assert len(drawn["captions"]["CoTBal"][0]) == 10
+        assert drawn["captions"]["CoTBal"][0] == (10, 20, 30, 40, 50, 70, 80, 90, 100)
+        assert drawn["captions"]["CoTBal"][1][0] == 3.0
         assert last_step(log) == (10, 10)
 
     def test_test_scores_before_the_results(self, run):

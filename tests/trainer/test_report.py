@@ -147,6 +147,28 @@ class TestNumbers:
         assert found.row("scores", "questions + mini")[1:] == ["0.300± 1.250", "40.0± 1.2", "7.5± 1.2"]
         assert found.row("scores", "boxes + mini")[1:] == ["0.200± 1.250", "30.0± 1.2", "15.0± 1.2"]
 
+    def test_colours_of_the_heat_maps(self, run):
+        """Harm is another colour than help, the largest entry has all of it; scores run from lowest to highest."""
+        weights = json.loads((run / "weights.json").read_text())
+        weights["contribution"] = [[1.0, 0.5, -0.25], [4.0, 1.0, 0.0], [-2.0, 0.5, 1.0]]
+        write(run / "weights.json", weights)
+        cells = [
+            (attrs["class"], float(attrs["style"].removeprefix("--t:")))
+            for tag, attrs in page(run).tags
+            if tag == "td" and attrs.get("style")
+        ]
+        assert cells[:9] == [
+            ("positive own", 0.25), ("positive", 0.125), ("negative", 0.062),
+            ("positive", 1.0), ("positive own", 0.25), ("positive", 0.0),
+            ("negative", 0.5), ("positive", 0.125), ("positive own", 0.25),
+        ]  # fmt: skip
+        assert cells[9:] == [
+            ("positive", 0.0), ("positive", 0.0), ("positive", 0.091),  # of 4, 5, 7.5 and 15
+            ("positive own", 1.0), ("positive", 0.25), ("positive", 0.0),
+            ("positive", 0.5), ("positive own", 1.0), ("positive", 0.318),
+            ("positive", 0.0), ("positive", 0.5), ("positive own", 1.0),
+        ]  # fmt: skip
+
     def test_weights(self, run):
         found = page(run)
         names = ("λ one2all", "λ all2one", "λ C (", "λ D (", "λ CoTBal")
@@ -222,7 +244,9 @@ class TestNumbers:
         assert "Sum over stages: 1 h 02 min" in found.words
         assert "The time of a resumed stage is the sum of its attempts." in found.words
 
-    def test_lower_is_better_and_several_metrics(self, run):
+    def test_lower_is_better_and_several_metrics(self, run, monkeypatch):
+        drawn = {}
+        monkeypatch.setattr(report_plots, "radar", lambda tasks, ratios: drawn.update(ratios) or "<svg></svg>")
         table = json.loads((run / "results.json").read_text())
         for place, value in (
             (table["baseline"], 2.0),
@@ -240,6 +264,7 @@ class TestNumbers:
         (row,) = [row for row in found.tables["test-scores"] if row[0].startswith("boxes") and "error" in row[0]]
         assert row[3:] == ["2 ± 0.1at chance", "2.5 ± 0.1at chance", "1 ± 0.1"]
         assert in_bold(found) == ["0.600", "50.0", "25.0", "1"]  # of the trained models
+        assert drawn["CoTBal"] == pytest.approx([1.1, 1.25, (25 / 20 + 2 / 1) / 2])
         # (25 % from IoU and 50 % from the error) / 2.
         assert found.row("deltas", "CoTBal")[-1] == "+37.50"
 

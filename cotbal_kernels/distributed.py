@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import task_ops, validation
 from .backends import resolve_backend
-from .functional import flatten_targets, shift_targets
 from .interface import Targets
 from .per_task import task_normalizer
+from .targets import flatten_targets, shift_targets
 
 _ANY_LABEL = sys.maxsize
 

@@ -22,6 +22,7 @@ from .per_task import spread_to_tokens
 from .reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 from .results import TaskLoss
 from .sharded_head import Head, local_head, place_head
+from .targets import check_values, make_targets
 from .vocabulary_parallel import sharded_rows
 
 
@@ -145,7 +146,7 @@ def linear_task_cross_entropy(
     head, shard = place_head(head._replace(weight=weight, bias=bias))
     weight, bias, grad_weight_out = head.weight, head.bias, head.grad_weight_out
     if backend == "reference":
-        _check_values(labels, task_ids, task_weights, weight.shape[0], ignore_index, shift)
+        check_values(labels, task_ids, task_weights, weight.shape[0], ignore_index, shift)
         return reference_linear_task_cross_entropy(
             hidden,
             weight,
@@ -170,7 +171,7 @@ def linear_task_cross_entropy(
     )
     backend = resolve_backend(backend, hidden.device)
     all_rows = weight.shape[0] if shard is None else shard.vocab_size
-    targets = _prepare(
+    targets = make_targets(
         labels, task_ids, task_weights, all_rows, ignore_index, shift, differentiable_tasks, check, max_tokens, backend
     )
     hidden_MD = hidden.reshape(-1, hidden.shape[-1])
@@ -255,7 +256,7 @@ def task_cross_entropy(
         **token_loss,
     )
     if backend == "reference":
-        _check_values(labels, task_ids, task_weights, logits.shape[-1], ignore_index, shift)
+        check_values(labels, task_ids, task_weights, logits.shape[-1], ignore_index, shift)
         return reference_task_cross_entropy(
             logits,
             labels,
@@ -272,7 +273,7 @@ def task_cross_entropy(
     )
     backend = resolve_backend(backend, logits.device)
     vocab_size = logits.shape[-1]
-    targets = _prepare(
+    targets = make_targets(
         labels, task_ids, task_weights, vocab_size, ignore_index, shift, differentiable_tasks, check, None, backend
     )
     logits_MV = logits.reshape(-1, vocab_size)
@@ -287,24 +288,6 @@ def task_cross_entropy(
     return _aggregate_rows(
         rows, targets, task_weights, normalizer, aggregation, labels.shape, differentiable_tasks, backend
     )
-
-
-def shift_targets(labels: Tensor, task_ids: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Labels and task ids (same shape) of the next position; the last position becomes ``ignore_index``."""
-    next_labels = labels.roll(-1, dims=-1)
-    next_labels[..., -1:] = ignore_index
-    return next_labels, task_ids.roll(-1, dims=-1)
-
-
-def flatten_targets(labels: Tensor, task_ids: Tensor, ignore_index: int, shift: bool) -> tuple[Tensor, Tensor]:
-    """Return labels and task ids as int64 ``[M]``: shifted if asked, ids per sequence repeated."""
-    labels = labels.to(torch.int64)
-    task_ids = task_ids.to(torch.int64)
-    if task_ids.shape != labels.shape:
-        task_ids = task_ids.reshape(-1, *(1,) * (labels.dim() - 1)).expand(labels.shape)
-    if shift:
-        labels, task_ids = shift_targets(labels, task_ids, ignore_index)
-    return labels.reshape(-1), task_ids.reshape(-1)
 
 
 def _task_scale(
@@ -351,37 +334,6 @@ def _aggregate_rows(
         loss = (scale_K * task_loss_K).sum()
     task_loss_K = task_ops.apart(task_loss_K if differentiable_tasks else task_loss_K.detach())
     return TaskLoss(loss, task_loss_K, targets.tokens_K, task_correct_K, stats_2M.sum(0).reshape(shape))
-
-
-def _prepare(
-    labels: Tensor,
-    task_ids: Tensor,
-    task_weights: Tensor,
-    vocab_size: int,
-    ignore_index: int,
-    shift: bool,
-    differentiable_tasks: bool,
-    check: bool,
-    max_tokens: int | None,
-    backend: str,
-) -> Targets:
-    labels_M, task_ids_M = flatten_targets(labels, task_ids, ignore_index, shift)
-    # A task of weight 0 still has a loss, which is its derivative with respect to that weight.
-    skip_zero = not (differentiable_tasks or _needs_grad(task_weights))
-    capacity = labels_M.shape[0] if max_tokens is None else min(max_tokens, labels_M.shape[0])
-    return Targets(
-        *task_ops.prepare_targets(
-            labels_M, task_ids_M, task_weights.detach(), vocab_size, ignore_index, skip_zero, check, capacity, backend
-        )
-    )
-
-
-def _check_values(
-    labels: Tensor, task_ids: Tensor, task_weights: Tensor, vocab_size: int, ignore_index: int, shift: bool
-) -> None:
-    """What the ops check on a CPU, for the reference: a label of -5 would be a column, task -1 would drop out."""
-    labels_M, task_ids_M = flatten_targets(labels, task_ids, ignore_index, shift)
-    validation.check_target_values(labels_M, task_ids_M, task_weights.detach(), labels_M != ignore_index, vocab_size)
 
 
 def _token_loss(

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .functional import flatten_targets
+from .targets import flatten_targets
 from .validation import require_member
 
 _BLOCK_BYTES = 1 << 27  # of one block of float32 logits

@@ -8,7 +8,7 @@ from loss_ranks import results
 from sequence_cases import CONTIGUOUS, sequence_problem, zigzag
 
 from cotbal_kernels import linear_task_cross_entropy, shift_targets_across_ranks
-from cotbal_kernels.functional import shift_targets
+from cotbal_kernels.targets import shift_targets
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is missing in this build of torch")
 

@@ -132,6 +132,8 @@ def test_lines_in_a_file_that_is_called_json(tmp_path: Path, between: str, end: 
     manifest = convert_raw(tmp_path, "messages", {"a.json": text.encode()})
     assert [values(row)[0] for row in rows(manifest, "train")] == ["0?", "1?", "2?"]
     assert manifest.complete
+    manifest = convert_raw(tmp_path, "messages", {"a.json": b'{\n "messages": []\n}'})
+    assert (manifest.rejected, manifest.complete) == ({"damaged": 1}, False)
 
 
 def test_absolute_paths_are_below_the_image_root(tmp_path: Path) -> None:

@@ -230,6 +230,21 @@ class TestConversations:
         assert values(written[0])[0] == "<image>\nSay 0."  # its placeholder was missing
         assert "image" not in written[9]
 
+    def test_what_published_files_have_now_and_then(self, tmp_path):
+        raw = llava()
+        raw[1]["conversations"][1]["value"] = 3
+        raw[2]["image"] = ["coco/2.jpg"]
+        raw[3]["image"] = 3
+        raw[4]["conversations"].pop()
+        raw[5]["conversations"] += raw[5]["conversations"][:1]
+        manifest = convert_raw(tmp_path, "llava-mix665k", {"m.json": raw}, train=4)
+        assert manifest.rejected == {"malformed": 1, "not alternating": 1, "too short": 1}
+        assert (manifest.outputs["train"]["records"], manifest.content["not_drawn"]) == (4, {"train": 2})
+        assert manifest.content["notes"] == {"image placeholder added": 1}
+        manifest = convert_raw(tmp_path, "llava-mix665k", {"m.json": raw})
+        assert [values(row)[1] for row in rows(manifest, "train")[:2]] == ["Said number 0.", "3"]
+        assert [row["image"] for row in rows(manifest, "train")[1:3]] == ["coco/1.jpg", "coco/2.jpg"]
+
     def test_other_files_of_a_checkout_are_no_part_of_a_data_set(self, tmp_path):
         others = {"llava_instruct_150k.json": llava(count=3), "detail_23k.json": llava(count=2)}
         manifest = convert_raw(tmp_path, "llava-mix665k", others | RAW["llava-mix665k"]())

@@ -27,12 +27,11 @@ def container(path: Path) -> Any:
         return "lines" if file.readline(LARGEST_ELEMENT).rstrip().endswith(b"}") else "list"
 
 
-def dealt(options: Options, names: Sequence[str]) -> dict[str, Pool]:
-    """Pools whose only raw split is cut into validation, test and the rest, at random."""
+def dealt(options: Options) -> Pool:
+    """A raw split that is cut into validation, test and the rest, at random."""
     held_out = (Part("validation", options.validation), Part("test", options.test))
     rest = (Part("train", options.train), Part(None)) if options.train else (Part("train"),)
-    parts = (*(part for part in held_out if part.size), *rest)
-    return {name: Pool(parts if name == "train" else (Part(name),)) for name in names}
+    return Pool((*(part for part in held_out if part.size), *rest))
 
 
 class _LlavaFile(Converter):
@@ -52,7 +51,7 @@ class _LlavaFile(Converter):
         return [Source(path, "train", container(path))]
 
     def pools(self, options: Options, names: Sequence[str]) -> dict[str, Pool]:
-        return dealt(options, names)
+        return {name: dealt(options) for name in names}
 
     def items(self, element: Element, context: Context) -> list[Item]:
         raw = as_object(element.value)
@@ -139,7 +138,7 @@ class ShareGpt(Converter):
         ]
 
     def pools(self, options: Options, names: Sequence[str]) -> dict[str, Pool]:
-        return dealt(options, names)
+        return {name: dealt(options) for name in names}
 
     def items(self, element: Element, context: Context) -> list[Item]:
         raw = as_object(element.value)
@@ -194,7 +193,7 @@ class MftCoder(Converter):
         ]
 
     def pools(self, options: Options, names: Sequence[str]) -> dict[str, Pool]:
-        return dealt(options, names)
+        return {name: dealt(options) for name in names}
 
     def items(self, element: Element, context: Context) -> list[Item]:
         raw = as_object(element.value)

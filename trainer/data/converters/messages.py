@@ -67,7 +67,7 @@ class Messages(Converter):
         if "train" not in own:
             return own
         validation, test = (None if split in own else getattr(options, split) for split in ("validation", "test"))
-        return own | dealt(replace(options, validation=validation, test=test), ["train"])  # cut out of it
+        return own | {"train": dealt(replace(options, validation=validation, test=test))}  # which are cut out of it
 
     def items(self, element: Element, context: Context) -> list[Item]:
         raw = as_object(element.value)

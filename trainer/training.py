@@ -254,7 +254,8 @@ def training_samples(
         UserError: a sample that cannot be used or is refused, or none is left.
     """
     training = spec.config.training
-    dataset = MixtureDataset(encoder, tasks, records)
+    # Processes that encode samples end with an epoch.
+    dataset = MixtureDataset(encoder, tasks, records, again=training.epochs > 1 and not processes)
     if not training.packing and training.overlong == "truncate":
         return dataset
     counter = counter_of(encoder)

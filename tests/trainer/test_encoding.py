@@ -404,6 +404,9 @@ class TestCollator:
         assert [dataset[index]["encoded"].input_ids for index in range(3)] == [sample.input_ids for sample in expected]
         assert dataset[2] is dataset[2]  # text is kept
         assert dataset[0] is not dataset[0]  # pixels are not: a data set of them would fill the memory
+        once = MixtureDataset(encoder, tasks, [[], [], tasks[2].train[3:4]], again=False)
+        assert once[0] is not once[0]
+        assert once[0] == dataset[2]
         lengths = [len(encoder.training_sample(record, Path).input_ids) for record in tasks[2].train[:3]]
         monkeypatch.setattr("trainer.data.collator.MOST_KEPT_TOKENS", sum(lengths) - 1)
         dataset = MixtureDataset(encoder, tasks, [[], [], tasks[2].train[:3]])  # nor is text without end

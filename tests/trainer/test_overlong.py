@@ -138,7 +138,12 @@ def test_what_a_training_iterates_over(data: dict[str, Any], tmp_path: Path, pac
     )
     tasks = [load_task(task) for task in config.tasks]
     encoder = ConversationEncoder(load_processor(config.model.path), LIMIT)
-    found = training_samples(spec, encoder, tasks, [task.train for task in tasks])
+    for epochs, processes in ((1, 0), (2, 2), (2, 0)):  # kept are samples that this process encodes again
+        spec.config.training.epochs = epochs
+        found = training_samples(spec, encoder, tasks, [task.train for task in tasks], processes)
+        index = next(n for n in range(len(found)) if not (found[n][0] if packing else found[n])["encoded"].image_inputs)
+        first, second = (found[index][0] if packing else found[index] for _ in range(2))
+        assert (first is second) == ((epochs, processes) == (2, 0))
     assert isinstance(found, PackedDataset if packing else MixtureDataset)
     samples = [sample for index in range(len(found)) for sample in (found[index] if packing else [found[index]])]
     chat = [tokens for tokens, _ in by_hand(data) if tokens <= LIMIT]

@@ -26,10 +26,21 @@ MOST_KEPT_TOKENS = 2**21
 
 
 class MixtureDataset(Dataset[dict[str, Any]]):
-    """The records of one training with their task ids; encoded when asked for. The first without pixels are kept."""
+    """The records of one training with their task ids; encoded when asked for.
+
+    Args:
+        encoder: of the model.
+        tasks: of the run.
+        records: of each task.
+        again: samples will be asked for again in this process: the first without pixels are kept.
+    """
 
     def __init__(
-        self, encoder: ConversationEncoder, tasks: Sequence[Task], records: Sequence[Sequence[Record]]
+        self,
+        encoder: ConversationEncoder,
+        tasks: Sequence[Task],
+        records: Sequence[Sequence[Record]],
+        again: bool = True,
     ) -> None:
         self.encoder = encoder
         self.tasks = tasks
@@ -37,7 +48,7 @@ class MixtureDataset(Dataset[dict[str, Any]]):
         self._starts = list(itertools.accumulate(map(len, records), initial=0))  # of each task, among all records
         self._chosen: Sequence[int] = range(self._starts[-1])
         self._kept: dict[int, dict[str, Any]] = {}
-        self._room = MOST_KEPT_TOKENS
+        self._room = MOST_KEPT_TOKENS if again else 0
 
     def __len__(self) -> int:
         return len(self._chosen)

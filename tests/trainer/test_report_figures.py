@@ -74,3 +74,11 @@ def test_legends_end_inside_their_figures(drawn: list[Figure], count: int) -> No
             assert 0 <= box.y0 < box.y1 <= figure.bbox.height, text.get_text()
         for axes in figure.axes:
             assert not axes.get_visible() or axes.get_position().height * figure.get_figheight() > 0.5
+
+
+def test_long_curves_are_thinned_to_their_ends() -> None:
+    x, y = plots.thinned(range(1000), range(1000, 2000))
+    assert (len(x), x[0], x[-1]) == (300, 0, 999)
+    assert [b - a for a, b in zip(x, y, strict=True)] == [1000] * 300
+    assert {b - a for a, b in zip(x, x[1:], strict=False)} == {3, 4}
+    assert plots.thinned(range(300), range(300)) == (range(300), range(300))

@@ -150,7 +150,7 @@ class TestPartialRuns:
         assert "baseline['boxes']['IoU@0.5'] is 0" in found.words
         assert "deltas" not in found.tables
 
-    def test_nan_standard_error_is_left_out_and_no_verdict_given(self, run):
+    def test_nan_standard_error_is_left_out(self, run):
         table = json.loads((run / "results.json").read_text())
         table["standard_errors"]["CoTBal"]["questions"]["EM"] = math.nan
         write(run / "results.json", table)

@@ -101,6 +101,21 @@ class TestWhoMayTakePart:
         for rank in (1, 2):
             assert str(followers.errors[rank]) == f"node 0 has ended the run: {told.value}"
 
+    def test_one_with_too_few_gpus(
+        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def rank_devices(device: str, ranks: int) -> None:
+            raise UserError(f"{ranks} processes take a GPU each and torch sees 1 here")
+
+        monkeypatch.setattr(following, "rank_devices", rank_devices)
+        two = config(nodes=2, processes=2)
+        followers.start(two, 1)
+        with (
+            pytest.raises(UserError, match=r"^node 1 \(.*\): 2 processes take a GPU each and torch sees 1 here$"),
+            led(two, followers, tmp_path / "run"),
+        ):
+            pytest.fail("the run has begun")
+
     def test_a_folder_that_is_not_shared(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

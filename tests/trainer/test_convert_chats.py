@@ -120,13 +120,23 @@ class TestConversations:
             return {"id": name, "conversations": turns}
 
         raw = [dialogue("a", 4, 6, 3, 3), dialogue("b", 4, 6, 5, 6), dialogue("c", 8, 40), dialogue("d", 16, 4)]
+        raw.append(dialogue("e", 15, 4))
         manifest = convert_raw(
             tmp_path, "sharegpt", {"sg.json": raw}, preset=PAPER, max_tokens=16, tokenizer=str(tmp_path / "model")
         )
         lengths = {row["id"]: [len(text.split()) for text in values(row)] for row in rows(manifest, "train")}
-        assert lengths == {"a": [4, 6, 3, 3], "b": [4, 6], "c": [8, 8]}
+        assert lengths == {"a": [4, 6, 3, 3], "b": [4, 6], "c": [8, 8], "e": [15, 1]}
         assert manifest.rejected == {"too long": 1}
-        assert manifest.content["notes"] == {"cut at 16 tokens": 2}
+        assert manifest.content["notes"] == {"cut at 16 tokens": 3}
+        tokenizer.enable_truncation(3)
+        tokenizer.enable_padding(length=50)  # as a model folder may have it
+        tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+        again = convert_raw(
+            tmp_path, "sharegpt", {"sg.json": raw}, preset=PAPER, max_tokens=16, tokenizer=str(tmp_path / "model")
+        )
+        assert rows(again, "train") == rows(manifest, "train")
+        with pytest.raises(ValueError, match=r"tokenizer: .*nowhere/tokenizer\.json cannot be read"):
+            convert_raw(tmp_path, "sharegpt", preset=PAPER, tokenizer=str(tmp_path / "nowhere"))
         with pytest.raises(ValueError, match=r"max_tokens but no tokenizer.*tokenizer\.json"):
             convert_raw(tmp_path, "sharegpt", preset=PAPER)
 

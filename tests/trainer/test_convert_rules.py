@@ -221,6 +221,14 @@ def test_m3it_writes_its_images(tmp_path):
     assert all((tmp_path / "out" / row["image"]).is_file() for row in train)
     assert rows(manifest, "validation")[0]["image"] == train[2]["image"]
     assert len(list((tmp_path / "out" / "images").rglob("*.png"))) == 4
+    files = RAW["m3it"]()
+    first, second, third, _ = files["data/vqa/train.jsonl"]
+    first["image_base64_str"], second["image_base64_str"] = first["image_base64_str"][0], {"a": "b"}
+    third["image_base64_str"] = [3]
+    again = convert_raw(tmp_path, "m3it", files, train=1)
+    assert (again.rejected, again.outputs["train"]["records"]) == ({"malformed": 2}, 1)
+    one = convert("m3it", tmp_path / "raw" / "data" / "cap" / "test.jsonl", tmp_path / "one")
+    assert [row["id"] for row in rows(one, "test")] == ["test-1"]
 
 
 def test_numbers_are_answers_too(tmp_path):

@@ -79,7 +79,8 @@ class TrainingConfig(Options):
     dataloader_workers: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="processes that encode samples, for each process of a training, while the GPU computes; 0: it does "
-        "that itself, between steps; none: 2 on a GPU, 0 on a CPU",
+        "that itself, between steps; none: 2 on a GPU, 0 on a CPU. They hand samples over in /dev/shm, which "
+        "containers make small (docker's `--shm-size`)",
     )
     packing: bool = Field(False, description="several samples in a sequence of model.max_length tokens (docs/data.md)")
     overlong: Literal["truncate", "refuse", "drop"] = Field(

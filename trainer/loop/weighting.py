@@ -64,7 +64,7 @@ class TaskWeighting(TrainerCallback):
         self.weights = torch.ones(len(tasks.names), device=method.context.device)  # [K], of the current step
         # Numbers of the balanced ones: how many a mask takes would have to be read from the device.
         own = [k for k, balanced in enumerate(tasks.balanced) if balanced]
-        self._balanced = torch.tensor(own, device=method.context.device)
+        self._balanced = torch.tensor(own, dtype=torch.int64, device=method.context.device)
         self._validation = validation
         self._interval = interval
         self._updates = 0

@@ -132,14 +132,14 @@ def count_workspace() -> dict[str, int]:
 
 
 def _peak_bytes(step: Callable[[], Any]) -> int:
-    peak = _Peak()
+    peak = Peak()
     with peak:
         result = step()
     del result
     return peak.bytes
 
 
-class _Peak:
+class Peak:
     """Highest sum of the allocations and releases that the profiler sees within a ``with`` block; of several, the
     highest."""
 
@@ -166,7 +166,7 @@ def count_full_size() -> dict[str, dict[str, Any]]:
     extra: dict[str, int] = {}
     products: dict[str, float] = {}
     for name, step in full_size.STEPS.items():
-        peak = _Peak()
+        peak = Peak()
         launches = full_size.run(step, peak)
         extra[name] = peak.bytes - full_size.gradient_bytes(step)
         products[name] = round(full_size.products(step, launches), 4)

@@ -2,12 +2,13 @@
 
 For each chunk of C packed rows: gather C rows of the hidden states; logits = one library product, float32 out of
 16-bit inputs; ``chunk_gradient`` turns the logits into their gradient in place (16-bit values at the front of each
-float32 row); two more products give dX and dW. Nothing is read back to the host: the number of chunks comes from the
-capacity ``rows_N.shape[0]``, and rows behind the last computed one have zero hidden states and zero gradients.
+float32 row); one more product gives dX. dW is one product over all rows: of the one chunk, or of each slice of the
+vocabulary, for which the gradients of the logits wait (:mod:`.cuda_slices`). Nothing is read back to the host: the
+number of chunks comes from the capacity ``rows_N.shape[0]``, and rows behind the last computed one have zero hidden
+states and zero gradients.
 
 Workspace: ``WORKSPACE_BYTES`` for the logits of a chunk, whatever M and V are (one row at least), and beside them its
-hidden rows and its dX, 6 C D bytes in 16 bits. With several chunks a 16-bit dW is summed in float32, which is 4 V D
-bytes more until it is rounded once; with one chunk, or into a float32 ``grad_weight_out``, there is no such buffer.
+hidden rows and its dX, 6 C D bytes in 16 bits, or the hidden states of all rows. There is no second dW in float32.
 
 Numerics: products accumulate in float32; loss, softmax and p - 1 in float32; the gradient of the logits is rounded
 once to the dtype of the inputs before the two products, as in every 16-bit training. float16 cannot hold gradients
@@ -17,48 +18,25 @@ float32 products follow ``torch.backends.cuda.matmul.allow_tf32``; float64 goes 
 
 # Shapes: M positions, N rows that may be computed, C rows of one chunk, D hidden width, V vocabulary, K tasks.
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import portable
-from .cuda_gradients import Chunk, LinearGradients, lift_for
+from .cuda_gradients import LinearGradients, RowKernels, lift_for
+from .cuda_head import Head, HeadKernels
 from .cuda_kernels import ChunkRows, RowResults, load
 from .cuda_products import LibraryProducts, Products
+from .cuda_slices import Waiting
 from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, saved_grad_dtypes
 from .rows import at_rows
 from .validation import check_capacity, check_target_values, checks_requested
 
-# Bound on the float32 logits of a chunk.
-WORKSPACE_BYTES = 512 * 2**20
-# Rows of a default chunk and floats of a row of logits: whole tiles of a product, and 16-byte boundaries.
-ROW_MULTIPLE, COLUMN_MULTIPLE = 128, 32
 
-
-class Kernels(Protocol):
+class Kernels(HeadKernels, RowKernels, Protocol):
     """The launches the backend needs; :class:`~cotbal_kernels.cuda_kernels.KernelLibrary` documents them."""
-
-    def chunk_gradient(
-        self,
-        logits_CV: Tensor,
-        out_CV: Tensor | None,
-        bias_V: Tensor | None,
-        where: ChunkRows,
-        spec: TokenLoss,
-        results: RowResults,
-    ) -> None: ...
-
-    def saved_gradient(
-        self,
-        logits_CV: Tensor,
-        out_CV: Tensor,
-        bias_V: Tensor | None,
-        where: ChunkRows,
-        spec: TokenLoss,
-        stats_2M: Tensor,
-    ) -> None: ...
 
     def task_sums(self, loss_M: Tensor, hit_M: Tensor, tasks_M: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]: ...
 
@@ -78,12 +56,6 @@ class Kernels(Protocol):
     def task_scales(
         self, task_weights_K: Tensor, tokens_K: Tensor, poison: Tensor, normalizer: Tensor | None, per_task: bool
     ) -> tuple[Tensor, Tensor]: ...
-
-    def gather_rows(self, problem: LinearProblem, start: int, rows: int) -> Tensor: ...
-
-    def scatter_rows(
-        self, grad_CD: Tensor, factor: Tensor | None, problem: LinearProblem, start: int, out_MD: Tensor
-    ) -> None: ...
 
 
 class CudaBackend:
@@ -142,22 +114,29 @@ class CudaBackend:
         chunk_size: int,
     ) -> LinearOutput:
         """Gradients in forward: 1F for the loss and 1F for each of dX and dW, over the capacity."""
-        hidden_MD, _, bias_V, targets_M, rows_N, num_rows = problem
+        hidden_MD, targets_M = problem.hidden_MD, problem.targets_M
         if hidden_MD.dtype == torch.float64:
             return portable.linear_forward(problem, tasks_M, scale_K, need, spec, chunk_size)
         kernels = self._kernels(hidden_MD.device)
         results, stats_2M = _new_results(targets_M)
         lift = lift_for(scale_K, spec.scale) if hidden_MD.dtype == torch.float16 else None
         wanted_K = (scale_K if lift is None else scale_K * lift.up).contiguous() if any(need) else None
+        head = Head(kernels, self._products, problem, spec, chunk_size, tasks_M, wanted_K)
         dtypes = saved_grad_dtypes(hidden_MD.dtype)
         gradients = LinearGradients(kernels, self._products, problem, need, dtypes, lift)
-        wide_bias_V = _float_vector(bias_V)
-        for chunk in self._chunks(kernels, problem, chunk_size):
-            where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, tasks_M, wanted_K)
-            out_CV = chunk.dlogits_CV if any(need) else None
-            kernels.chunk_gradient(chunk.logits_CV, out_CV, wide_bias_V, where, spec, results)
-            if any(need):
-                gradients.add(chunk)
+        storage = gradients.total_VD.view(-1).view(hidden_MD.dtype)
+        plan = head.plan(storage.numel()) if need[1] else None
+        waiting = None if plan is None else Waiting(plan, head.rows, storage, head.workspace_CV)
+        for chunk in head.chunks():
+            head.losses(chunk, results, any(need))
+            gradients.add_rows(chunk.dlogits_CV, chunk.start)
+            if waiting is None:
+                gradients.add_weight(chunk.dlogits_CV, chunk.hidden_CD, begun=chunk.start > 0)
+            else:
+                waiting.take(chunk.dlogits_CV, chunk.start)
+        if plan is not None:
+            for part in head.slices(plan, waiting, stats_2M):
+                gradients.add_weight(part.dlogits_NW, part.hidden_ND, part.first)
         task_loss_K, task_correct_K = kernels.task_sums(results.loss_M, results.hit_M, tasks_M, scale_K.shape[0])
         loss = (scale_K * task_loss_K).sum()
         return LinearOutput(loss, task_loss_K, task_correct_K, stats_2M.sum(0), *gradients.rounded())
@@ -169,14 +148,13 @@ class CudaBackend:
         chunk_size: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """1F over the capacity."""
-        hidden_MD, _, bias_V, targets_M, rows_N, num_rows = problem
+        hidden_MD = problem.hidden_MD
         if hidden_MD.dtype == torch.float64:
             return portable.linear_rows_forward(problem, spec, chunk_size)
-        kernels, wide_bias_V = self._kernels(hidden_MD.device), _float_vector(bias_V)
-        results, stats_2M = _new_results(targets_M)
-        for chunk in self._chunks(kernels, problem, chunk_size):
-            where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, None, None)
-            kernels.chunk_gradient(chunk.logits_CV, None, wide_bias_V, where, spec, results)
+        head = Head(self._kernels(hidden_MD.device), self._products, problem, spec, chunk_size)
+        results, stats_2M = _new_results(problem.targets_M)
+        for chunk in head.chunks():
+            head.losses(chunk, results, False)
         return results.loss_M, results.hit_M, stats_2M
 
     def linear_rows_backward(
@@ -191,25 +169,31 @@ class CudaBackend:
         grad_hidden_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """1F to compute the logits again, 1F for each of dX and dW, over the capacity."""
-        hidden_MD, _, bias_V, targets_M, rows_N, num_rows = problem
+        hidden_MD = problem.hidden_MD
         if hidden_MD.dtype == torch.float64:
             return portable.linear_rows_backward(
                 problem, grad_M, stats_2M, grad_weight_out, need, spec, chunk_size, grad_hidden_dtype
             )
-        kernels, wide_bias_V = self._kernels(hidden_MD.device), _float_vector(bias_V)
         grad_M = grad_M.to(torch.float32)
         lift = None
         if hidden_MD.dtype == torch.float16:
             # What arrives at a position that is not computed is never looked at, here neither.
-            lift = lift_for(at_rows(grad_M, rows_N), spec.scale)
+            lift = lift_for(at_rows(grad_M, problem.rows_N), spec.scale)
         scale_M = (grad_M if lift is None else grad_M * lift.up).contiguous()
+        kernels, stats_2M = self._kernels(hidden_MD.device), stats_2M.contiguous()
+        head = Head(kernels, self._products, problem, spec, chunk_size, None, scale_M)
         dtypes = (grad_hidden_dtype, hidden_MD.dtype, hidden_MD.dtype)
         gradients = LinearGradients(kernels, self._products, problem, need, dtypes, lift, grad_weight_out)
-        stats_2M = stats_2M.contiguous()
-        for chunk in self._chunks(kernels, problem, chunk_size):
-            where = ChunkRows(rows_N, num_rows, chunk.start, targets_M, None, scale_M)
-            kernels.saved_gradient(chunk.logits_CV, chunk.dlogits_CV, wide_bias_V, where, spec, stats_2M)
-            gradients.add(chunk)
+        plan = head.plan(0) if need[1] else None
+        if plan is not None:
+            for part in head.slices(plan, None, stats_2M):
+                gradients.add_slice(part.dlogits_NW, part.first)
+                gradients.add_weight(part.dlogits_NW, part.hidden_ND, part.first)
+            return gradients.rounded()
+        for chunk in head.chunks():
+            head.saved(chunk, stats_2M)
+            gradients.add_rows(chunk.dlogits_CV, chunk.start)
+            gradients.add_weight(chunk.dlogits_CV, chunk.hidden_CD, begun=chunk.start > 0)
         return gradients.rounded()
 
     def logits_rows_forward(
@@ -250,48 +234,12 @@ class CudaBackend:
         else:
             self._kernels(grad.device).scale_gradient(grad, factor.to(torch.float32), out)
 
-    def _chunks(self, kernels: Kernels, problem: LinearProblem, chunk_size: int) -> Iterator[Chunk]:
-        """Yield the logits of at most C rows at a time, all in the same workspace."""
-        hidden_MD, weight_VD = problem.hidden_MD, problem.weight_VD
-        hidden_MD = hidden_MD if hidden_MD.stride(1) == 1 else hidden_MD.contiguous()
-        problem = problem._replace(hidden_MD=hidden_MD)
-        capacity, vocab_size = problem.rows_N.shape[0], weight_VD.shape[0]
-        # Rows start at 16-byte boundaries whatever V is.
-        stride = -(-vocab_size // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-        size = min(chunk_size or default_chunk(capacity, 4 * stride), capacity)
-        workspace = torch.empty((size, stride), dtype=torch.float32, device=hidden_MD.device)
-        for start in range(0, capacity, max(size, 1)):
-            used = workspace[: min(size, capacity - start)]
-            hidden_CD = kernels.gather_rows(problem, start, used.shape[0])
-            logits_CV, dlogits_CV = used[:, :vocab_size], used.view(hidden_MD.dtype)[:, :vocab_size]
-            self._products.wide(hidden_CD, weight_VD.t(), logits_CV)
-            yield Chunk(start, hidden_CD, logits_CV, dlogits_CV, size == capacity)
-
-
-def default_chunk(capacity: int, row_bytes: int) -> int:
-    """Rows per chunk within the workspace: all of them if they fit, else equal chunks of whole tiles.
-
-    Another chunk reads the weight and the float32 sum of dW once more, so they are as few as whole tiles allow.
-    """
-    limit = max(1, WORKSPACE_BYTES // row_bytes)
-    if capacity <= limit:
-        return max(1, capacity)
-    if limit < ROW_MULTIPLE:
-        return limit
-    rows = limit // ROW_MULTIPLE * ROW_MULTIPLE
-    equal = -(-capacity // -(-capacity // rows))
-    return -(-equal // ROW_MULTIPLE) * ROW_MULTIPLE
-
 
 def _new_results(targets_M: Tensor) -> tuple[RowResults, Tensor]:
     """Results, 0 where a position is not computed, and the statistics among them as ``[2, M]``."""
     stats_2M = targets_M.new_zeros((2, targets_M.shape[0]), dtype=torch.float32)
     loss_M = targets_M.new_zeros(targets_M.shape, dtype=torch.float32)
     return RowResults(loss_M, stats_2M[0], stats_2M[1], torch.zeros_like(targets_M)), stats_2M
-
-
-def _float_vector(bias_V: Tensor | None) -> Tensor | None:
-    return None if bias_V is None else bias_V.to(torch.float32).contiguous()
 
 
 def _rows_of_neighbours(logits_MV: Tensor) -> Tensor:

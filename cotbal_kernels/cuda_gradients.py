@@ -26,14 +26,6 @@ class Lift(NamedTuple):
     down: Tensor
 
 
-class Chunk(NamedTuple):
-    start: int  # of the chunk in rows_N
-    hidden_CD: Tensor
-    logits_CV: Tensor  # float32, without the bias
-    dlogits_CV: Tensor  # the same memory, in the dtype of the hidden states
-    only: bool  # there is no other chunk
-
-
 class RowKernels(Protocol):
     """The launch that dX needs; :class:`~cotbal_kernels.cuda_kernels.KernelLibrary` documents it."""
 
@@ -43,7 +35,7 @@ class RowKernels(Protocol):
 
 
 class LinearGradients:
-    """dX, dW and db over the chunks; one that was not asked for is empty and costs nothing.
+    """dX, dW and db; one that was not asked for is empty and costs nothing.
 
     ``into`` takes the place of dW: the sum is added to what it holds, in float32, and rounded once.
     """
@@ -65,66 +57,75 @@ class LinearGradients:
         self.hidden_MD = hidden_MD.new_zeros(hidden_MD.shape if self.need_hidden else (0,), dtype=dtypes[0])
         bias_shape = self.weight_VD.shape[:1] if self.need_bias else (0,)
         self.sum_bias_V = self.weight_VD.new_zeros(bias_shape, dtype=torch.float32)
-        self.total_VD: Tensor | None = None  # lifted if float32
-
-    def add(self, chunk: Chunk) -> None:
-        """Use the gradient of the logits of ``chunk``, whose memory the next chunk overwrites."""
-        if self.need_hidden:
-            grad_CD = chunk.hidden_CD.new_empty(chunk.hidden_CD.shape, dtype=torch.float32)
-            self.products.wide(chunk.dlogits_CV, self.weight_VD, grad_CD)
-            down = None if self.lift is None else self.lift.down
-            self.kernels.scatter_rows(grad_CD, down, self.problem, chunk.start, self.hidden_MD)
-        if self.need_bias:
-            self.sum_bias_V += chunk.dlogits_CV.sum(0, dtype=torch.float32)
-        if self.need_weight:
-            self._add_to_weight(chunk)
-
-    def _add_to_weight(self, chunk: Chunk) -> None:
-        left_VC, right_CD, into = chunk.dlogits_CV.t(), chunk.hidden_CD, self.into
-        narrow = self.dtypes[1] != torch.float32
-        if into is not None and into.dtype == torch.float32 and self.lift is None:
-            self.products.add(into, left_VC, right_CD)
-        elif into is not None and (into.dtype == torch.float32 or chunk.only):
-            self._add_in_blocks(into, left_VC, right_CD)
-        elif into is None and chunk.only and narrow and self.lift is None:
-            self.total_VD = torch.empty_like(
-                self.weight_VD, dtype=self.dtypes[1], memory_format=torch.contiguous_format
-            )
-            self.products.rounded(left_VC, right_CD, self.total_VD)
-        elif into is None and chunk.only and narrow:
-            self.total_VD = self._zeros()
-            self._add_in_blocks(self.total_VD, left_VC, right_CD)
-        elif self.total_VD is None:
-            self.total_VD = self.weight_VD.new_empty(self.weight_VD.shape, dtype=torch.float32)
-            self.products.wide(left_VC, right_CD, self.total_VD)
+        self.sum_ND: Tensor | None = None  # dX of all rows, summed over slices
+        self.total_VD: Tensor  # lifted if float32
+        if into is not None:
+            self.total_VD = into
         else:
-            self.products.add(self.total_VD, left_VC, right_CD)
+            new = hidden_MD.new_empty if problem.rows_N.shape[0] else hidden_MD.new_zeros
+            self.total_VD = new(self.weight_VD.shape if self.need_weight else (0,), dtype=dtypes[1])
 
-    def _add_in_blocks(self, target_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-        """Add a product to ``target_VD`` of any dtype: sum in float32, one rounding, a bounded buffer."""
-        for start, stop in _blocks(target_VD):
-            block_BD = target_VD.new_empty((stop - start, target_VD.shape[1]), dtype=torch.float32)
-            self.products.wide(left_VC[start:stop], right_CD, block_BD)
-            target_VD[start:stop].copy_(self._lowered(block_BD).add_(target_VD[start:stop]))
+    def add_rows(self, dlogits_CV: Tensor, start: int) -> None:
+        """dX and db of the rows from ``start`` on."""
+        if self.need_hidden:
+            grad_CD = self._new_rows(dlogits_CV.shape[0])
+            self.products.wide(dlogits_CV, self.weight_VD, grad_CD)
+            self._scatter(grad_CD, start)
+        if self.need_bias:
+            self.sum_bias_V += dlogits_CV.sum(0, dtype=torch.float32)
+
+    def add_weight(self, dlogits_RW: Tensor, hidden_RD: Tensor, first: int = 0, begun: bool = False) -> None:
+        """dW of the columns from ``first`` on; unless ``begun`` nothing has been added to them before."""
+        if not self.need_weight:
+            return
+        left_WR, target_WD = dlogits_RW.t(), self.total_VD[first : first + dlogits_RW.shape[1]]
+        adds = begun or self.into is not None
+        in_float32 = target_WD.dtype == torch.float32
+        if adds and in_float32 and (self.into is None or self.lift is None):
+            self.products.add(target_WD, left_WR, hidden_RD)
+        elif not adds and in_float32:
+            self.products.wide(left_WR, hidden_RD, target_WD)
+        elif not adds and self.lift is None:
+            self.products.rounded(left_WR, hidden_RD, target_WD)
+        else:
+            self._add_in_blocks(target_WD, left_WR, hidden_RD, adds)
+
+    def _add_in_blocks(self, target_WD: Tensor, left_WR: Tensor, right_RD: Tensor, adds: bool) -> None:
+        """A product into ``target_WD`` of any dtype: sum in float32, one rounding, a bounded buffer."""
+        for start, stop in _blocks(target_WD):
+            block_BD = target_WD.new_empty((stop - start, target_WD.shape[1]), dtype=torch.float32)
+            self.products.wide(left_WR[start:stop], right_RD, block_BD)
+            block_BD = self._lowered(block_BD)
+            target_WD[start:stop].copy_(block_BD.add_(target_WD[start:stop]) if adds else block_BD)
+
+    def add_slice(self, dlogits_NW: Tensor, first: int) -> None:
+        """dX and db of all rows, as far as they come from the columns from ``first`` on."""
+        stop = first + dlogits_NW.shape[1]
+        if self.need_bias:
+            torch.sum(dlogits_NW, 0, dtype=torch.float32, out=self.sum_bias_V[first:stop])
+        if self.need_hidden and self.sum_ND is None:
+            self.sum_ND = self._new_rows(dlogits_NW.shape[0])
+            self.products.wide(dlogits_NW, self.weight_VD[first:stop], self.sum_ND)
+        elif self.sum_ND is not None:
+            self.products.add(self.sum_ND, dlogits_NW, self.weight_VD[first:stop])
 
     def rounded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of hidden states, weight and bias, each rounded once to its dtype."""
+        if self.sum_ND is not None:
+            self._scatter(self.sum_ND, 0)
         bias_V = self._lowered(self.sum_bias_V).to(self.dtypes[2])
-        return self.hidden_MD, self._weight(), bias_V
+        if self.into is not None:
+            return self.hidden_MD, self.weight_VD.new_empty(0, dtype=self.dtypes[1]), bias_V
+        wide = self.total_VD.dtype == torch.float32
+        return self.hidden_MD, self._lowered(self.total_VD) if wide else self.total_VD, bias_V
 
-    def _weight(self) -> Tensor:
-        total_VD, into = self.total_VD, self.into
-        if not self.need_weight or into is not None:
-            if into is not None and total_VD is not None:
-                for start, stop in _blocks(into):
-                    into[start:stop].copy_(self._lowered(total_VD[start:stop]).add_(into[start:stop]))
-            return self.weight_VD.new_empty(0, dtype=self.dtypes[1])
-        if total_VD is None:  # no row at all
-            return self._zeros()
-        return self._lowered(total_VD).to(self.dtypes[1]) if total_VD.dtype == torch.float32 else total_VD
+    def _new_rows(self, rows: int) -> Tensor:
+        return self.weight_VD.new_empty((rows, self.weight_VD.shape[1]), dtype=torch.float32)
 
-    def _zeros(self) -> Tensor:
-        return self.weight_VD.new_zeros(self.weight_VD.shape, dtype=self.dtypes[1])
+    def _scatter(self, grad_RD: Tensor, start: int) -> None:
+        """dX of the rows from ``start`` on to their positions."""
+        down = None if self.lift is None else self.lift.down
+        self.kernels.scatter_rows(grad_RD, down, self.problem, start, self.hidden_MD)
 
     def _lowered(self, lifted: Tensor) -> Tensor:
         """Undo the lift in place."""

@@ -43,7 +43,9 @@ class ChunkRows(NamedTuple):
     rows_N: Tensor | None  # int64 positions, M where there is none; None: row r is position start + r
     num_rows: Tensor | None  # int64 [1], with rows_N
     start: int  # of the chunk in rows_N
-    targets_M: Tensor  # int64, -1: no target among these logits; without rows_N, a position that is not computed
+    # int64; -1: no target among these logits, for saved_gradient any other that is none of their columns too. Without
+    # rows_N, -1 is a position that is not computed.
+    targets_M: Tensor
     tasks_M: Tensor | None  # int64; None: scale is per position
     scale: Tensor | None  # float32 [K] with tasks_M, else [M]; None where no gradient is wanted
 

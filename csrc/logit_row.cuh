@@ -39,7 +39,9 @@ struct Gradients {
 struct Positions {
     const int64_t* rows;      // [N] positions, M where there is none; null: row r is position start + r
     const int64_t* num_rows;  // [1]: how many of `rows` are positions
-    const int64_t* targets;   // [M], -1: no target in these columns; without `rows`, a position that is not computed
+    // [M]; with statistics that are known, any that is none of the columns: the target is not among them. For the losses
+    // that is -1. Without `rows`, -1 is a position that is not computed.
+    const int64_t* targets;
     int64_t start;            // of the chunk in `rows`
 
     // -1 for a row that is none: it costs a row of zeros.

@@ -61,6 +61,13 @@ def test_chunk_gradient(
         again = torch.full_like(out_CV, SENTINEL)
         kernels.saved_gradient(case.logits_CV, again, case.bias_V, case.where(), spec, stats_2M)
         check_gradient(again, expected[-1])
+        # A slice of the columns, where targets of others lie before the first or behind the last.
+        columns = slice(vocab // 3, vocab - vocab // 3)
+        where, sliced = case.where(), torch.full_like(again[:, columns], SENTINEL)
+        where = where._replace(targets_M=where.targets_M - columns.start)
+        bias_W = None if case.bias_V is None else case.bias_V[columns]
+        kernels.saved_gradient(case.logits_CV[:, columns], sliced, bias_W, where, spec, stats_2M)
+        assert torch.equal(sliced, again[:, columns])
 
 
 def test_losses_alone_leave_the_logits(kernels: KernelLibrary) -> None:

@@ -127,7 +127,7 @@ class CudaBackend:
         storage = gradients.total_VD.view(-1).view(hidden_MD.dtype)
         plan = head.plan(storage.numel()) if need[1] else None
         waiting = None if plan is None else Waiting(plan, head.rows, storage, head.workspace_CV)
-        for chunk in head.chunks():
+        for chunk in head.chunks(waiting):
             head.losses(chunk, results, any(need))
             gradients.add_rows(chunk.dlogits_CV, chunk.start)
             if waiting is None:

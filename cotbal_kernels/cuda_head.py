@@ -1,7 +1,7 @@
 """One linear head of the CUDA backend: its logits chunk by chunk of rows, or slice by slice of the vocabulary.
 
 Both are library products with a float32 result, of 16-bit inputs too, and a kernel of csrc/ that turns logits into
-their gradient in place: 16-bit values lie at the front of each float32 row.
+their gradient, in place where that does not wait elsewhere: 16-bit values at the front of each float32 row.
 """
 
 # Shapes: M positions, N rows that may be computed, A of them computed again, C rows of one chunk, D hidden width,
@@ -56,7 +56,7 @@ class Chunk(NamedTuple):
     where: ChunkRows
     hidden_CD: Tensor
     logits_CV: Tensor  # float32, without the bias
-    dlogits_CV: Tensor  # the same memory, in the dtype of the hidden states
+    dlogits_CV: Tensor  # in the dtype of the hidden states, in the same memory or where they wait
 
     @property
     def start(self) -> int:
@@ -106,20 +106,17 @@ class Head:
             return None
         return plan_slices(self.rows, self.vocab_size, size, stride, storage)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self, waiting: Waiting | None = None) -> Iterator[Chunk]:
         """The logits of at most C rows at a time, all in the same workspace."""
         size = self.workspace_CV.shape[0]
         for start in range(0, self.rows, max(size, 1)):
             used = self.workspace_CV[: min(size, self.rows - start)]
             hidden_CD = self.kernels.gather_rows(self.problem, start, used.shape[0])
-            chunk = Chunk(
-                self.where._replace(start=start),
-                hidden_CD,
-                used[:, : self.vocab_size],
-                used.view(self.dtype)[:, : self.vocab_size],
-            )
-            self.products.wide(hidden_CD, self.weight_VD.t(), chunk.logits_CV)
-            yield chunk
+            logits_CV = used[:, : self.vocab_size]
+            self.products.wide(hidden_CD, self.weight_VD.t(), logits_CV)
+            place_CV = None if waiting is None else waiting.place(start, used.shape[0])
+            dlogits_CV = used.view(self.dtype)[:, : self.vocab_size] if place_CV is None else place_CV
+            yield Chunk(self.where._replace(start=start), hidden_CD, logits_CV, dlogits_CV)
 
     def losses(self, chunk: Chunk, results: RowResults, gradient: bool) -> None:
         """Losses of a chunk, and with ``gradient`` its logits become their gradient."""

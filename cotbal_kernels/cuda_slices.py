@@ -105,9 +105,17 @@ class Waiting:
         """The workspace that is free when all chunks are through, a vector in float32."""
         return self.workspace_CV[self.half :].view(-1)
 
+    def place(self, start: int, rows: int) -> Tensor | None:
+        """Where a chunk may be written at once: in dW's memory, if a row lies there in one piece; ``[C, V]``."""
+        if len(self.bounds) > 1 or start + rows > self.slices.stored:
+            return None
+        return self.stored_SNW[0, start : start + rows, : self.slices.vocab_size]
+
     def take(self, dlogits_CV: Tensor, start: int) -> None:
-        """Keep what the chunk from row ``start`` on has in the workspace, as far as it has a place."""
+        """Keep the chunk from row ``start`` on, as far as it has a place and is not there already."""
         slices, rows = self.slices, dlogits_CV.shape[0]
+        if self.place(start, rows) is not None:
+            return
         stored = min(rows, slices.stored - start)
         if stored > 0:
             whole = len(self.bounds) - 1

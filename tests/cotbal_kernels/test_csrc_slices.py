@@ -138,6 +138,39 @@ def test_what_waits_is_what_was_taken() -> None:
         storage[first * D : last * D] = math.nan  # dW of this slice
 
 
+@pytest.mark.parametrize(("V", "chunk", "slices", "copies"), [(300, 37, 1, [0, 0]), (700, 13, 2, [2] * 4)])
+def test_what_lies_in_one_piece_is_not_copied(
+    cuda_on_cpu: CudaBackend, monkeypatch: pytest.MonkeyPatch, V: int, chunk: int, slices: int, copies: list[int]
+) -> None:
+    """The kernel writes a chunk's gradients where they wait; a place in two slices takes a copy for each."""
+    p = make_problem((1, 40), D=64, V=V, dtype=torch.bfloat16, ignored=0.0)
+    problem, targets, lam = arguments(p)
+    taken: list[int] = []
+    take = Waiting.take
+
+    def counting(self: Waiting, dlogits_CV: Tensor, start: int) -> None:
+        assert len(self.bounds) == slices
+        with Copies() as counted:
+            take(self, dlogits_CV, start)
+        taken.append(counted.number)
+
+    monkeypatch.setattr(Waiting, "take", counting)
+    cuda_on_cpu.linear_forward(problem, targets.tasks_M, lam, (True,) * 3, TokenLoss(), chunk)
+    assert taken == copies
+
+
+class Copies(TorchDispatchMode):
+    """Counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func == torch.ops.aten.copy_.default
+        return func(*args, **(kwargs or {}))
+
+
 class Nothing(TorchDispatchMode):
     """Copies move nothing: memory is allocated, and nobody writes to it."""
 

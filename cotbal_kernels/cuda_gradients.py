@@ -81,7 +81,7 @@ class LinearGradients:
         left_WR, target_WD = dlogits_RW.t(), self.total_VD[first : first + dlogits_RW.shape[1]]
         adds = begun or self.into is not None
         in_float32 = target_WD.dtype == torch.float32
-        if adds and in_float32 and (self.into is None or self.lift is None):
+        if adds and in_float32 and self.lift is None:
             self.products.add(target_WD, left_WR, hidden_RD)
         elif not adds and in_float32:
             self.products.wide(left_WR, hidden_RD, target_WD)

@@ -157,6 +157,8 @@ class ConvergenceBalancer:
         expected = {"settings", *tensors}
         if set(state) != expected:
             raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(map(str, state))}")
+        if not isinstance(state["settings"], Mapping):
+            raise ValueError(f"state['settings'] must be a mapping, got {type(state['settings']).__name__}")
         for name, own in asdict(self.settings).items():
             theirs = state["settings"].get(name)
             if theirs != own:

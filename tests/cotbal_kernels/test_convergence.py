@@ -325,6 +325,7 @@ def test_damaged_state_is_refused_whole() -> None:
         ({"peaks": torch.ones(3, dtype=torch.float64)}, r"state\['peaks'\] must be .* got torch.float64 \(3,\)"),
         ({"peaks": [0.0]}, r"state\['peaks'\] must be a torch.Tensor, got list"),
         ({"weight": torch.ones(2)}, "state must have the keys"),
+        ({"settings": None}, r"state\['settings'\] must be a mapping, got NoneType"),
     ):
         fresh = ConvergenceBalancer(2, window=4, warmup=1)
         with pytest.raises(ValueError, match=message):

@@ -156,6 +156,30 @@ class TestWhoMayTakePart:
         followers.join()
         assert followers.errors == {}
 
+    def test_one_that_is_killed_while_it_looks_around_may_come_again(
+        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of the first one nothing is heard until the run is over for the second."""
+        look, begun, over = following._other_folder, threading.Event(), threading.Event()
+
+        def killed(mailbox: Mailbox) -> list[str]:
+            monkeypatch.setattr(following, "_other_folder", look)
+            begun.set()
+            over.wait(60)
+            return []
+
+        monkeypatch.setattr(cluster_module, "JOINING", 5.0)
+        monkeypatch.setattr(following, "_other_folder", killed)
+        followers.start(config(nodes=2), 1)
+        try:
+            cluster = led(config(nodes=2), followers, tmp_path / "run")
+            threading.Thread(target=lambda: begun.wait(60) and followers.start(config(nodes=2), 1)).start()
+            with cluster:
+                over.set()
+        finally:
+            over.set()
+        assert str(followers.errors[1]).startswith("another machine is node 1 already")
+
     def test_one_that_breaks_down_on_the_way(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -41,25 +41,31 @@ def follow(config: RunConfig, node: Membership) -> None:
     """
     _say(f"node {node.rank} of {node.count}: waiting for node 0 at {node.address}")
     mailbox, address = Mailbox.join(node)
+    claimed, reason = False, "the run is over"
     try:
-        if not mailbox.claim(node.rank):
-            raise UserError(f"another machine is node {node.rank} already; give every machine its own --node-rank")
-        reason = "the run is over"
         try:
-            _take_part(config, node, mailbox, address)
+            hello = _introduction(config, mailbox, address)
+            claimed = mailbox.claim(node.rank)  # not before: killed meanwhile, it could not come again
+            if not claimed:
+                raise UserError(f"another machine is node {node.rank} already; give every machine its own --node-rank")
+            mailbox.post(f"hello/{node.rank}", hello)
+            if hello.device == "cpu":
+                os.environ["DS_ACCELERATOR"] = "cpu"  # else every process that imports DeepSpeed warns of it
+            _work(Machine(config.launch, hello.device, node.rank), node.rank, mailbox)
         except BaseException as error:
             reason = reason_of(error)
             raise
         finally:
             with suppress(ContactLost):
-                mailbox.post(f"left/{node.rank}", Notice(reason=reason))
+                if claimed or mailbox.claim(node.rank):
+                    mailbox.post(f"left/{node.rank}", Notice(reason=reason))
     except ContactLost as error:
         raise UserError(
             f"contact with node 0 at {node.address} is lost ({error}); start the same command on every machine to go on"
         ) from error
 
 
-def _take_part(config: RunConfig, node: Membership, mailbox: Mailbox, address: str) -> None:
+def _introduction(config: RunConfig, mailbox: Mailbox, address: str) -> Hello:
     problems: list[str] = []
     device = "unknown"
     try:
@@ -69,9 +75,8 @@ def _take_part(config: RunConfig, node: Membership, mailbox: Mailbox, address: s
         problems.append(str(error))
     sizes = record_sizes(config)
     problems += _missing_files(config, sizes)
-    mailbox.beat(node.rank)
     problems += _other_folder(mailbox)
-    hello = Hello(
+    return Hello(
         host=socket.gethostname(),
         address=address,
         versions=versions(),
@@ -80,10 +85,6 @@ def _take_part(config: RunConfig, node: Membership, mailbox: Mailbox, address: s
         sizes=sizes,
         problems=problems,
     )
-    mailbox.post(f"hello/{node.rank}", hello)
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # else every process that imports DeepSpeed warns of it
-    _work(Machine(config.launch, device, node.rank), node.rank, mailbox)
 
 
 def _work(machine: Machine, rank: int, mailbox: Mailbox) -> None:

@@ -31,7 +31,9 @@ class TestMembership:
         [
             ({}, (1, "node-a"), Membership(1, 4, "node-a", 29400)),
             ({}, (0, "10.0.0.7:1234"), Membership(0, 4, "10.0.0.7", 1234)),
-            ({}, (0, "[fd00::1]:80"), Membership(0, 4, "fd00::1", 80)),
+            ({}, (0, "[fd00::1]:1"), Membership(0, 4, "fd00::1", 1)),
+            ({}, (0, "a:65535"), Membership(0, 4, "a", 65535)),
+            ({"SLURM_NODEID": "2", "SLURM_JOB_NODELIST": "gpu07"}, (None, None), Membership(2, 4, "gpu07", 29400)),
             (SLURM, (None, None), Membership(2, 4, "gpu07", 29400)),
             (SLURM, (None, "gpu07-ib:5000"), Membership(2, 4, "gpu07-ib", 5000)),
             # A step on some of a job's machines has a list and numbers of its own.
@@ -68,7 +70,8 @@ class TestMembership:
             ({}, (1, None), "where node 0 is"),
             ({}, (4, "a"), "node rank 4 must be 0 to 3"),
             ({}, (1, "a:b"), "--master must be HOST or HOST:PORT, got 'a:b'"),
-            ({}, (1, "a:70000"), "--master must be"),
+            ({}, (1, "a:0"), "port of node 0 must be 1 to 65535, got 0"),
+            ({"MASTER_ADDR": "a", "MASTER_PORT": "65536"}, (1, None), "must be 1 to 65535, got 65536"),
             ({"NODE_RANK": "one", "MASTER_ADDR": "a"}, (None, None), "NODE_RANK must be a number, got 'one'"),
             (SLURM | {"SLURM_NNODES": "3"}, (None, None), "SLURM has started this on 3 machine"),
             (SLURM | {"SLURM_LOCALID": "1"}, (None, None), "--ntasks-per-node=1"),
@@ -91,8 +94,9 @@ class TestMembership:
         monkeypatch.setenv("SLURM_STEP_NUM_NODES", "4")
         with pytest.raises(UserError, match=r"on 4 machines and launch\.nodes is 1: .* set launch\.nodes to 4"):
             find_membership(LaunchConfig())
-        with pytest.raises(UserError, match=r"say how many with launch\.nodes"):
-            find_membership(LaunchConfig(), 0, None)
+        for options in ((0, None), (None, "node-a")):
+            with pytest.raises(UserError, match=r"say how many with launch\.nodes"):
+                find_membership(LaunchConfig(), *options)
 
     @pytest.mark.parametrize(
         ("listed", "first"),

@@ -58,7 +58,7 @@ class Famo(BalancingMethod):
         self.last = last_known(losses, self.last)
         seen = ~self.last.isnan()
         D = self._distance(self.last)
-        D = torch.where(seen, D, torch.where(seen, D, 0.0).sum() / seen.sum().clamp(min=1))
+        D = torch.where(seen, D, torch.where(seen, D, 0.0).sum() / seen.sum())
         self.weights = torch.where(seen.any(), mean_one(self.xi.softmax(0) / D), self.weights)
 
     def after_step(self, report: StepReport) -> None:
@@ -94,14 +94,14 @@ class FamoStar(Famo):
 
     def __init__(self, context: MethodContext, options: MethodOptions) -> None:
         super().__init__(context, options)
-        self.validation_sum: Tensor | None = None
-        self.validation_tokens: Tensor | None = None
+        self.validation_sum = torch.zeros_like(self.xi)
+        self.validation_tokens = torch.zeros_like(self.xi)
 
     def before_step(self, losses: TaskLosses | None) -> None:
         """The weights moved when the last validation batch was seen."""
 
     def validated(self, new: TaskLosses, again: TaskLosses | None) -> None:
-        if again is not None and self.validation_sum is not None and self.validation_tokens is not None:
+        if again is not None:
             self._descend(TaskLosses(self.validation_sum, self.validation_tokens), again)
             self.weights = mean_one(self.xi.softmax(0))
         self.validation_sum, self.validation_tokens = new.loss_sum, new.tokens

@@ -62,6 +62,8 @@ def find_membership(launch: LaunchConfig, rank: int | None = None, master: str |
     if not 0 <= rank < launch.nodes:
         raise UserError(f"node rank {rank} must be 0 to {launch.nodes - 1}, because launch.nodes is {launch.nodes}")
     host, port = _address(master)
+    if not 0 < port < 65536:
+        raise UserError(f"the port of node 0 must be 1 to 65535, got {port}")
     return Membership(rank, launch.nodes, host, port)
 
 
@@ -90,10 +92,9 @@ def _address(master: str | None) -> tuple[str, int]:
         return first_host(listed), PORT
     # HOST, HOST:PORT, and an IPv6 address in brackets with either
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[^:\[\]\s]+)(?::(\d+))?", master)
-    port_number = int(found[2] or PORT) if found else 0
-    if found is None or not 0 < port_number < 65536:
+    if found is None:
         raise UserError(f"--master must be HOST or HOST:PORT, got '{master}'")
-    return found[1].strip("[]"), port_number
+    return found[1].strip("[]"), int(found[2] or PORT)
 
 
 def first_host(listed: str) -> str:

@@ -130,6 +130,8 @@ def test_gradnorm_sees_losses_and_norms_of_the_whole_step(tmp_path: Path) -> Non
     trainer.train()
     for report, parameters, batch in zip(spy.steps, spy.parameters, windows(trainer), strict=True):
         same(report.losses, oracle(model_with(parameters), batch), norms=True)
+        assert report.losses_after is None  # what nobody asks for is not measured
+    assert spy.before == [None] * 6
     assert [report.step for report in spy.steps] == [1, 2, 3, 4, 5, 6]
     assert [report.epoch for report in spy.steps] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
 
@@ -143,6 +145,7 @@ def test_famo_sees_the_batch_before_and_after_the_step(tmp_path: Path) -> None:
         before = oracle(model_with(spy.parameters[t]), batch)
         same(spy.before[t], before)
         same(report.losses, before)
+        assert report.losses.gradient_norms is None
         same(report.losses_after, oracle(model_with([*spy.parameters, final][t + 1]), batch))
         assert report.losses_after is not None
         assert not torch.equal(report.losses_after.loss_sum, report.losses.loss_sum)

@@ -46,7 +46,7 @@ class CoBa(BalancingMethod):
         window = self.options.window
         self._balancer = ConvergenceBalancer(
             context.num_tasks,
-            window=2 * max(1, context.validation_batches) if window is None else window,
+            window=2 * context.validation_batches if window is None else window,
             warmup=_warmup(self.options, context.validation_batches),
             temperature=self.options.temperature,
             variant=self.options.variant,
@@ -68,4 +68,4 @@ class CoBa(BalancingMethod):
 
 
 def _warmup(options: CobaOptions, validation_batches: int) -> int:
-    return max(1, validation_batches) if options.warmup is None else options.warmup
+    return validation_batches if options.warmup is None else options.warmup

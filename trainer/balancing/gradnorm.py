@@ -57,7 +57,7 @@ class GradNorm(BalancingMethod):
         self.first = first_known(losses, self.first)
 
         def mean(values: Tensor, of: Tensor) -> Tensor:
-            return torch.where(of, values, 0.0).sum() / of.sum().clamp(min=1)
+            return torch.where(of, values, 0.0).sum() / of.sum()
 
         norms = losses.gradient_norms
         G = self.w * norms

@@ -57,8 +57,6 @@ class TaskWeighting(TrainerCallback):
         interval: int,
         csv_path: Path,
     ) -> None:
-        if method.needs.validation and validation is None:
-            raise ValueError(f"{type(method).__name__} needs validation batches")
         self.method = method
         self.tasks = tasks
         self.weights = torch.ones(len(tasks.names), device=method.context.device)  # [K], of the current step

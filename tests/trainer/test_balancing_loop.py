@@ -33,6 +33,7 @@ from trainer.balancing.registry import METHODS, is_cotbal
 from trainer.errors import UserError
 from trainer.loop.callbacks import COMPLETE
 from trainer.loop.measuring import forward_only
+from trainer.loop.validation import ValidationBatches
 
 # float32 sums in another order, carried through a few steps.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -152,15 +153,20 @@ def test_famo_sees_the_batch_before_and_after_the_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["gradnorm_star", "famo_star"])
-def test_validation_batches_are_measured_at_their_steps(name: str, tmp_path: Path) -> None:
+def test_validation_batches_are_measured_at_their_steps(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Update u happens before step 2 u + 1 with an interval of 2; the previous batch is measured again when asked.
 
     L(0) is of all eight records of each task, which are the first four updates. Each of two lines of the log has the
     mean of two updates.
     """
     trainer = make_trainer(name, tmp_path, interval=2, logging_steps=3)
+    closed: list[ValidationBatches] = []
+    monkeypatch.setattr(ValidationBatches, "close", lambda batches: closed.append(batches))
     spy = Spy(trainer)
     trainer.train()
+    assert closed == [trainer.weighting._validation]  # a process that makes batches ends with the training
     final = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     batches = [collate_all(validation_batches()(u)) for u in range(4)]
     assert len(spy.validated) == 4
@@ -263,6 +269,10 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
     (checkpoint,) = (tmp_path / "checkpoints").glob("checkpoint-*")
     with pytest.raises(UserError, match="belongs to another method or other options"):
         make_trainer("gradnorm", tmp_path).weighting.load(checkpoint)
+    other = make_trainer("coba", tmp_path, {"window": 5}).weighting.method.state_dict()
+    torch.save({"method": other, "updates": 0}, checkpoint / "balancing.pt")
+    with pytest.raises(UserError, match=r"another method or other options \(state must come from .* window=4, got"):
+        make_trainer("coba", tmp_path, {"window": 4}).weighting.load(checkpoint)
     (checkpoint / "balancing.pt").unlink()
     with pytest.raises(UserError, match="without the state of a balancing method; delete"):
         make_trainer("lbtw", tmp_path).weighting.load(checkpoint)

@@ -161,7 +161,7 @@ class TaskWeighting(TrainerCallback):
         content = torch.load(path, map_location="cpu", weights_only=True)
         try:
             self.method.load_state_dict(content["method"])
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError) as error:
             raise UserError(f"{path} belongs to another method or other options ({error}); {remedy}") from error
         self._updates = content["updates"]
 

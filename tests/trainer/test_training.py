@@ -80,8 +80,9 @@ def oracle(run_data: dict[str, Any], aggregation: str, samples: int) -> tuple[di
         next((rate for part, rate in training.learning_rates.items() if part in name), training.learning_rate)
         for name in trained
     ]
+    decays = [training.weight_decay if p.ndim > 1 else 0.0 for p in parameters]  # neither of biases nor of norms
     optimizer = torch.optim.AdamW(
-        [{"params": [p], "lr": peak} for p, peak in zip(parameters, peaks, strict=True)], weight_decay=0.0
+        [{"params": [p], "weight_decay": decay} for p, decay in zip(parameters, decays, strict=True)]
     )
     weights_K = torch.tensor([WEIGHTS.get(task.name, 1.0) for task in tasks])
     share = training.warmup_ratio * STEPS
@@ -146,7 +147,8 @@ def test_training_equals_a_plain_loop(
     """However a batch of 8 or 10 of 24 samples is spread, losses and parameters are those of a single-process loop over
     Eq. 2.
 
-    Parts of the model have learning rates of their own; images are squares already, which padding leaves alone.
+    Parts of the model have learning rates of their own; images are squares already, which padding leaves alone. Norms
+    of gradients are on either side of where they are clipped.
     """
     model = shutil.copytree(run_data["model"]["path"], tmp_path / "pretrained")
     ends_nowhere = json.loads((model / "generation_config.json").read_text()) | {"eos_token_id": None}
@@ -161,6 +163,9 @@ def test_training_equals_a_plain_loop(
         zero_stage=zero[0],
         offload=zero[1],
         overlap_comm=zero[0] >= 2,
+        gradient_checkpointing=accumulation == 2,
+        weight_decay=0.1,
+        max_grad_norm=1.78,
         learning_rates={"multi_modal_projector": 2e-3, "layers.0.mlp": 3e-2},
         aggregation=aggregation,
     )

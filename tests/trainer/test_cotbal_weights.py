@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.balancing.cotbal import CONTRIBUTION_RANGE, STRATEGIES, cotbal_weights
+from trainer.balancing.cotbal import CONTRIBUTION_RANGE, STRATEGIES, all2one, cotbal_weights, one2all
 from trainer.balancing.scores import Scores
 
 
@@ -79,6 +79,8 @@ class TestEquations:
         # one2all = (.5, 0) and -all2one = (0, -.5) differ by .5 = T, so both softmaxes are (e, 1) / (e + 1).
         heavy = 2 * math.e / (math.e + 1)
         np.testing.assert_allclose(found["contribution"], [[1, 0.5], [0, 1]], atol=1e-12)
+        C = np.array(found["contribution"])
+        np.testing.assert_allclose([one2all(C), all2one(C)], [[0.5, 0], [0, 0.5]], atol=1e-12)
         np.testing.assert_allclose(found["difficulty"], [0.5, 0.5], atol=1e-12)
         np.testing.assert_allclose(found["lambda_d"], [1, 1], atol=1e-12)
         np.testing.assert_allclose(found["lambda_one2all"], [heavy, 2 - heavy], atol=1e-12)

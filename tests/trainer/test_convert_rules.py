@@ -250,6 +250,26 @@ def test_xtreme_up(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["m3it", "xtreme-up-qa"])
+def test_what_no_path_speaks_of_is_drawn_from_training(name, tmp_path):
+    files = {path: data for path, data in RAW[name]().items() if "/train" in path}
+    manifest = convert_raw(tmp_path, name, files, validation=1, test=2)
+    assert {split: entry["records"] for split, entry in manifest.outputs.items()} == {
+        "validation": 1, "test": 2, "train": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "path"), [("gqa", "train_balanced_questions.json"), ("xtreme-up-qa", "test/a.jsonl")])
+def test_a_number_of_records_of_a_split_that_is_not_there(name, path, tmp_path):
+    data = next(iter(RAW[name]().values()))
+    with pytest.raises(
+        ValueError, match=f"'validation' has nothing to count: the raw data of '{name}' has no such split"
+    ):
+        convert_raw(tmp_path, name, {path: data}, validation=1)
+    assert not (tmp_path / "out").exists()
+    convert_raw(tmp_path, name, {path: data}, preset=PAPER if name == "gqa" else None)
+
+
 def test_table_1_of_the_paper():
     """Its sizes in thousands, its response-format instructions, and the numbers of the rules (1) and (3) to (6)."""
     boxed = "Provide the bounding box coordinate of the region this sentence describes."

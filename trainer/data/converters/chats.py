@@ -6,32 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.data.converters.base import Context, Converter, Item, Options, Part, Pool, Rejected, Source
+from trainer.data.converters.base import Context, Converter, Item, Options, Pool, Rejected, Source
+from trainer.data.converters.by_path import container, dealt
 from trainer.data.converters.fields import as_object, files_below, get_id, get_list, get_text, image_path, shown
-from trainer.data.raw_json import LARGEST_ELEMENT, Element
+from trainer.data.raw_json import Element
 from trainer.data.records import IMAGE_PLACEHOLDER
 from trainer.errors import UserError
 
 _LEAST_CHARACTERS = 16  # of a whole ShareGPT dialogue, as Vicuna's cleaning asks
 _RATE_LIMIT = ("Too many requests in 1 hour. Try again later.", "!Too many requests in 1 hour. Try again later.")
-
-
-def container(path: Path) -> Any:
-    """JSON Lines by the name of a file, or by an object that is the whole of its first line, as exports have it."""
-    if path.suffix == ".jsonl":
-        return "lines"
-    with path.open("rb") as file:
-        if not file.read(64).decode("utf-8-sig", "replace").lstrip().startswith("{"):  # a list may be one long line
-            return "list"
-        file.seek(0)
-        return "lines" if file.readline(LARGEST_ELEMENT).rstrip().endswith(b"}") else "list"
-
-
-def dealt(options: Options) -> Pool:
-    """A raw split that is cut into validation, test and the rest, at random."""
-    held_out = (Part("validation", options.validation), Part("test", options.test))
-    rest = (Part("train", options.train), Part(None)) if options.train else (Part("train"),)
-    return Pool((*(part for part in held_out if part.size), *rest))
 
 
 class _LlavaFile(Converter):

@@ -102,10 +102,22 @@ def convert(
     sources = [found for found in converter.sources(source, chosen) if not found.path.resolve().is_relative_to(whole)]
     if not sources:
         raise UserError(f"{output} holds the raw data of '{name}'; records need a folder of their own")
+    _splits_are_there(converter, [found.pool for found in sources], options or {}, chosen)
     conversion = _Conversion(converter, sources, source, output, chosen, preset, workers, progress)
     output.mkdir(parents=True, exist_ok=True)
     with holding(output / ".lock", f"another process is converting into {output}"):
         return conversion.run(overwrite)
+
+
+def _splits_are_there(converter: Converter, pools: list[str], given: Mapping[str, Any], chosen: Options) -> None:
+    """Whether each split that `given` asks a number of records of gets any; not known where a file has several."""
+    parts = {part.name for pool in converter.pools(chosen, pools).values() for part in pool.parts}
+    for split in ("train", "validation", "test"):
+        if given.get(split) is not None and split not in parts and all(pools):
+            raise UserError(
+                f"option '{split}' has nothing to count: the raw data of '{converter.name}' has no such split; leave "
+                f"it out, or add its file, of {converter.files}"
+            )
 
 
 class _Conversion:

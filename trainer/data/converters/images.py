@@ -1,12 +1,16 @@
-"""Whether an image can be used: inside the root, there, an image, and not a decompression bomb."""
+"""Whether an image can be used: inside the root, there, an image, no decompression bomb. Writing those of rows."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
+import io
 import os
 import warnings
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from trainer.data.converters.base import Rejected
 
@@ -49,8 +53,38 @@ def check_header(file: Path | object) -> str:
                 width, height, kind = picture.width, picture.height, picture.format or ""
         except Image.DecompressionBombError as error:
             raise Rejected("decompression bomb", str(error)) from error
+        except UnidentifiedImageError as error:  # its own words are the address of an object in memory
+            raise Rejected("unreadable image", "its content is no image that Pillow knows") from error
         except Exception as error:  # Pillow's plugins raise whatever a broken header makes them stumble over
             raise Rejected("unreadable image", f"{type(error).__name__}: {error}") from error
     if width * height > MOST_PIXELS:
         raise Rejected("decompression bomb", f"{width} x {height} pixels, more than {MOST_PIXELS}")
     return kind
+
+
+def write_image(encoded: str, output: Path) -> str:
+    """Writes an image below ``images`` of `output`, named by what is in it, if it is not there yet.
+
+    Args:
+        encoded: base64, with white space or without.
+
+    Returns:
+        its path below `output`.
+
+    Raises:
+        Rejected: not base64, not an image, or too many pixels.
+    """
+    try:
+        content = base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Rejected("unreadable image", f"not base64: {error}") from error
+    kind = check_header(io.BytesIO(content))
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"images/{digest[:2]}/{digest}.{kind.lower()}"
+    path = output / name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two workers may meet the same image
+        partial.write_bytes(content)
+        partial.replace(path)
+    return name

@@ -110,3 +110,8 @@ def test_files(tmp_path: Path) -> None:
         files_below(tmp_path, (".tsv", ".csv"), "thing")
     with pytest.raises(UserError, match="has no thing: expected x or y"):
         find_file(tmp_path, ["x", "y"], "thing")
+    (tmp_path / "table.parquet").touch()
+    for source in (tmp_path, tmp_path / "table.parquet"):
+        with pytest.raises(UserError, match=r"table\.parquet is not read, as Parquet; make JSON Lines of it"):
+            files_below(source, (".tsv",), "thing")
+    assert files_below(tmp_path, (".jsonl",), "x") == [tmp_path / "a/d.jsonl"]

@@ -69,6 +69,7 @@ class TestConvert:
         assert manifest["rejected"] == {"damaged": 1}
         (rejected,) = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
         assert rejected["position"] == f"line {bad + 1}"
+        assert f"see rejected.jsonl, which begins with a.jsonl, line {bad + 1}: is not valid JSON: " in result.output
         written = [json.loads(line)["id"] for line in (tmp_path / "out" / "train.jsonl").read_text().splitlines()]
         assert sorted(written) == sorted({"r0", "r1", "r2"} - {f"r{bad}"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,10 @@ def convert(
             progress=not quiet,
         )  # fmt: skip
     typer.echo(summary(manifest.content))
+    if manifest.rejected:
+        with manifest.path.with_name("rejected.jsonl").open(encoding="utf-8") as file:
+            row = json.loads(file.readline())
+        typer.echo(f"see rejected.jsonl, which begins with {row['file']}, {row['position']}: {row['reason']}")
     typer.echo(f"manifest: {manifest.path}")
     if not manifest.complete:
         typer.echo("a raw file is damaged and could not be read to its end; see rejected.jsonl", err=True)

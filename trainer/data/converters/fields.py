@@ -84,17 +84,22 @@ def files_below(source: Path, suffixes: Iterable[str], what: str) -> list[Path]:
     """`source` itself if it is a file, else every file below it with one of the suffixes, sorted.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or only Parquet.
     """
-    if source.is_file():
+    if source.is_file() and source.suffix != _PARQUET:
         return [source]
     wanted = set(suffixes)
-    found = sorted(path for path in source.rglob("*") if path.suffix in wanted and path.is_file())
+    paths = [source] if source.is_file() else source.rglob("*")
+    there = sorted(path for path in paths if path.suffix in wanted | {_PARQUET} and path.is_file())
+    found = [path for path in there if path.suffix in wanted]
+    if there and not found:
+        raise UserError(f"{there[0]} is not read, as Parquet; make JSON Lines of it, see 'Parquet' in docs/data.md")
     if not found:
         raise UserError(f"{source} has no {what} ({', '.join(sorted(wanted))})")
     return found
 
 
+_PARQUET = ".parquet"
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from raw_data import convert_raw, rows, values
+from raw_data import convert_raw, png, rows, values
 
 from trainer.data.converters.conversion import convert
 from trainer.data.records import read_records
@@ -24,6 +26,8 @@ def text(own: str) -> dict[str, str]:
 
 ASK, ANSWER = said("user", "How much is 2 + 1?"), said("assistant", "  3\n")
 PICTURE = {"type": "image"}
+DATA = f"data:image/png;base64,{png(1)}"
+STORED = f"images/{(digest := hashlib.sha256(base64.b64decode(png(1))).hexdigest())[:2]}/{digest}.png"
 
 
 def converted(tmp_path: Path, *chats: Any, **options: Any) -> list[dict[str, Any]]:
@@ -73,6 +77,41 @@ def converted(tmp_path: Path, *chats: Any, **options: Any) -> list[dict[str, Any
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "chatgpt", "value": "Ho"}], "tools": ""},
             None, ["Hi", "Ho"],
         ),
+        # OpenAI's page on images, and Azure's, ask in one message and show in the next; an image may be in the address.
+        (
+            {"messages": [
+                said("user", "What is this?"), said("user", [{"type": "image_url", "image_url": {"url": DATA}}]),
+                said("assistant", "Danbo"),
+            ]},
+            STORED, ["What is this?\n<image>", "Danbo"],
+        ),
+        # Alpaca, as published; LLaMA-Factory's fields beside it, whose earlier answers are trained on too.
+        ({"instruction": "Sort.", "input": "3 1", "output": " 1 3", "text": "Below is"}, None, ["Sort.\n3 1", " 1 3"]),
+        (
+            {"instruction": "<image>Sort.", "input": "", "output": "1", "history": [["a", "b"], ["c", "d"]],
+             "images": ["1.png"]},
+            "1.png", ["a", "b", "c", "d", "<image>Sort.", "1"],
+        ),
+        ({"instruction": " ", "input": "3 1", "output": 13, "history": None}, None, ["3 1", "13"]),
+        # Dolly; ms-swift.
+        ({"instruction": "When?", "context": "In 1900.", "response": "1900"}, None, ["When?\nIn 1900.", "1900"]),
+        ({"query": "c", "response": "d", "history": [["a", "b"]]}, None, ["a", "b", "c", "d"]),
+        ({"conversation": [{"human": "a", "assistant": "b"}]}, None, ["a", "b"]),
+        # The Cauldron and FineVision, of Parquet with the bytes in base64.
+        (
+            {"images": [{"bytes": png(1), "path": None}], "texts": [
+                {"user": "Which?", "assistant": "This.", "source": "x"}, {"user": "Sure?", "assistant": "Yes."},
+            ]},
+            STORED, ["<image>\nWhich?", "This.", "Sure?", "Yes."],
+        ),
+        # TRL's prompts and completions; messages go before them, as in UltraChat.
+        ({"prompt": "The sky is", "completion": " blue."}, None, ["The sky is", " blue."]),
+        ({"prompt": [ASK], "completion": [ANSWER], "label": True}, None, ["How much is 2 + 1?", "  3\n"]),
+        ({"prompt": "How", "messages": [ASK, ANSWER], "conversations": None}, None, ["How much is 2 + 1?", "  3\n"]),
+        (
+            {"prompt": [said("user", [PICTURE, text("?")])], "completion": [ANSWER, ASK, ANSWER], "image": DATA},
+            STORED, ["<image>\n?", "  3\n", "How much is 2 + 1?", "  3\n"],
+        ),
     ],
 )  # fmt: skip
 def test_each_spelling(tmp_path: Path, chat: dict[str, Any], images: Any, wanted: list[str]) -> None:
@@ -88,6 +127,8 @@ def test_each_spelling(tmp_path: Path, chat: dict[str, Any], images: Any, wanted
         {"messages": [said("system", "Be brief."), ASK, ANSWER]},
         {"messages": [said("developer", [text(" Be brief.\n")]), ASK, ANSWER]},
         {"messages": [ASK, ANSWER], "system": "Be brief."},
+        {"instruction": ASK["content"], "output": ANSWER["content"], "system": "Be brief."},
+        {"prompt": [said("system", "Be brief."), ASK], "completion": [ANSWER]},
     ],
 )
 def test_system_messages(tmp_path: Path, chat: dict[str, Any]) -> None:
@@ -151,11 +192,47 @@ def test_absolute_paths_are_below_the_image_root(tmp_path: Path) -> None:
         assert (row["kind"], reason in row["reason"]) == ("outside the image root", True)
 
 
+def test_images_inside_the_file_are_written_below_the_image_root(tmp_path: Path) -> None:
+    chats = [{"messages": [ASK, ANSWER], "images": [DATA, "1.png"]}]
+    (tmp_path / "link").symlink_to(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    manifest = convert_raw(tmp_path, "messages", {"a.jsonl": chats}, image_root=str(tmp_path / "link"))
+    assert [row["image"] for row in rows(manifest, "train")] == [[f"out/{STORED}", "1.png"]]
+    assert (tmp_path / "out" / STORED).read_bytes() == base64.b64decode(png(1))
+    manifest = convert_raw(tmp_path, "messages", {"a.jsonl": chats}, image_root=str(tmp_path / "raw"))
+    (row,) = rows(manifest, "rejected")
+    assert row["reason"].startswith(
+        f"an image is part of the file, and {tmp_path / 'out'}, where it would be written, "
+    )
+
+
+SPELT = (
+    "a chat is in 'messages', 'conversations', 'instruction' and 'output', "
+    "'prompt' and 'completion', or 'query' and 'response';"
+)
 REJECTED = [
-    ({"prompt": "a", "completion": "b"}, "'messages' must be a list, got None"),
+    ({"prompt": "a", "chosen": "b"}, "a chat is in 'messages', 'conversations', 'instruction' and 'output', 'prompt' "),
+    ({"text": "a"}, f"{SPELT} the record has text"),
+    ({}, f"{SPELT} the record has nothing"),
+    ({"messages": {}}, "'messages' must be a list, got dict"),
+    ({"messages": ["Hi", "Ho"]}, "expected an object, got 'Hi'"),
+    ({"texts": [{"user": "a"}]}, "'assistant' must be text, got None"),
+    ({"texts": ["a"]}, "expected an object, got 'a'"),
+    ({"instruction": "a", "output": ["b"]}, "'output' must be text, got list"),
+    ({"instruction": " ", "input": "", "output": "b"}, "turn 0 is empty"),
+    ({"instruction": "a", "output": ""}, "turn 1 is empty"),
+    ({"query": "a", "response": "b", "history": [["a"]]}, "'history' must be a list of [question, answer], got one"),
+    ({"query": "a", "response": "b", "history": ["ab"]}, "'history' must be a list of [question, answer], got one"),
+    ({"query": "a", "response": "b", "history": "ab"}, "'history' must be a list, got 'ab'"),
+    ({"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER]}, "'prompt' has an answer, but every answer is trained on"),
+    ({"prompt": "a", "completion": ["b"]}, "expected an object, got 'b'"),
+    ({"prompt": "a", "completion": "b", "label": False}, "'label' is False: the answer is one not to give"),
+    ({"instruction": "a", "output": "b", "kto_tag": False}, "'kto_tag' is False: the answer is one not to give"),
     ({"messages": [ASK]}, "1 turn(s); a question and an answer are needed"),
     ({"messages": [ASK, ANSWER, ASK]}, "the last turn has no answer"),
-    ({"messages": [ASK, ASK, ANSWER, ANSWER]}, "turn 1 is by 'user' once more"),
+    ({"messages": [ASK, ASK, ANSWER, ANSWER]}, "turn 2 is by 'assistant' once more"),
+    ({"messages": [ASK, said("user", " "), ANSWER]}, "turn 1 is by 'user' once more"),
+    ({"messages": [said("user", " "), ASK, ANSWER]}, "turn 0 is empty"),
     ({"messages": [ASK, ANSWER, said("system", "x"), ANSWER]}, "turn 2 is by 'system'"),
     ({"messages": [ASK, ANSWER, said("tool", "x"), ANSWER]}, "turn 2 is by 'tool'"),
     ({"messages": [said("system", "x"), ASK, ANSWER], "system": "x"}, "it has 'system' and a system message"),
@@ -174,9 +251,13 @@ REJECTED = [
     ({"messages": [said("user", "<image>?"), ANSWER]}, "1 '<image>' in the text but 0 image(s); where it is text,"),
     ({"messages": [said("user", "<image>?"), ANSWER], "images": ["1.png"] * 2}, "1 '<image>' in the text but 2 "),
     ({"messages": [said("user", [PICTURE, text("<image>?")]), ANSWER], "images": ["1.png"]}, "2 '<image>' in the "),
-    ({"messages": [ASK, ANSWER], "images": [{"bytes": "x", "path": "1.png"}]}, "'images' must be a list of paths, "),
+    ({"messages": [ASK, ANSWER], "images": [{"bytes": "x", "path": "1.png"}]}, "not base64: "),
+    ({"messages": [ASK, ANSWER], "images": [{"bytes": None}]}, "'images' must be a list of paths, got one of None"),
+    ({"messages": [ASK, ANSWER], "images": [["1.png"]]}, "'images' must be a list of paths, got one of list"),
     ({"messages": [ASK, ANSWER], "images": ["https://a.example/1.png"]}, "image 'https://a.example/1.png' is an add"),
-    ({"messages": [ASK, ANSWER], "images": ["data:image/png;base64,AA"]}, "image 'data:image/png;base64,AA' is part"),
+    ({"messages": [ASK, ANSWER], "images": ["data:image/png;base64,AA"]}, "not base64: "),
+    ({"messages": [ASK, ANSWER], "images": ["data:image/png;base64,AAAA"]}, "its content is no image that Pillow"),
+    ({"messages": [ASK, ANSWER], "images": ["data:image/png,AA"]}, "image 'data:image/png,AA' is not base64"),
     ({"messages": [ASK, ANSWER], "images": ["../1.png"]}, "image path '../1.png' must stay below the image root"),
 ]  # fmt: skip
 

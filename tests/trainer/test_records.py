@@ -120,7 +120,7 @@ DAMAGED = [
     ([1], "expected an object, got list"),
     ("text", "expected an object, got str"),
     (record(id="absent"), "the record has no 'id'"),
-    ({"messages": [HUMAN, GPT]}, "the record has no 'id'; `cotbal convert messages` makes records, which have 'conver"),
+    ({"instruction": "a", "output": "b"}, "the record has no 'id'; `cotbal convert messages` makes records, "),
     (record(id=None), "'id' must be a string or a number, got None"),
     (record(id={}), "'id' must be a string or a number, got {}"),
     (record(image=3), "'image' must be a path or a list of paths, got 3"),

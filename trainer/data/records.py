@@ -24,7 +24,7 @@ from trainer.errors import UserError, first, listed
 from trainer.files import write_whole
 
 IMAGE_PLACEHOLDER = "<image>"
-_MESSAGES = "`cotbal convert messages` makes records, which have 'conversations', of chats that have 'messages'"
+_MESSAGES = "`cotbal convert messages` makes records, which have 'conversations', of other chats and instructions"
 # Where other exports have their images: passed over, they would train a model blind. And what they put before a chat.
 _NOT_READ = {
     **dict.fromkeys(
@@ -210,7 +210,7 @@ def _parse(raw: Any, where: str, answered: bool = True) -> Record:
     if not isinstance(raw, dict):
         raise RecordError(f"{where}: expected an object, got {type(raw).__name__}")
     if "id" not in raw:
-        remedy = f"; {_MESSAGES}" if raw.get("messages") else ""
+        remedy = "" if raw.get("conversations") else f"; {_MESSAGES}"
         raise RecordError(f"{where}: the record has no 'id'{remedy}")
     if isinstance(raw["id"], bool) or not isinstance(raw["id"], (str, int, float)):
         raise RecordError(f"{where}: 'id' must be a string or a number, got {raw['id']!r}")

@@ -1,25 +1,18 @@
-"""Chats as TRL, Axolotl, LLaMA-Factory, ms-swift and OpenAI's fine-tuning take them."""
+"""Chats and instructions as TRL, Axolotl, LLaMA-Factory, ms-swift and OpenAI's fine-tuning take them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from os.path import isabs
 from pathlib import Path
 from typing import Any
 
-from trainer.data.converters.base import Context, Converter, Item, Options, Pool, Rejected, Source
-from trainer.data.converters.chats import alternating, container, dealt, said
-from trainer.data.converters.fields import (
-    as_object,
-    files_below,
-    get_id,
-    get_list,
-    get_text,
-    image_path,
-    shown,
-    split_of,
-)
+from trainer.data.converters.base import Context, Item, Options, Rejected
+from trainer.data.converters.by_path import SplitByPath
+from trainer.data.converters.chats import alternating, said
+from trainer.data.converters.fields import as_object, get_id, get_text, image_path, shown
+from trainer.data.converters.images import write_image
+from trainer.data.converters.spellings import messages_of
 from trainer.data.raw_json import Element
 from trainer.data.records import IMAGE_PLACEHOLDER
 
@@ -43,44 +36,38 @@ _OF_MESSAGES = {
 }
 
 
-class Messages(Converter):
+class Messages(SplitByPath):
     """Texts with images between them: as ``<image>`` and a list of paths beside them, or as parts of a message."""
 
     name = "messages"
-    summary = "chats of role and content (OpenAI, TRL, Axolotl, LLaMA-Factory, ms-swift)"
-    files = "JSON or JSONL of {messages: [{role, content}, ...], images: [path, ...]}, or a folder, the split in a path"
+    summary = "chats of role and content (OpenAI, TRL, Axolotl, LLaMA-Factory, ms-swift), and Alpaca's instructions"
+    files = (
+        "JSON or JSONL of {messages: [{role, content}, ...], images: [path, ...]}, {instruction, input, output} or "
+        "{prompt, completion}, or a folder, the split in a path"
+    )
+    suffixes = (".json", ".jsonl")
+    what = "file of chats"
     option_names = ("train", "validation", "test", "system")
     rename_duplicates = True
 
     def options(self, values: Mapping[str, Any], preset: str | None) -> Options:
         return super().options({"system": "keep", **values}, preset)
 
-    def sources(self, folder: Path, options: Options) -> list[Source]:
-        base = folder if folder.is_dir() else folder.parent
-        return [
-            Source(path, split_of(path, base), container(path), label=path.relative_to(base).with_suffix("").as_posix())
-            for path in files_below(folder, (".json", ".jsonl"), "file of chats")
-        ]
-
-    def pools(self, options: Options, names: Sequence[str]) -> dict[str, Pool]:
-        own = super().pools(options, names)
-        if "train" not in own:
-            return own
-        validation, test = (None if split in own else getattr(options, split) for split in ("validation", "test"))
-        return own | {"train": dealt(replace(options, validation=validation, test=test))}  # which are cut out of it
-
     def items(self, element: Element, context: Context) -> list[Item]:
         raw = as_object(element.value)
         _refuse(raw, _OF_CHATS, "")
+        for key in ("label", "kto_tag"):
+            if raw.get(key) is False:
+                raise Rejected("not trained on", f"'{key}' is False: the answer is one not to give")
         chat = _Chat(_listed_images(raw))
-        for message in get_list(raw, "conversations" if "conversations" in raw else "messages"):
-            chat.add(as_object(message))
+        for message in messages_of(raw):
+            chat.add(message)
         if system := get_text(raw, "system", empty=True) if raw.get("system") is not None else "":
             if chat.system:
                 raise Rejected("malformed", "it has 'system' and a system message; keep one of them")
             chat.system = system
         pairs = alternating(chat.turns, "user", "assistant")
-        images = tuple(_below(path, context.options) for path in chat.placed())
+        images = tuple(_place(path, context) for path in chat.placed())
         placeholders = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in pairs)
         if images and not placeholders:
             context.notes["image placeholder added"] += 1
@@ -90,8 +77,7 @@ class Messages(Converter):
         kept = chat.system if context.options.system == "keep" else ""
         # Where images are parts, or the list of them is there and empty, the word is text.
         placed = bool(images) or not (chat.in_parts or raw.get("images") == [])
-        own = raw.get("id") is not None
-        name = get_id(raw, "id") if own else f"{context.source.label}-{element.where.rpartition(' ')[2]}"
+        name = get_id(raw, "id") if raw.get("id") is not None else self.numbered(element, context)
         return [Item(name, tuple(pairs), images, placed=placed, system=kept)]
 
 
@@ -119,8 +105,11 @@ class _Chat:
         for key in ("weight", "loss", "train") if side == "assistant" else ():
             if raw.get(key) in (0, False):
                 raise Rejected("not trained on", f"{where}'{key}' is {raw[key]}, but every answer is trained on")
+        before = self.turns[-1] if self.turns else ("", "")
         if side == "system" and not self.turns and not self.system:
             self.system = text.strip()
+        elif side == before[0] == "user" and text.strip() and before[1].strip():
+            self.turns[-1] = (side, f"{before[1]}\n{text}")  # OpenAI's own example asks in one and shows in the next
         else:
             self.turns.append((side, text))
 
@@ -180,20 +169,38 @@ def _listed_images(raw: dict[str, Any]) -> list[str]:
     given = [] if given in (None, "") else given if isinstance(given, list) else [given]
     paths: list[str] = []
     for value in given:
-        path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
+        path = value
+        if isinstance(value, dict):  # datasets' own form of an image
+            path = f"data:;base64,{value['bytes']}" if value.get("bytes") else value.get("path")
         if not isinstance(path, str):
             raise Rejected("malformed", f"'images' must be a list of paths, got one of {shown(path)}")
         paths.append(path)
     return paths
 
 
+def _place(path: str, context: Context) -> str:
+    """The path below the image root; an image that is part of the file is written below the output."""
+    scheme, colon, rest = path.partition(":")
+    if colon and scheme.lower() == "data":
+        return _embedded(rest, context)
+    if colon and scheme.lower() in ("http", "https"):
+        raise Rejected("no file", f"image {shown(path)} is an address; save it, and give its path")
+    return _below(path.removeprefix("file://"), context.options)
+
+
+def _embedded(data: str, context: Context) -> str:
+    kind, _, encoded = data.partition(",")
+    if not kind.endswith(";base64"):
+        raise Rejected("unreadable image", f"image {shown(f'data:{data}')} is not base64")
+    output = context.output.resolve()
+    root = Path(context.options.image_root).resolve() if context.options.image_root else output
+    if not output.is_relative_to(root):
+        reason = f"an image is part of the file, and {context.output}, where it would be written, is not below {root}"
+        raise Rejected("outside the image root", reason)
+    return str(output.relative_to(root) / write_image(encoded, output))
+
+
 def _below(path: str, options: Options) -> str:
-    """The path below the image root."""
-    scheme, colon, _ = path.partition(":")
-    if colon and scheme.lower() in ("http", "https", "data"):
-        what = "part of the file" if scheme.lower() == "data" else "an address"
-        raise Rejected("no file", f"image {shown(path)} is {what}; save it, and give its path")
-    path = path.removeprefix("file://")
     if not isabs(path):
         return image_path(options.image_folder, path)
     root = Path(options.image_root).absolute() if options.image_root else None

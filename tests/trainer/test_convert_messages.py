@@ -74,7 +74,7 @@ def converted(tmp_path: Path, *chats: Any, **options: Any) -> list[dict[str, Any
         ),
         # Axolotl and LLaMA-Factory also take ShareGPT's spelling, of other models too.
         (
-            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "chatgpt", "value": "Ho"}], "tools": ""},
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "chatgpt", "value": "Ho"}], "tools": "[]"},
             None, ["Hi", "Ho"],
         ),
         # OpenAI's page on images, and Azure's, ask in one message and show in the next; an image may be in the address.
@@ -229,6 +229,7 @@ REJECTED = [
     ({"prompt": "a", "completion": "b", "label": False}, "'label' is False: the answer is one not to give"),
     ({"instruction": "a", "output": "b", "kto_tag": False}, "'kto_tag' is False: the answer is one not to give"),
     ({"messages": [ASK]}, "1 turn(s); a question and an answer are needed"),
+    ({"messages": [ANSWER, ASK, ANSWER]}, "turn 0 is by 'assistant'."),
     ({"messages": [ASK, ANSWER, ASK]}, "the last turn has no answer"),
     ({"messages": [ASK, ASK, ANSWER, ANSWER]}, "turn 2 is by 'assistant' once more"),
     ({"messages": [ASK, said("user", " "), ANSWER]}, "turn 1 is by 'user' once more"),
@@ -268,5 +269,5 @@ def test_what_a_record_has_no_place_for_is_rejected(tmp_path: Path) -> None:
     found = rows(manifest, "rejected")
     assert [row["position"] for row in found] == [f"record {number}" for number in range(1, len(REJECTED) + 1)]
     for row, (_, reason) in zip(found, REJECTED, strict=True):
-        assert row["reason"].startswith(reason)
+        assert f"{row['reason']}.".startswith(reason)
     assert len(rows(manifest, "train")) == 2

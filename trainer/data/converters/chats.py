@@ -74,7 +74,7 @@ def alternating(turns: list[tuple[str, str]], asks: str, answers: str) -> list[t
         if role not in (asks, answers):
             raise Rejected("other role", f"turn {index} is by {shown(role)}")
         if role != (asks, answers)[index % 2]:
-            raise Rejected("not alternating", f"turn {index} is by '{role}' once more")
+            raise Rejected("not alternating", f"turn {index} is by '{role}'{' once more' if index else ''}")
         if not text.strip():
             raise Rejected("empty text", f"turn {index} is empty")
     if len(turns) % 2:

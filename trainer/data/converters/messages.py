@@ -159,7 +159,7 @@ class _Chat:
 
 def _refuse(raw: dict[str, Any], names: Mapping[str, str], where: str) -> None:
     for key, remedy in names.items():
-        if raw.get(key):
+        if raw.get(key) and raw[key] != "[]":  # none at all, in JSON inside JSON
             raise Rejected("not read", f"{where}'{key}' is not read; {remedy}")
 
 

@@ -157,6 +157,7 @@ def _config(name: str, **options: Any) -> Any:
         (_config("PaliGemma"), "not causal"), (_config("Gemma3"), "both directions"),
         (_config("Mllama"), "outside the sequence"), (_config("Bloom"), "position_ids"), (_config("Falcon", alibi=True),
          "alibi"), (_config("Llama4Text"), "cut into chunks"), (_config("T5"), None),
+        (_config("Bart"), "an encoder-decoder$"), (_config("Rwkv"), "a state from token to token$"),
     ],
     ids=lambda value: value.model_type if hasattr(value, "model_type") else "",
 )  # fmt: skip

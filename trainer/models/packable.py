@@ -45,7 +45,7 @@ def unpackable_because(config: Any) -> str | None:
     layers = set(getattr(text, "layer_types", None) or ()) - _CONFINED
     if "chunked_attention" in layers:  # Llama 4
         return "its attention is cut into chunks at places of the sequence"
-    if getattr(chosen, "_is_stateful", False) or layers:
+    if chosen._is_stateful or layers:
         named = f" ({', '.join(sorted(layers))})" if layers else ""
         return f"it has layers that carry a state from token to token{named}"
     if _has_key(getattr(text, "rope_parameters", None), "mrope_section"):
@@ -60,7 +60,7 @@ def unpackable_because(config: Any) -> str | None:
             return reason
     if "position_ids" not in parameters:
         return "it takes no position_ids"
-    if not getattr(chosen, "_supports_attention_backend", False):
+    if not chosen._supports_attention_backend:
         return "its attention does not use transformers' common masks"
     return None
 

@@ -142,6 +142,9 @@ def test_a_model_whose_samples_meet_is_refused_when_training_starts(tmp_path: Pa
         train(tmp_path / "packed", "ew", packing=True, model=model)
 
 
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+
 def _config(name: str, **options: Any) -> Any:
     return getattr(transformers, f"{name}Config")(**options)
 
@@ -152,12 +155,14 @@ def _config(name: str, **options: Any) -> Any:
         (_config("Mamba"), "layers that carry a state"), (_config("Jamba"), "layers that carry a state"),
         (_config("Lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2), "a state.*(conv|linear)"),
         (_config("Qwen3Next"), "linear_attention"), (_config("Qwen2VL"), "positions or attention of their own"),
-        (_config("Qwen2", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}),
+        (_config("Qwen2", rope_parameters={**ROPE, "mrope_section": [1, 1, 2]}),
          "mrope"),
         (_config("PaliGemma"), "not causal"), (_config("Gemma3"), "both directions"),
         (_config("Mllama"), "outside the sequence"), (_config("Bloom"), "position_ids"), (_config("Falcon", alibi=True),
          "alibi"), (_config("Llama4Text"), "cut into chunks"), (_config("T5"), None),
         (_config("Bart"), "an encoder-decoder$"), (_config("Rwkv"), "a state from token to token$"),
+        (_config("GPTJ"), "common masks"), (_config("Gemma3Text", rope_parameters={
+            "sliding_attention": ROPE, "full_attention": {**ROPE, "mrope_section": [1, 1, 2]}}), "mrope"),
     ],
     ids=lambda value: value.model_type if hasattr(value, "model_type") else "",
 )  # fmt: skip
@@ -189,8 +194,7 @@ def test_the_check_refuses_by_name(run_data: dict[str, Any], tmp_path: Path, pix
     for file in pixel_model.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    config["text_config"]["rope_parameters"] = rope
+    config["text_config"]["rope_parameters"] = {**ROPE, "mrope_section": [2, 3, 3]}
     (folder / "config.json").write_text(json.dumps(config))
     run_data["model"]["path"] = str(folder)
     check_config(parse_config(run_data, "x"))

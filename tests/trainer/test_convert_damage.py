@@ -259,21 +259,22 @@ class TestImages:
         def row(content):
             return {"instruction": "i", "inputs": "", "outputs": "o", "image_base64_str": content}
 
-        bomb = base64.b64encode(_bomb(30_000, 30_000)).decode()
+        bomb, inner = (base64.b64encode(_bomb(*size)).decode() for size in ((30_000, 30_000), (4, 4, b"0" * 2**21)))
         manifest = convert_raw(
-            tmp_path, "m3it", {"train.jsonl": [row([bomb]), row(["@@"]), row([png(1)]), row("AAAA")]}
+            tmp_path, "m3it", {"train.jsonl": [row([bomb]), row([inner]), row(["@@"]), row([png(1)]), row("AAAA")]}
         )
-        assert manifest.rejected == {"decompression bomb": 1, "unreadable image": 2}
+        assert manifest.rejected == {"decompression bomb": 1, "unreadable image": 3}
         assert manifest.outputs["train"]["records"] == 1
 
 
-def _bomb(width, height):
-    """A PNG of a few bytes that says it is huge."""
+def _bomb(width, height, text=b"x"):
+    """A PNG of a few bytes that says it is huge, or whose text is."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    head += chunk(b"zTXt", b"a\0\0" + zlib.compress(text))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
 
 

@@ -258,6 +258,7 @@ REJECTED = [
     ({"messages": [ASK, ANSWER], "images": ["https://a.example/1.png"]}, "image 'https://a.example/1.png' is an add"),
     ({"messages": [ASK, ANSWER], "images": ["data:image/png;base64,AA"]}, "not base64: "),
     ({"messages": [ASK, ANSWER], "images": ["data:image/png;base64,AAAA"]}, "its content is no image that Pillow"),
+    ({"messages": [ASK, ANSWER], "images": [f"{DATA}@@@@"]}, "not base64: "),
     ({"messages": [ASK, ANSWER], "images": ["data:image/png,AA"]}, "image 'data:image/png,AA' is not base64"),
     ({"messages": [ASK, ANSWER], "images": ["../1.png"]}, "image path '../1.png' must stay below the image root"),
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from trainer.config import parse_config
@@ -159,6 +160,30 @@ def test_boxes_that_a_test_metric_asks_for_are_refused_too(cropping: dict[str, A
     cropping["tasks"] = [cropping["tasks"][0] | {"test_metrics": ["exact_match", "accuracy_iou"]}]
     with pytest.raises(UserError, match="task 'colour': answers are boxes, image "):
         check_config(parse_config(cropping, "x"))
+
+
+SHORTER, SQUARE = {"shortest_edge": SIZE}, {"height": SIZE, "width": SIZE}
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        CLIPImageProcessorPil(size=SHORTER, crop_size=SQUARE),
+        CLIPImageProcessorPil(size=SHORTER, crop_size=SQUARE, do_center_crop=False),
+        CLIPImageProcessorPil(size=SQUARE, crop_size=SQUARE),
+        LlavaImageProcessorPil(size=SHORTER, crop_size=SQUARE, do_pad=False),
+        LlavaImageProcessorPil(size=SHORTER, crop_size=SQUARE, do_pad=True),
+    ],
+)
+def test_what_a_processor_cuts_off_is_not_in_its_pixels(processor: Any) -> None:
+    picture = Image.new("RGB", (2 * SIZE, SIZE))
+    picture.paste("white", (0, 0, SIZE // 4, SIZE))
+    seen = Processor(processor).pixels(picture).max() > 1  # black is below 0
+    assert crops(Processor(processor)) == (not seen)
+
+
+def test_a_text_model_cuts_no_images() -> None:
+    assert not crops(object())
 
 
 def square(data: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def crops(processor: Any) -> bool:
     """Whether the processor cuts off the longer sides of an image that is not square."""
     own = getattr(processor, "image_processor", None)
     fits = getattr(own, "do_pad", None) or not getattr(own, "do_center_crop", None)
-    return own is not None and not fits and "shortest_edge" in (getattr(own, "size", None) or {})
+    return not fits and "shortest_edge" in (getattr(own, "size", None) or {})
 
 
 def refuse_cropped_boxes(processor: Any, images: Iterable[Path], title: str) -> None:

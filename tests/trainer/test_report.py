@@ -30,7 +30,6 @@ from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.report import build_report
 from trainer.report import plots as report_plots
-from trainer.report.page import duration
 from trainer.report.plots import smooth
 from trainer.report.samples import choose
 from trainer.report.tables import ScoreTable
@@ -411,14 +410,6 @@ class TestPage:
         found = page(run)
         assert "Could not be read" not in found.words
         assert len(found.tables["contributions"]) == count + 1
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, "–"), (0.04, "0.0 s"), (59.6, "1 min 00 s"), (3599.4, "59 min 59 s"), (7260, "2 h 01 min")],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_smoothing_has_no_lag():

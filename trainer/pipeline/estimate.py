@@ -1,4 +1,4 @@
-"""What a run would need: memory, disk and hours, from the model's configuration alone (``cotbal run --dry-run``).
+"""What a run would need: memory, disk and time, from the model's configuration alone (``cotbal run --dry-run``).
 
 Parameters are counted on the meta device, so nothing is downloaded or allocated. Everything else is arithmetic with
 the assumptions written beside it; no number here was measured.
@@ -19,8 +19,8 @@ from trainer.models.images import vision_input
 from trainer.models.loading import empty_model, load_config
 from trainer.models.lora import adapted_layers, whole_parameters
 from trainer.pipeline.planned_data import PlannedData
+from trainer.units import byte_size, duration
 
-GIB = 2.0**30
 # Peak of dense bfloat16 products in TFLOP/s, from the makers' data sheets.
 PEAK_TFLOPS = {
     "B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0,
@@ -199,7 +199,7 @@ def peak_tflops() -> tuple[float, str]:
 def report(
     config: RunConfig, rows: Sequence[dict[str, Any]], data: PlannedData, tflops: float | None, mfu: float
 ) -> str:
-    """Tokens, memory, disk and hours of the planned trainings, as lines to print.
+    """Tokens, memory, disk and time of the planned trainings, as lines to print.
 
     Args:
         rows: of ``trainings.plan``, with sequences, tokens and pixels.
@@ -217,36 +217,37 @@ def report(
     speed = gpus * peak * 1e12 * mfu
     width = max(28, *(len(row["training"]) + 1 for row in rows))
     unit = "sequences" if packed else "samples"
-    lines = [f"{'training':<{width}}{unit:>10}{'tokens':>15}{'supervised':>14}{'hours':>9}"]
-    hours = longest = 0.0
+    lines = [f"{'training':<{width}}{unit:>10}{'tokens':>15}{'supervised':>14}{'time':>14}"]
+    seconds = longest = 0.0
     for row in rows:
-        row_hours = "-"
+        time = "-"
         if size:
             flop = training_flop(size, row["tokens"], row["pixels"])
-            own = (flop + forward_flop(size, row["forward_tokens"], row["forward_pixels"])) / speed / 3600
-            hours += own
+            own = (flop + forward_flop(size, row["forward_tokens"], row["forward_pixels"])) / speed
+            seconds += own
             longest = max(longest, own)
-            row_hours = f"{own:.3g}"
-        numbers = f"{row['sequences']:>10,}{row['tokens']:>15,}{row['supervised']:>14,}{row_hours:>9}"
+            time = duration(own)
+        numbers = f"{row['sequences']:>10,}{row['tokens']:>15,}{row['supervised']:>14,}{time:>14}"
         lines.append(f"{row['training']:<{width}}{numbers}")
     lines.append(f"tokens are {data.source}; all epochs")
     if not size and config.model.path == BUILT_IN:
-        lines.append("memory, disk and hours: not for the built-in model, which the run makes")
+        lines.append("time, memory and disk: not for the built-in model, which the run makes")
         return "\n".join(lines)
     if not size:
         lines.append(
-            f"memory, disk and hours: no config.json of '{config.model.path}' on this machine; "
+            f"time, memory and disk: no config.json of '{config.model.path}' on this machine; "
             "give a local folder with --set model.path=FOLDER"
         )
         return "\n".join(lines)
     slots = config.launch.slots
-    at_once = f", at least {max(hours / slots, longest):.2f} with {slots} at once" if slots > 1 else ""
+    at_once = f", at least {duration(max(seconds / slots, longest))} with {slots} at once" if slots > 1 else ""
     added = any(row["forward_tokens"] for row in rows)
     more = ", 2 P a token of the forward passes that balancing methods add," if added else ""
     lines.append(
-        f"hours {hours:.2f} for all trainings one after the other{at_once}, {hours * gpus:.2f} GPU hours: an estimate, "
-        f"4 P + 2 P trained FLOP a token{more} on {gpus} GPU(s) of {peak:g} TFLOP/s ({source}), of which {mfu:.0%} are "
-        "assumed to be reached (--mfu); padding and generation not counted"
+        f"time {duration(seconds)} for all trainings one after the other{at_once}, "
+        f"GPU time {duration(seconds * gpus)}: an estimate, 4 P + 2 P trained FLOP a token{more} "
+        f"on {gpus} GPU(s) of {peak:g} TFLOP/s ({source}), of which {mfu:.0%} are assumed to be reached (--mfu); "
+        "padding and generation not counted"
     )
     lines.append(
         f"parameters {size.total:,}, trained {size.trained:,}"
@@ -259,6 +260,6 @@ def report(
         "disk at most": space_on_disk(size, config, len(rows)),
     }.items():
         if memory:
-            parts = " + ".join(f"{name} {value / GIB:.2f}" for name, value in memory.items())
-            lines.append(f"{place}: an estimate, {sum(memory.values()) / GIB:.1f} GiB = {parts}")
+            parts = " + ".join(f"{name} {byte_size(value)}" for name, value in memory.items())
+            lines.append(f"{place}: an estimate, {byte_size(sum(memory.values()))} = {parts}")
     return "\n".join(lines)

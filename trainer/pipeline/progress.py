@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from trainer.units import duration
+
 LINE_EVERY = 30.0  # seconds between lines of one stage when there is no terminal
 
 
@@ -55,7 +57,7 @@ class Progress:
 
     def finish(self, name: str, seconds: float) -> None:
         self.stop(name)
-        self.say(f"{name}: done in {seconds:.0f} s")
+        self.say(f"{name}: done in {duration(seconds)}")
         with self._lock:
             if self._overall is not None:
                 self._overall.update(1)

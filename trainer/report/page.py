@@ -44,6 +44,7 @@ from trainer.report.tables import (
     scores_by_seed,
     seed_comparisons,
 )
+from trainer.units import duration
 
 T = TypeVar("T")
 
@@ -217,21 +218,8 @@ def _stages(run: RunDirectory) -> dict[str, Any]:
     longest = max((row["seconds"] or 0.0 for row in rows), default=0.0)
     for row in rows:
         row["share"] = round(row["seconds"] / longest, 3) if row["seconds"] and longest else 0.0
-        row["duration"] = duration(row["seconds"])
+        row["duration"] = "–" if row["seconds"] is None else duration(row["seconds"])
     return {"rows": rows, "total": duration(sum(row["seconds"] or 0.0 for row in rows))}
-
-
-def duration(seconds: float | None) -> str:
-    """``75.2`` as ``1 min 15 s``."""
-    if seconds is None:
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _moment(started: Any) -> str:

@@ -23,6 +23,13 @@ _CONTINUE = ("demo", "run", "train", "evaluate", "convert")  # commands that go 
 
 
 class _Commands(TyperGroup):
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Every command with its first sentence, whole: click cuts it where the line ends."""
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, (command.help or "").partition(". ")[0].rstrip(".")) for name, command in self.commands.items()]
+            )
+
     def invoke(self, ctx: Any) -> Any:
         """Runs a command; an interruption ends here, because typer makes it an exit code without a word."""
         try:

@@ -49,12 +49,16 @@ class TestHelp:
             assert option in outcome.out.lower()
 
     def test_lists_every_command_with_a_whole_sentence(self, cotbal: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("COLUMNS", "200")
-        lines = cotbal("--help").out.splitlines()
-        listed = [line.split(maxsplit=1) for line in lines[lines.index("Commands:") + 1 :] if line.strip()]
-        assert [name for name, _ in listed] == list(OPTIONS)
-        for _, sentence in listed:
-            assert "(Eq." not in sentence  # typer ends the short help at the first stop
+        monkeypatch.setenv("COLUMNS", "80")
+        out = cotbal("--help").out
+        assert max(map(len, out.splitlines())) <= 80
+        listed = out.partition("Commands:\n")[2]
+        assert re.findall(r"^  (\w+)  ", listed, re.MULTILINE) == list(OPTIONS)
+        assert "..." not in listed
+        for command in OPTIONS:
+            words = " ".join(cotbal(command, "--help").out.split())  # whose own help is nowhere cut
+            (sentence,) = re.findall(rf"^  {command}  (.+(?:\n {{4,}}.+)*)", listed, re.MULTILINE)
+            assert f"{' '.join(sentence.split())}." in words
 
     def test_what_needs_no_model_does_not_wait_for_torch(self) -> None:
         """Importing torch and transformers takes seconds: help, and arithmetic on tables, come without them."""

@@ -43,6 +43,19 @@ class TestScore:
         assert error == pytest.approx(28.867513459481287, abs=1e-12)
         assert found["gqa_accuracy"]["value"] == 50.0  # which compares strings: blanks at the ends are off
 
+    @pytest.mark.parametrize(("second", "expected"), [("b.png", 50.0), ("a.png", None), ({"bytes": ""}, 37.5)])
+    def test_predictions_about_one_image(
+        self, cotbal: Command, write: Callable[..., Path], second: Any, expected: float | None
+    ) -> None:
+        """a right twice, b wrong twice: sqrt(2 / 1 * (100^2 + 100^2)) / 4. All of one image tell nothing. What names no
+        image is one of its own: groups of 2, 1 and 1 have sqrt(3 / 2 * (100^2 + 50^2 + 50^2)) / 4."""
+        rows = [
+            {"prediction": text, "references": ["red"], "image": image}
+            for text, image in (("red", "a.png"), ("red", "a.png"), ("x", second), ("y", second))
+        ]
+        outcome = cotbal("score", write(*rows), "--metric", "exact_match")
+        assert json.loads(outcome.out)["exact_match"]["standard_error"] == (expected and pytest.approx(expected))
+
     def test_a_byte_order_mark_is_no_damage(self, cotbal: Command, write: Callable[..., Path]) -> None:
         outcome = cotbal("score", write("\ufeff" + json.dumps(self.GOOD)), "--metric", "exact_match")
         assert json.loads(outcome.out)["exact_match"]["value"] == 100.0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,10 @@ import pytest
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.resampling import Influences, resampled
 from trainer.balancing.scores import Scores
+from trainer.config import CotbalConfig
 from trainer.metrics import perplexity
+from trainer.pipeline.outcome import weight_errors
+from trainer.task_config import TaskConfig
 
 TASKS = ("a", "b", "c")
 N = 3
@@ -93,6 +99,29 @@ def test_where_lower_is_better_draws_are_of_losses() -> None:
     np.testing.assert_allclose(found, np.std(drawn, axis=0), rtol=0.2)
     assert resampled(scores, own) == resampled(scores, own, seed=0)
     assert resampled(scores, own, seed=1)["applied"] != found
+
+
+@pytest.mark.parametrize("images", [["a.png"] * 4, ["a.png", "a.png", "b.png", None]])
+def test_the_weights_of_a_run_are_of_resampled_images(images: list[str | None], tmp_path: Path) -> None:
+    """Of one image nothing is known; the draws of three groups of samples are those of their sums."""
+    task = TaskConfig(name="a", metric="exact_match", train=Path("t"), validation=Path("v"), image_root=Path("data"))
+    right = {"mini": [True, False, False, False], "plus-a": [True, True, True, False]}
+    for name, answers in right.items():
+        folder = tmp_path / "evaluations" / name / "validation"
+        folder.mkdir(parents=True)
+        rows = [
+            {"prediction": "x" if own else "y", "references": ["x"], "image": image}
+            for own, image in zip(answers, images, strict=True)
+        ]
+        (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = Scores(("a",), np.array([25.0]), np.array([[75.0]]), np.array([True]))
+    config: Any = SimpleNamespace(tasks=[task], seed=0)
+    found = weight_errors(tmp_path, config, scores, CotbalConfig())
+    if images[-1]:
+        assert found == {}
+        return
+    groups = [np.array([50.0, -25.0, -25.0]) * 3 / 4, np.array([50.0, 25.0, -75.0]) * 3 / 4]
+    assert found == resampled(scores, [Influences(groups[0], groups[1][None])], temperature=0.5, alpha=0.5)
 
 
 def test_of_a_single_sample_nothing_is_known() -> None:

@@ -1,8 +1,9 @@
-"""Standard errors of Delta I: autograd's derivative by every sample's weight, and resampled test sets."""
+"""Standard errors of scores and of Delta I: derivatives by every sample's weight, resampled images, Wilson's bound."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,27 +12,33 @@ import torch
 
 from trainer.comparison import compare
 from trainer.metrics import MetricResult, get_metric, perplexity
-from trainer.sampling_errors import sampling_errors
+from trainer.pipeline.outcome import ImageNumbers
+from trainer.sampling_errors import Sampled, sampling_errors
+from trainer.task_config import TaskConfig
 
 METHODS = ("STL", "EW", "CoTBal")
-# Two metrics share the 40 samples of "near", which a method answers alike by both; 25 are in "far", 30 in "text".
+# Two metrics share the 120 samples of "near", which a method answers alike by both; 40 are in "far", 45 in "text".
 SETS = {
-    ("vqa", "near"): (40, ("near EM", "near error")),
-    ("vqa", "far"): (25, ("far EM",)),
-    ("text", ""): (30, ("ppl",)),
+    ("vqa", "near"): (120, ("near EM", "near error")),
+    ("vqa", "far"): (40, ("far EM",)),
+    ("text", ""): (45, ("ppl",)),
 }
+# Three questions about each of the images 0 to 39, one about 20 to 59 and about 55 to 99: sets and tasks share images.
+IMAGES = {("vqa", "near"): np.arange(120) // 3, ("vqa", "far"): np.arange(20, 60), ("text", ""): np.arange(55, 100)}
 RESULTS = {"tasks": {"vqa": {"near EM": "higher", "near error": "lower", "far EM": "higher"}, "text": {"ppl": "lower"}}}
 
 
 def measured() -> dict[str, dict[tuple[str, str], Any]]:
-    """Per method and test set: scores [n, metrics], or summed losses and tokens [n, 2]. Hard samples are so for all."""
+    """Per method and test set: scores [n, metrics], or summed losses and tokens [n, 2]. Images are hard for all, and
+    some for one method."""
     generator = np.random.default_rng(3)
+    hard_images, own_images = generator.normal(size=100), 0.5 * generator.normal(size=(len(METHODS), 100))
     found: dict[str, dict[tuple[str, str], Any]] = {method: {} for method in METHODS}
     for key, (n, scores) in SETS.items():
-        hard = generator.normal(size=n)
+        hard = hard_images[IMAGES[key]]
         tokens = generator.integers(1, 9, n)
         for place, method in enumerate(METHODS):
-            own = hard + 0.5 * generator.normal(size=n)
+            own = hard + own_images[place][IMAGES[key]] + 0.1 * generator.normal(size=n)
             if key[0] == "text":
                 found[method][key] = np.stack([tokens * np.exp(0.3 * own - 0.1 * place), tokens], axis=1)
             else:
@@ -62,29 +69,45 @@ def table_and_influences(data: dict[Any, Any]) -> tuple[dict[str, Any], dict[str
             x = data[task, part]
             found = perplexity(*x.T.tolist()) if task == "text" else MetricResult.from_samples(x[:, k].tolist())
             values.setdefault(task, {})[score] = found.value
-            moved.setdefault(task, {}).setdefault(part, {})[score] = np.array(found.influences)
+            moved.setdefault(task, {}).setdefault(part, {})[score] = Sampled(np.array(found.influences))
     return values, moved
 
 
-def errors(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def by_set(numbers: dict[Any, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for (task, part), own in numbers.items():
+        found.setdefault(task, {})[part] = own
+    return found
+
+
+def errors(data: dict[str, Any], images: dict[Any, Any] = IMAGES) -> tuple[dict[str, Any], dict[str, Any]]:
     """The errors, and the table of results."""
     tables = {method: table_and_influences(own) for method, own in data.items()}
     base, base_moved = tables.pop("STL")
     results = RESULTS | {"baseline": base, "methods": {method: values for method, (values, _) in tables.items()}}
-    return sampling_errors(results, {m: moved for m, (_, moved) in tables.items()}, base_moved, "CoTBal"), results
+    samples = {method: moved for method, (_, moved) in tables.items()}
+    return sampling_errors(results, samples, base_moved, by_set(images), "CoTBal"), results
 
 
-def test_errors_are_those_of_the_derivatives_by_every_sample_s_weight() -> None:
-    """The influence of a sample is the derivative without its mean; their variance over n adds up over test sets."""
+@pytest.mark.parametrize("shared", [True, False])
+def test_errors_are_those_of_the_derivatives_by_every_sample_s_weight(shared: bool) -> None:
+    """The influence of a sample is the derivative without its mean; an image's add up, squares of images do then."""
     data = measured()
-    found, results = errors(data)
+    apart = {key: 200 * place + np.arange(len(own)) for place, (key, own) in enumerate(IMAGES.items())}
+    images = IMAGES if shared else apart
+    found, results = errors(data, images)
 
     def error(quantity: Any) -> float:
         weights = {
             key: torch.full((n,), 1 / n, dtype=torch.float64, requires_grad=True) for key, (n, _) in SETS.items()
         }
         gradients = torch.autograd.grad(quantity(weights), list(weights.values()))
-        return math.sqrt(sum(float(grad.var()) / len(grad) for grad in gradients))
+        each: dict[int, float] = {}
+        for key, grad in zip(SETS, gradients, strict=True):
+            groups = len(set(images[key].tolist()))
+            for image, own in zip(images[key].tolist(), (grad - grad.mean()).tolist(), strict=True):
+                each[image] = each.get(image, 0.0) + own / len(grad) * math.sqrt(groups / (groups - 1))
+        return math.sqrt(sum(own**2 for own in each.values()))
 
     for method in ("EW", "CoTBal"):
         assert found[method]["delta_i"] == pytest.approx(
@@ -93,7 +116,7 @@ def test_errors_are_those_of_the_derivatives_by_every_sample_s_weight() -> None:
         even = {key: torch.full((n,), 1 / n, dtype=torch.float64) for key, (n, _) in SETS.items()}
         assert compare(results)[method].delta_i == pytest.approx(float(delta_i(data[method], data["STL"], even)))
         squares = sum(value**2 for value in found[method]["per_task"].values())
-        assert found[method]["delta_i"] == pytest.approx(math.sqrt(squares) / 2)
+        assert (found[method]["delta_i"] == pytest.approx(math.sqrt(squares) / 2)) != shared
     behind = error(lambda w: delta_i(data["CoTBal"], data["STL"], w) - delta_i(data["EW"], data["STL"], w))
     assert found["EW"]["behind_final"] == pytest.approx(behind, rel=1e-9)
     assert "behind_final" not in found["CoTBal"]
@@ -101,14 +124,16 @@ def test_errors_are_those_of_the_derivatives_by_every_sample_s_weight() -> None:
     assert behind < 0.8 * math.hypot(found["EW"]["delta_i"], found["CoTBal"]["delta_i"])
 
 
-def test_errors_are_the_spread_over_resampled_test_sets() -> None:
-    """2000 draws tell a standard deviation to 1.6 %; the rest is that Eq. 12 is no straight line in the scores."""
+def test_errors_are_the_spread_over_resampled_images() -> None:
+    """Images are drawn with all that is asked about them, in any set (the cluster bootstrap). 2000 draws tell a
+    standard deviation to 1.6 %; the rest is that Eq. 12 is no straight line, and that sets then have more or fewer."""
     data = measured()
     found, _ = errors(data)
     generator = np.random.default_rng(0)
     drawn = []
     for _ in range(2000):
-        counts = {key: torch.tensor(generator.multinomial(n, [1 / n] * n) / n) for key, (n, _) in SETS.items()}
+        times = np.bincount(generator.integers(100, size=100), minlength=100)
+        counts = {key: torch.tensor(times[own] / times[own].sum()) for key, own in IMAGES.items()}
         drawn.append([float(delta_i(data[method], data["STL"], counts)) for method in ("EW", "CoTBal")])
     ew, cotbal = np.array(drawn).T
     for expected, value in (
@@ -117,6 +142,70 @@ def test_errors_are_the_spread_over_resampled_test_sets() -> None:
         ((cotbal - ew).std(), found["EW"]["behind_final"]),
     ):
         assert value == pytest.approx(expected, rel=0.15)
+
+
+def test_error_of_a_score_is_the_spread_over_resampled_images() -> None:
+    """Images with one to six questions, most of them right together or wrong together."""
+    generator = np.random.default_rng(5)
+    images = np.repeat(np.arange(80), generator.integers(1, 7, 80))
+    hard = generator.normal(size=80)[images] + 0.3 * generator.normal(size=len(images))
+    right = 100.0 * (hard < 0.2)
+    result = MetricResult.from_samples(right.tolist())
+    names = [f"{image}.png" for image in images]
+    found = result.of_groups(names)
+    drawn = []
+    for _ in range(2000):
+        times = np.bincount(generator.integers(80, size=80), minlength=80)[images]
+        drawn.append(times @ right / times.sum())
+    assert found.value == result.value
+    assert found.standard_error == pytest.approx(np.std(drawn), rel=0.06)
+    assert found.standard_error > 1.5 * result.standard_error
+    for alone in ([None] * len(names), list(range(len(names)))):
+        assert result.of_groups(alone).standard_error == pytest.approx(result.standard_error, rel=1e-12)
+    assert math.isnan(result.of_groups(["a.png"] * len(names)).standard_error)
+
+
+@pytest.mark.parametrize(
+    ("metric", "right", "scale"), [("exact_match", 1, 100), ("gqa_accuracy", 0, 100), ("cider", 0, 10)]
+)
+def test_what_is_never_or_always_right_has_an_error(metric: str, right: int, scale: int) -> None:
+    """Two errors away is the last share that 46 images with none, or all, of it do not contradict by two of its own
+    errors: that is Wilson's interval."""
+    reference = "a b c d"
+    result = get_metric(metric).compute([reference if right else "x"] * 92, [[reference]] * 92)
+    share, step = 0.5, 0.25
+    while step > 1e-9:
+        share += step if share < 2 * math.sqrt(share * (1 - share) / 46) else -step
+        step /= 2
+    assert result.value == right * scale
+    assert 2 * result.of_groups([number // 2 for number in range(92)]).standard_error == pytest.approx(scale * share)
+
+
+def test_delta_i_of_what_is_never_right_has_an_error() -> None:
+    """I = (0 - M_b) / M_b moves with M_e alone, and nothing is known of what both methods would get right."""
+    images = {"vqa": {"": np.arange(46)}}
+    base = MetricResult.from_samples([100.0, 0.0] * 23)
+    never = MetricResult.from_samples([0.0] * 46)
+    samples = {"vqa": {"": {"EM": Sampled(np.array(never.influences), never.unseen)}}}
+    results = {
+        "tasks": {"vqa": {"EM": "higher"}},
+        "baseline": {"vqa": {"EM": 50.0}},
+        "methods": {name: {"vqa": {"EM": 0.0}} for name in ("EW", "CoTBal")},
+    }
+    own = {"vqa": {"": {"EM": Sampled(np.array(base.influences))}}}
+    found = sampling_errors(results, {"EW": samples, "CoTBal": samples}, own, images, "CoTBal")
+    assert found["EW"]["delta_i"] == found["CoTBal"]["per_task"]["vqa"] == pytest.approx(100 * 4 / 50)
+    assert found["EW"]["behind_final"] == pytest.approx(math.sqrt(2) * 8)
+
+
+def test_a_file_is_the_same_image_in_every_set() -> None:
+    images = ImageNumbers()
+    task = TaskConfig(name="vqa", auxiliary=True, train=Path("x"), image_root=Path("data"))
+    images.add(task, "testA", ["coco/1.png", "coco/2.png", None, "coco/1.png"])
+    images.add(task, "testB", [None, "./coco/2.png"])
+    images.add(task.model_copy(update={"name": "text", "image_root": Path("data/coco")}), "", ["3.png", "1.png"])
+    numbers = {name: {part: own.tolist() for part, own in sets.items()} for name, sets in images.of_sets.items()}
+    assert numbers == {"vqa": {"testA": [0, 1, 2, 0], "testB": [3, 1]}, "text": {"": [4, 0]}}
 
 
 @pytest.mark.parametrize("place", ["method", "baseline"])
@@ -131,7 +220,7 @@ def test_without_a_delta_i_there_is_no_error(place: str) -> None:
         results["methods"]["CoTBal"]["text"]["ppl"] = None
     else:
         base["vqa"]["far EM"] = 0.0
-    found = sampling_errors(results, samples, base_moved, "CoTBal")
+    found = sampling_errors(results, samples, base_moved, by_set(IMAGES), "CoTBal")
     assert list(found) == (["EW"] if place == "method" else [])
     assert all("behind_final" not in own for own in found.values())
 
@@ -143,7 +232,8 @@ def test_of_a_single_sample_nothing_is_known() -> None:
     }
     for own in data.values():
         own["vqa", "far"] = np.array([[50.0]])
-    found, _ = errors(data)
+    images = {key: own[: len(data["EW"][key])] for key, own in IMAGES.items()}
+    found, _ = errors(data, images)
     assert found["EW"]["delta_i"] is None
     assert found["EW"]["behind_final"] is None
     assert found["EW"]["per_task"]["vqa"] is None

@@ -24,7 +24,7 @@ from trainer.evaluation.parts import Claims, Finished, Tail, busy_seconds, colle
 from trainer.evaluation.planning import Batch, has_plan, read_plan, split_plan, write_plan
 from trainer.evaluation.progress import Meter
 from trainer.evaluation.ranks import RankProcesses, measure, run_rank
-from trainer.evaluation.scoring import check_references, compute, entry, read_predictions, score_key
+from trainer.evaluation.scoring import check_references, compute, entry, images_of, read_predictions, score_key
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.files import known, write_json
 
@@ -175,7 +175,8 @@ def finish(spec: EvaluationSpec) -> dict[str, Any]:
         generated = bool(chosen.metrics) and not chosen.teacher_forced
         rows = read_predictions(spec.predictions(chosen), answers=generated, losses=chosen.teacher_forced)
         results = {name: compute(name, rows) for name in chosen.metrics}
-        scores = {name: entry(name, result) for name, result in results.items()}
+        images = images_of(rows)
+        scores = {name: entry(name, result, images) for name, result in results.items()}
         if not spec.by_task:
             metrics = {"metrics": scores, "throughput": throughput.get(chosen.key)}
             continue

@@ -29,12 +29,18 @@ def compute(metric: str, rows: Sequence[Row]) -> MetricResult:
     return get_metric(metric).compute(predictions, references)
 
 
-def entry(metric: str, result: MetricResult) -> dict[str, Any]:
-    """A metric's value as a JSON object; null for an infinite perplexity, and for the standard error of one sample."""
+def images_of(rows: Sequence[Row]) -> list[str | None]:
+    """The image that each prediction is about, whose samples are not independent of each other; None without one."""
+    return [image if isinstance(image := row.get("image"), str) and image else None for row in rows]
+
+
+def entry(metric: str, result: MetricResult, images: Sequence[str | None]) -> dict[str, Any]:
+    """A metric's value as a JSON object; null for an infinite perplexity, and for the standard error of one sample, or
+    of samples that are all of one of the `images`."""
     return {
         "metric": get_metric(metric).label,
         "value": known(result.value),
-        "standard_error": known(result.standard_error),
+        "standard_error": known(result.of_groups(images).standard_error),
         "samples": len(result.per_sample),
     }
 
@@ -105,7 +111,8 @@ def score_file(path: Path, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
     if not all(losses.values()):
         answers = {f"prediction {number}": row["references"] for number, row in enumerate(rows, 1)}
         check_references(metrics, answers, str(path))
-    return {name: entry(name, compute(name, rows)) for name in losses}
+    images = images_of(rows)
+    return {name: entry(name, compute(name, rows), images) for name in losses}
 
 
 def read_predictions(path: Path, answers: bool = True, losses: bool = False) -> list[Row]:

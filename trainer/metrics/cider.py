@@ -107,5 +107,5 @@ class Cider:
         check_samples(predictions, references)
         corpus = CiderCorpus(references, self.tokenize)
         return MetricResult.from_samples(
-            [corpus.score(prediction, [sample])[0] for sample, prediction in enumerate(predictions)]
+            [corpus.score(prediction, [sample])[0] for sample, prediction in enumerate(predictions)], most=10.0
         )

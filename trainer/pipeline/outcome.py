@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.balancing.registry import METHODS, SINGLE_TASK_LABEL, training_label
 from trainer.balancing.resampling import Influences, resampled
@@ -17,12 +19,12 @@ from trainer.balancing.scores import Scores
 from trainer.baselines import majority_answer, question_only
 from trainer.config import CotbalConfig, RunConfig
 from trainer.errors import UserError
-from trainer.evaluation.scoring import compute, read_predictions, score_name, scores_by_task
+from trainer.evaluation.scoring import compute, images_of, read_predictions, score_name, scores_by_task
 from trainer.evaluation.spec import set_key
 from trainer.files import known, write_json
-from trainer.metrics import get_metric, takes_losses
+from trainer.metrics import MetricResult, get_metric, takes_losses
 from trainer.pipeline.trainings import Training
-from trainer.sampling_errors import Array, sampling_errors
+from trainer.sampling_errors import Array, Sampled, sampling_errors
 from trainer.task_config import TaskConfig
 from trainer.tasks import load_task
 
@@ -110,12 +112,14 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     results |= {"methods": values, "standard_errors": errors, "baselines": baselines}
     if "baseline" in results:
         tasks = {task.name: task for task in config.tasks}
+        images = ImageNumbers()
         samples = {
-            method: _mean_samples(run_dir, tasks, [t for t in finals if training_label(t.name) == method])
+            method: _mean_samples(run_dir, tasks, [t for t in finals if training_label(t.name) == method], images)
             for method in by_seed
         }
         baseline = samples.pop(SINGLE_TASK_LABEL)
-        results["sampling_errors"] = sampling_errors(results, samples, baseline, METHODS["cotbal"].label)
+        final = METHODS["cotbal"].label
+        results["sampling_errors"] = sampling_errors(results, samples, baseline, images.of_sets, final)
     if config.seeds > 1:
         results["seeds"] = {method: list(map(_known, tables)) for method, tables in by_seed.items()}
     write_json(run_dir / "results.json", results)
@@ -129,8 +133,10 @@ def weight_errors(run_dir: Path, config: RunConfig, scores: Scores, options: Cot
     for task in (task for task in config.tasks if task.name in scores.tasks):
 
         def moved(*trainings: str, task: TaskConfig = task) -> Array:
-            each = [_influences(run_dir, name, "validation", task, "") for name in trainings]
-            return np.array([influences for one in each for influences in one.values()])
+            each = [_scored(run_dir, name, "validation", task, "") for name in trainings]
+            return np.array(
+                [result.of_groups(images).influences for results, images in each for result in results.values()]
+            )
 
         alone = moved(f"alone-{task.name}", f"stl-{task.name}") if precise else None
         found.append(Influences(moved("mini")[0], moved(*(f"plus-{name}" for name in scores.tasks)), alone))
@@ -138,28 +144,54 @@ def weight_errors(run_dir: Path, config: RunConfig, scores: Scores, options: Cot
     return resampled(scores, found, options.strategy, config.seed, **own)
 
 
-def _influences(run_dir: Path, training: str, split: str, task: TaskConfig, part: str) -> dict[str, list[float]]:
-    """Of the samples of a set on the training's scores, by metric."""
+class ImageNumbers:
+    """Numbers the images of all test sets; the same file has the same number in all of them.
+
+    Attributes:
+        of_sets: by task and test set, the number of each sample's image; a sample without one has its own.
+    """
+
+    def __init__(self) -> None:
+        self.of_sets: dict[str, dict[str, NDArray[np.int64]]] = {}
+        self._numbers: dict[Hashable, int] = {}
+
+    def add(self, task: TaskConfig, part: str, images: Sequence[str | None]) -> None:
+        keys = [
+            (task.name, part, place) if image is None else os.path.abspath(task.image_root / image)
+            for place, image in enumerate(images)
+        ]
+        numbers = [self._numbers.setdefault(key, len(self._numbers)) for key in keys]
+        self.of_sets.setdefault(task.name, {})[part] = np.array(numbers)
+
+
+def _scored(
+    run_dir: Path, training: str, split: str, task: TaskConfig, part: str
+) -> tuple[dict[str, MetricResult], list[str | None]]:
+    """The training's scores on a set by metric, and the image of each sample."""
     metrics = task.scored_with(split)
     losses = takes_losses(metrics[0])
     path = run_dir / "evaluations" / training / split / f"{set_key(task.name, part)}.jsonl"
     rows = read_predictions(path, answers=not losses, losses=losses)
-    return {metric: compute(metric, rows).influences for metric in metrics}
+    return {metric: compute(metric, rows) for metric in metrics}, images_of(rows)
 
 
 def _mean_samples(
-    run_dir: Path, tasks: Mapping[str, TaskConfig], trainings: Sequence[Training]
-) -> dict[str, dict[str, dict[str, Array]]]:
-    """Influences of the test samples on a method's scores, by task, test set and score; means over seeds."""
-    each: dict[tuple[str, str, str], list[list[float]]] = {}
+    run_dir: Path, tasks: Mapping[str, TaskConfig], trainings: Sequence[Training], images: ImageNumbers
+) -> dict[str, dict[str, dict[str, Sampled]]]:
+    """What is known of a method's test samples, by task, test set and score; means over seeds. Numbers their images."""
+    each: dict[tuple[str, str, str], list[tuple[list[float], float]]] = {}
     for training in trainings:
         for task in (tasks[name] for name in training.tasks):
             for part in task.record_files("test"):
-                for metric, moved in _influences(run_dir, training.name, "test", task, part).items():
-                    each.setdefault((task.name, part, score_name(part, metric)), []).append(moved)
-    found: dict[str, dict[str, dict[str, Array]]] = {}
+                results, of_samples = _scored(run_dir, training.name, "test", task, part)
+                images.add(task, part, of_samples)
+                for metric, result in results.items():
+                    own = result.influences, result.of_groups(of_samples).unseen
+                    each.setdefault((task.name, part, score_name(part, metric)), []).append(own)
+    found: dict[str, dict[str, dict[str, Sampled]]] = {}
     for (name, part, score), seeds in each.items():
-        found.setdefault(name, {}).setdefault(part, {})[score] = np.mean(seeds, axis=0)
+        influences, unseen = zip(*seeds, strict=True)
+        found.setdefault(name, {}).setdefault(part, {})[score] = Sampled(np.mean(influences, axis=0), np.mean(unseen))
     return found
 
 

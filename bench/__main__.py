@@ -84,10 +84,9 @@ def _run_here(options: argparse.Namespace) -> int:
     try:
         run_preset(preset, device, command, path, print, options.only, options.without, options.resume)
     except LostDeviceError as error:
-        print(f"\nThe device became unusable: {error}")
-        if (turn := turns.read(path)) is None:
-            return 1
-        print(note_stop(path, preset, turn, error.culprit, error.why))
+        turn = turns.read(path)
+        assert turn is not None  # of the case that is under way
+        print(f"\n{turn.case}: the device became unusable: {note_stop(path, preset, turn, turn.peer, str(error))}")
         return LOST_DEVICE
     return 0
 

@@ -18,7 +18,7 @@ from bench.cases import BalancerCase, Preset
 from bench.peers import OURS
 from bench.record import record
 from bench.results import FAILED, OK, UNAVAILABLE, Entry, Row
-from bench.timing import Variant, clock_for, describe, interleaved
+from bench.timing import Variant, clock_for, describe, interleaved, require_device
 from cotbal_kernels import ConvergenceBalancer
 
 STEPS = 20  # one sample is this many steps: a single one is too short for a clock
@@ -97,6 +97,7 @@ def measure(case: BalancerCase, preset: Preset, device: torch.device) -> Row:
             entries[name] = _judged(name, worst)
             variants[name] = _many(ours, losses_TK)
         except Exception as error:
+            require_device()
             entries[name] = Entry(name, FAILED, describe(error))
     if device.type != "cuda":
         entries[GRAPH] = Entry(GRAPH, UNAVAILABLE, "runs on CUDA devices only")
@@ -105,6 +106,7 @@ def measure(case: BalancerCase, preset: Preset, device: torch.device) -> Row:
             variants[GRAPH] = _graph(case, warmup, losses_TK[-1])
             entries[GRAPH] = _judged(GRAPH, 0.0)
         except Exception as error:
+            require_device()
             entries[GRAPH] = Entry(GRAPH, FAILED, describe(error))
     timed = {name: variant for name, variant in variants.items() if entries[name].status == OK}
     timings = interleaved(timed, clock_for(device), preset.rounds, preset.warmup, preset.seconds_per_variant)

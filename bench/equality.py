@@ -16,7 +16,7 @@ from bench.peers import MATERIALISED
 from bench.peers.base import IGNORED, Peer, UnsupportedError
 from bench.problems import Problem
 from bench.results import FAILED, OK, UNAVAILABLE, UNSUPPORTED, Entry
-from bench.timing import describe
+from bench.timing import describe, require_device
 
 # The upstream gradient while checking: a kernel that takes gradients in its forward pass must still multiply by it.
 UPSTREAM = 0.5
@@ -168,6 +168,7 @@ def check(
         except NotEqualError as error:
             return Entry(peer.name, FAILED, str(error), peer.version())
         except Exception as error:
+            require_device()
             return Entry(peer.name, FAILED, describe(error), peer.version())
 
     found: dict[str, Entry | dict[str, float]] = {}

@@ -15,7 +15,7 @@ from bench.peers.base import Peer
 from bench.problems import Problem, make
 from bench.record import as_list, record
 from bench.results import OK, Entry, Row
-from bench.timing import Spread, Variant, clock_for, describe, interleaved
+from bench.timing import Spread, Variant, clock_for, describe, interleaved, require_device
 
 
 def loss_of(peer: Peer, problem: Problem) -> Tensor:
@@ -119,6 +119,7 @@ def _measure_memory(peer: Peer, problem: Problem, case: LinearCase, entry: Entry
         else:
             entry.memory = memory.process_peak(peer.name, case)
     except Exception as error:
+        require_device()
         entry.memory_error = describe(error)
     release(problem)
 

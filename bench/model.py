@@ -22,7 +22,7 @@ from bench.peers.base import IGNORED, Peer, Weighting
 from bench.problems import Problem
 from bench.record import record
 from bench.results import OK, Entry, Row
-from bench.timing import Variant, clock_for, describe, interleaved
+from bench.timing import Variant, clock_for, describe, interleaved, require_device
 
 PATCH = 14  # pixels, as CLIP-L/14
 
@@ -207,6 +207,7 @@ def _measure_memory(peer: Peer, training: Training, case: ModelCase, entry: Entr
         else:
             entry.memory = memory.process_peak(peer.name, case)
     except Exception as error:
+        require_device()
         entry.memory_error = describe(error)
     _tidy(training)
 

@@ -17,7 +17,7 @@ from bench.cases import BalancerCase, Case, LinearCase, LogitsCase, ModelCase, P
 from bench.peers import OURS, all_peers
 from bench.peers.base import Peer
 from bench.results import FAILED, STOPS, Row, Run
-from bench.timing import describe
+from bench.timing import describe, require_device
 from bench.turns import Turn
 
 
@@ -34,16 +34,8 @@ def measure(case: Case, preset: Preset, device: torch.device, peers: list[Peer])
 
 
 class LostDeviceError(RuntimeError):
-    """An illegal access: this process cannot use the device any more. ``culprit`` is the peer, where it is known, and
-    ``why`` its error."""
-
-    def __init__(self, row: Row) -> None:
-        # Every peer is waited for before the next one begins, so the first that fails so is the one that did it.
-        lost = (entry for entry in row.entries if entry.status == FAILED and "CUDA error" in str(entry.error))
-        first = next(lost, None)
-        self.culprit = first.name if first else None
-        self.why = str(first.error if first else row.skipped)
-        super().__init__(f"{row.label}: {first.name + ': ' if first else ''}{self.why}")
+    """An illegal access: this process cannot use the device any more. Whose turn it is did it, since every peer is
+    waited for before the next one begins, and no other begins when the device is lost."""
 
 
 def left_out(peer: Peer, reason: str) -> Peer:
@@ -94,8 +86,8 @@ def run_preset(
                 row = measure(case, preset, device, peers)
             except Exception as error:  # out of memory, a missing package: the other cases still count
                 row = _skipped(case, describe(error))
-        if device.type == "cuda" and not _usable(device):
-            raise LostDeviceError(row)
+        if not _usable():
+            raise LostDeviceError(row.skipped or "the device was lost behind the case")
         for entry in row.entries:
             if entry.name in stops and stops[entry.name]["case"] == case.label:
                 entry.status, entry.error = FAILED, stops[entry.name]["error"]
@@ -131,9 +123,9 @@ def note_stop(path: Path, preset: Preset, turn: Turn, peer: str | None, error: s
     return said
 
 
-def _usable(device: torch.device) -> bool:
+def _usable() -> bool:
     try:
-        torch.cuda.synchronize(device)
+        require_device()
     except RuntimeError:
         return False
     return True

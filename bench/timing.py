@@ -87,9 +87,9 @@ def interleaved(
 ) -> Timings:
     """Take turns: each round runs every variant once, beginning one further along than the round before.
 
-    A variant that raises is taken out and its error kept. One that has used its ``seconds``, preparation included,
-    takes no further rounds, and none does when no time is ``left``, but everybody takes the first ``least``: slow ones
-    are measured less often, never alone.
+    A variant that raises is taken out and its error kept, unless the device is lost with it. One that has used its
+    ``seconds``, preparation included, takes no further rounds, and none does when no time is ``left``, but everybody
+    takes the first ``least``: slow ones are measured less often, never alone.
 
     Where a run finds the memory full of what others left behind, the allocator frees it and asks again, in the middle
     of what is timed. Such a sample is taken once more, right after, when the memory is of the right sizes; if the
@@ -112,6 +112,7 @@ def interleaved(
                 if disturbed:
                     duration, disturbed = _sample(variant, clock)
             except Exception as error:
+                require_device()
                 errors[name] = describe(error)
                 continue
             if number >= 0:
@@ -129,6 +130,12 @@ def _sample(variant: Variant, clock: Clock) -> tuple[float, bool]:
     before = clock.retries()
     duration = clock.time(lambda: variant.run(prepared))
     return duration, clock.retries() > before
+
+
+def require_device() -> None:
+    """Raise where an error has made the device unusable for this process: whoever comes next would be blamed for it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def rotated(names: Sequence[str], by: int) -> list[str]:

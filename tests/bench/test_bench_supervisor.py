@@ -9,15 +9,19 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from bench import __main__ as command_line
 from bench import run, turns
 from bench.cases import PRESETS
 from bench.peers import OURS, all_peers
-from bench.results import Entry, Row, Run
-from bench.run import LostDeviceError, note_stop
+from bench.peers.eager import Eager
+from bench.peers.vocabulary_chunks import VocabularyChunks
+from bench.results import Run
+from bench.run import note_stop
 from bench.supervisor import LOST_DEVICE, overdue, supervise
 from bench.turns import Turn
 
@@ -30,6 +34,7 @@ from dataclasses import replace
 import bench.cases, bench.run
 from bench.cases import HEADS, PRESETS, Head, LinearCase, LogitsCase
 from bench.peers.eager import Eager
+from bench.peers.vocabulary_chunks import VocabularyChunks
 
 class Hanging(Eager):
     name = "torch.compile"
@@ -168,24 +173,38 @@ def test_a_stop_that_no_peer_can_be_left_out_for_skips_the_case(tmp_path: Path, 
     assert found.rows[0].skipped in said
 
 
+@pytest.mark.parametrize("last", [1, 2, 4], ids=["check", "first round", "third round"])
 def test_losing_the_device_leaves_out_who_did_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], last: int
 ) -> None:
-    case = QUICK.cases[0]
-    illegal = "AcceleratorError: CUDA error: an illegal memory access was encountered"
+    """Everything fails from then on, what frees memory too; in the rounds others of the table's upper lines as well."""
+    calls: list[str] = []
 
-    def lost(preset: object, device: object, command: str, path: Path, *_: object) -> None:
-        Run("quick", command, "now", {}).write(path)
-        turns.begin(path, case.label, time.monotonic())
-        turns.take("vocabulary chunks (TRL-style)")  # who came after the culprit fails too
-        raise LostDeviceError(Row("linear", case.label, {}, [Entry("quack", "failed", illegal)]))
+    def require_device() -> None:
+        if calls.count("quack") == last:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(run, "run_preset", lost)
+    class Usual(Eager):
+        def loss(self, *inputs: Any) -> torch.Tensor:
+            calls.append(self.name)
+            require_device()
+            return super().loss(*inputs)
+
+    class Culprit(Usual):
+        name = "quack"
+
+    case = replace(QUICK.cases[0], M=16)
+    monkeypatch.setattr(run, "all_peers", lambda: [Usual(), Culprit(), VocabularyChunks()])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", require_device)
+    monkeypatch.setitem(PRESETS, "quick", replace(QUICK, cases=(case,), rounds=5, warmup=0))
     assert command_line.main(["run", "--here", "--out", str(tmp_path)]) == LOST_DEVICE
     turns.end()
-    assert Run.read(tmp_path / "quick.json").environment["left out"] == {
-        "quack": {"case": case.label, "error": illegal}
-    }
+    found = Run.read(tmp_path / "quick.json")
+    error = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert found.environment["left out"] == {"quack": {"case": case.label, "error": error}}
+    assert found.rows == []
+    assert calls[-1] == "quack"
     assert "quack" in capsys.readouterr().out
 
 

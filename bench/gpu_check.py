@@ -2,8 +2,8 @@
 
     python -m bench.gpu_check --out DIR [--minutes 9] [--only environment tests sanitizer targets tiles]
 
-``DIR/gpu_check.json`` is written after every single result, so that nothing is lost when the time is up; the log of
-the tests is beside it. A short table is printed at the end. Without a CUDA device: one sentence, exit status 2.
+``DIR/gpu_check.json`` is written after every single result, so that nothing is lost when the time is up; logs of the
+tests are beside it. A short table is printed at the end. Without a CUDA device: one sentence, exit status 2.
 
 Half an hour with a GPU, in this order, since each leaves compiled kernels to the next:
 
@@ -25,21 +25,18 @@ import platform
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import command, gpu_tests
 from . import environment as provenance
 
-ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("environment", "tests", "sanitizer", "targets", "tiles")
 # Largest share of the whole time that a section may take; what it leaves goes to the next ones.
 SHARES = {"environment": 0.1, "tests": 0.45, "sanitizer": 0.25, "targets": 0.6, "tiles": 1.0}
@@ -101,6 +98,9 @@ class Report:
         for key in keys:
             place = place.setdefault(key, {})
         place[last] = value
+        self.write()
+
+    def write(self) -> None:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.values, indent=1, default=str))
         temporary.replace(self.path)
@@ -117,54 +117,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def outcomes(log: str) -> dict[str, Any]:
-    """Outcomes of ``pytest -v`` so far, in one process or in several, whether it came to its end or not."""
-    kinds = "PASSED|FAILED|SKIPPED|ERROR"
-    found = re.findall(rf"^(\S+::.*?) ({kinds})\b", log, re.MULTILINE)
-    several = re.findall(rf"^\[gw\d+\] \[ *\d+%\] ({kinds}) (\S+::.*?) *$", log, re.MULTILINE)
-    found += [(name, kind) for kind, name in several]
-    counts = {outcome: sum(1 for _, kind in found if kind == outcome.upper()) for outcome in ("passed", "skipped")}
-    failed = [name for name, kind in found if kind in ("FAILED", "ERROR")]
-    return {
-        **counts,
-        "failed": len(failed),
-        "failures": failed,
-        "complete": bool(re.search(r"^=+ .* in [\d.]+s", log, re.M)),
-    }
-
-
-def _command(
-    arguments: list[str], seconds: float, log: Path | None = None, variables: dict[str, str] | None = None
-) -> tuple[int | str, str]:
-    """Exit status, or "timeout", and what was printed until then, which a ``log`` holds at any time.
-
-    A command that takes too long ends with everything that it started: a compiler would go on and hold its output.
-    """
-    with log.open("w+b") if log else tempfile.TemporaryFile() as output:
-        try:
-            process = subprocess.Popen(
-                arguments,
-                cwd=ROOT,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **(variables or {})},
-            )
-        except OSError as error:
-            return str(error), ""
-        status: int | str
-        try:
-            status = process.wait(max(seconds, 1))
-        except subprocess.TimeoutExpired:
-            status = "timeout"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        return status, output.read().decode(errors="replace")
-
-
 def environment(report: Report, budget: Budget) -> None:
     device = torch.cuda.get_device_properties(0)
     report.put("environment", "device", device.name)
@@ -173,7 +125,7 @@ def environment(report: Report, budget: Budget) -> None:
     report.put("environment", "multiprocessors", device.multi_processor_count)
     report.put("environment", "versions", _versions())
     queried = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,driver_version,persistence_mode"
-    _, output = _command(["nvidia-smi", f"--query-gpu={queried}", "--format=csv,noheader"], 20)
+    _, output = command.run(["nvidia-smi", f"--query-gpu={queried}", "--format=csv,noheader"], 20)
     report.put("environment", "nvidia_smi", dict(zip(queried.split(","), output.strip().split(", "), strict=False)))
     report.put("environment", "commit", provenance.commit() or "not a git checkout")
     report.put("environment", "sources", provenance.sources())
@@ -192,18 +144,7 @@ def _versions() -> dict[str, str]:
 
 def tests(report: Report, budget: Budget) -> None:
     """The ``gpu`` tests; where the time ends, what passed until then."""
-    # Only the files that have some: collecting the others takes as long as many tests.
-    files = [
-        path for path in sorted((ROOT / "tests/cotbal_kernels").glob("test_*.py")) if "mark.gpu" in path.read_text()
-    ]
-    arguments = [sys.executable, "-m", "pytest", *(str(path.relative_to(ROOT)) for path in files)]
-    arguments += ["-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
-    # Most of their time is compiling, on the host.
-    workers = min(8, (os.cpu_count() or 1) // 2)
-    if workers > 1 and find_spec("xdist"):
-        arguments += ["-n", str(workers)]
-    status, output = _command(arguments, budget.left(), report.path.parent / "gpu_tests.log")
-    report.put("tests", {**outcomes(output), "exit_status": status, "tail": output[-600:]})
+    report.put("tests", gpu_tests.run(report.path.parent, budget.left))
 
 
 def find_sanitizer() -> str | None:
@@ -221,24 +162,25 @@ def sanitizer(report: Report, budget: Budget) -> None:
     if tool is None:
         report.put("sanitizer", "tool", "compute-sanitizer is not installed")
         return
-    for backend in available():
+    backends = available()
+    jobs = [(backend, check) for backend in backends for check in _CHECKS]
+
+    def checked(job: tuple[str, str]) -> dict[str, Any]:
+        backend, check = job
+        options, variables = _CHECKS[check]
+        step = [sys.executable, "-c", _SMALL_STEP, backend]
+        arguments = [tool, "--tool", check, *options, "--error-exitcode", "9", *step]
+        status, output = command.run(arguments, budget.left(), variables=variables)
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+        return {"exit_status": status, "summary": summary[-1:], "tail": output[-600:]}
+
+    # All at once: under the tool most of the time goes into loading PyTorch, on the host.
+    with ThreadPoolExecutor(max(1, len(jobs))) as pool:
         # Compiled and cached beforehand: under the tool it would take minutes.
-        _command([sys.executable, "-c", _SMALL_STEP, backend], budget.left())
-        for check, (options, variables) in _CHECKS.items():
-            if budget.left() < 10:
-                report.put("sanitizer", f"{backend} {check}", "no time left")
-                continue
-            status, output = _command(
-                [tool, "--tool", check, *options, "--error-exitcode", "9", sys.executable, "-c", _SMALL_STEP, backend],
-                min(budget.left(), 90),
-                variables=variables,
-            )
-            summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
-            report.put(
-                "sanitizer",
-                f"{backend} {check}",
-                {"exit_status": status, "summary": summary[-1:], "tail": output[-600:]},
-            )
+        steps = ([sys.executable, "-c", _SMALL_STEP, backend] for backend in backends)
+        list(pool.map(lambda step: command.run(step, budget.left()), steps))
+        for (backend, check), result in zip(jobs, pool.map(checked, jobs), strict=True):
+            report.put("sanitizer", f"{backend} {check}", result)
 
 
 def available() -> list[str]:
@@ -249,12 +191,16 @@ def available() -> list[str]:
 
 
 def targets(report: Report, budget: Budget) -> None:
-    """All backends side by side. If one makes the device unusable for its process, the others once more without it."""
+    """All backends side by side. Where that ends early, each once more by itself: it may have been one of them."""
     _in_process("targets", report, budget)
-    if "CUDA error" in json.dumps([report.values.get("targets"), report.values.get("errors", {}).get("targets")]):
-        report.put("errors", "targets", "the device became unusable, see targets_before; triton was measured alone")
-        report.put("targets_before", report.values.pop("targets", None))
-        _in_process("targets", report, budget, "triton")
+    ended = {"together": report.values.get("errors", {}).pop("targets", None)}
+    if ended["together"] is None:
+        return
+    for backend in available():
+        if budget.left():
+            _in_process("targets", report, budget, backend)
+            ended[backend] = report.values.get("errors", {}).pop("targets", "measured")
+    report.put("errors", "targets", ended)
 
 
 def tiles(report: Report, budget: Budget) -> None:
@@ -267,7 +213,7 @@ def _in_process(section: str, report: Report, budget: Budget, *backends: str) ->
     arguments += ["--only", section, "--here", *(["--backends", *backends] if backends else [])]
     log = report.path.parent / f"gpu_{section}.log"
     # It stops by itself; a compilation that is under way then, or a kernel that does not end, has some seconds more.
-    status, output = _command([sys.executable, "-m", "bench.gpu_check", *arguments], budget.left() + 15, log)
+    status, output = command.run([sys.executable, "-m", "bench.gpu_check", *arguments], budget.left() + 15, log)
     report.reload()
     if status not in (0, 1):
         report.put("errors", section, f"exit status {status}: {output.strip()[-500:]}")
@@ -276,7 +222,7 @@ def _in_process(section: str, report: Report, budget: Budget, *backends: str) ->
 def targets_here(report: Report, budget: Budget, backends: list[str] | None = None) -> None:
     from .gpu_measure import measure_targets
 
-    measure_targets(report.put, budget.left, backends or available(), torch.device("cuda"))
+    measure_targets(report.put, budget.left, backends or available() or ["portable"], torch.device("cuda"))
 
 
 def tiles_here(report: Report, budget: Budget) -> None:
@@ -290,11 +236,11 @@ def summary(values: dict[str, Any]) -> str:
     lines = []
     if "tests" in values:
         found = values["tests"]
-        end = "" if found["complete"] else ", cut off by the time limit"
+        end = f", {len(found['not_run'])} not run" if found["not_run"] else ""
         lines.append(f"tests: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped{end}")
-        lines += [f"  failed: {name}" for name in found["failures"][:20]]
-        if tests_stopped(found):
-            lines.append(f"tests ended with {found.get('exit_status')}: {found.get('tail')}")
+        lines += [f"  {kind}: {name}" for name, kind in list(found["failures"].items())[:20]]
+        if gpu_tests.stopped(found):
+            lines.append(f"tests ended with {found['exit_statuses']}: {found['tail']}")
     for check, result in values.get("sanitizer", {}).items():
         lines.append(f"{check}: {result if isinstance(result, str) else result['summary'] or result['exit_status']}")
     rows = [
@@ -307,10 +253,12 @@ def summary(values: dict[str, Any]) -> str:
             r.get("extra_mib", "-"),
         )
         for case, found in values.get("targets", {}).items()
-        if isinstance(found, dict)
         for name, r in found.items()
-        if isinstance(r, dict)
     ]
+    for case, found in values.get("targets", {}).items():
+        for name, r in found.items():
+            lines += [f"{case}, {name}: {r['error']}"] if "error" in r else []
+            lines += [f"{case}, {name} waits: {r['host_waits']}"] if r.get("host_waits", "none") != "none" else []
     if rows:
         lines.append(table(("case", "what", "ms", "x of products", "TFLOP/s", "extra MiB"), rows))
     for product, found in values.get("tiles", {}).items():
@@ -320,13 +268,6 @@ def summary(values: dict[str, Any]) -> str:
     for section, message in values.get("errors", {}).items():
         lines.append(f"{section} stopped: {message}")
     return "\n".join(lines)
-
-
-def tests_stopped(found: dict[str, Any]) -> bool:
-    """Whether pytest ended for neither its tests nor the time: it is not installed, or collecting crashed."""
-    if found.get("exit_status") == "timeout":
-        return False
-    return found.get("exit_status", 0) not in (0, 1) or not (found["passed"] or found["failed"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -350,8 +291,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for section in SECTIONS:
         if section not in args.only:
             continue
-        report.values.get("errors", {}).pop(section, None)  # of an earlier run into the same folder
-        budget.enter(SHARES[section])
+        # Nothing of an earlier run into the same folder stands among what this one finds.
+        report.values.get("errors", {}).pop(section, None)
+        if not args.here:
+            report.values.pop(section, None)
+        report.write()
+        budget.enter(1.0 if args.here else SHARES[section])  # here the time is that of one section
         started = time.monotonic()
         try:
             run[section](report, budget)
@@ -363,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(summary(report.values))
     print(f"\nEverything: {report.path}")
     found = report.values.get("tests")
-    failed = found is not None and (found["failed"] or tests_stopped(found))
+    failed = found is not None and (found["failed"] or gpu_tests.stopped(found))
     return 1 if failed or report.values.get("errors") else 0
 
 

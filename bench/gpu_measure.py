@@ -117,7 +117,16 @@ def measure_targets(
     full: LinearCase = FULL,
     sparse: LinearCase = SPARSE,
 ) -> None:
-    """Every figure that the project has a target for; ``put`` stores each as soon as it exists."""
+    """Every figure that the project has a target for; ``put`` stores each as soon as it exists.
+
+    Raises:
+        RuntimeError: one of them has made the device unusable for this process.
+    """
+
+    def store(case: LinearCase, found: dict[str, dict[str, Any]]) -> None:
+        for name, result in found.items():  # beside what was stored of other backends
+            put("targets", case.label, name, result)
+
     problem = make(full, device)
     ours = {name: Cotbal(name, name) for name in backends}
     first = backends[0]
@@ -132,18 +141,18 @@ def measure_targets(
     if device.type == "cuda":
         candidates[f"{first}, graph replay"] = replay_of(steps[first])
     found = _derived(interleaved(candidates, left, device), full.flops, "three products")
-    put("targets", full.label, found)
+    store(full, found)
     del candidates  # and with it the logits of the products
     for name, run in steps.items():
         found[name]["extra_mib"] = _or_error(lambda run=run: extra_mib(run, problem))  # type: ignore[misc]
         found[name]["host_waits"] = _or_error(lambda run=run: host_waits(run, device))  # type: ignore[misc]
-        put("targets", full.label, found)
+        store(full, {name: found[name]})
 
     alone = replace(full, mode="loss")
     with torch.no_grad():
         candidates = {"one product": _products(alone, device)}
         candidates |= {name: (lambda peer=peer: loss_of(peer, problem)) for name, peer in ours.items()}  # type: ignore[misc]
-        put("targets", alone.label, _derived(interleaved(candidates, left, device), alone.flops, "one product"))
+        store(alone, _derived(interleaved(candidates, left, device), alone.flops, "one product"))
     del candidates, steps, problem
 
     problem = make(sparse, device)
@@ -154,10 +163,10 @@ def measure_targets(
         candidates[f"{name}, max_tokens"] = _step(Cotbal(name, name, max_tokens=sparse.N), problem)
     candidates["dense PyTorch"] = _step(Eager(), problem)
     found = interleaved(candidates, left, device, rounds=10)
-    put("targets", sparse.label, _derived(found, sparse.flops, "three products of the supervised rows"))
+    store(sparse, _derived(found, sparse.flops, "three products of the supervised rows"))
     for name in [*backends, "dense PyTorch"]:
         found[name]["extra_mib"] = _or_error(lambda name=name: extra_mib(candidates[name], problem))  # type: ignore[misc]
-        put("targets", sparse.label, found)
+        store(sparse, {name: found[name]})
 
 
 def _products(case: LinearCase, device: torch.device) -> Run:
@@ -175,4 +184,5 @@ def _or_error(run: Run) -> Any:
     try:
         return run()
     except Exception as error:
+        timing.require_device()
         return describe(error)

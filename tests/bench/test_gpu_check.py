@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import gpu_check, gpu_measure, gpu_tiles
+from bench import command, gpu_check, gpu_measure, gpu_tests, gpu_tiles
 from bench.cases import HEADS, Head, LinearCase
 from bench.problems import Problem
 from cotbal_kernels.triton_kernels.tiles import Tile
@@ -69,33 +69,25 @@ def test_table() -> None:
 LOG = """\
 tests/a.py::test_one[x-{'k': 1}] PASSED                [ 25%]
 tests/a.py::test_two SKIPPED (cuda: no nvcc)           [ 50%]
-tests/a.py::test_three[8] FAILED                       [ 75%]
+tests/a.py::test_three[(8, 1)] FAILED                  [ 75%]
 tests/a.py::test_four ERROR                            [100%]
-"""
+tests/a.py::test_five """
 
 
-SEVERAL = """\
-[gw0] [ 25%] PASSED tests/a.py::test_one[x-{'k': 1}]
-[gw1] [ 50%] SKIPPED tests/a.py::test_two
-[gw0] [ 75%] FAILED tests/a.py::test_three[8]
-[gw1] [100%] ERROR tests/a.py::test_four
-"""
-
-
-@pytest.mark.parametrize("log", [LOG, SEVERAL], ids=["one process", "several"])
-@pytest.mark.parametrize("end", ["", "== 2 failed, 1 passed, 1 skipped in 3.21s ==\n"])
-def test_counts_of_a_log_that_was_cut_off_too(log: str, end: str) -> None:
-    found = gpu_check.outcomes(log + end)
-    assert (found["passed"], found["skipped"], found["failed"]) == (1, 1, 2)
-    assert found["failures"] == ["tests/a.py::test_three[8]", "tests/a.py::test_four"]
-    assert found["complete"] == bool(end)
+def test_outcomes_of_a_log_that_was_cut_off_too() -> None:
+    assert gpu_tests.outcomes(LOG) == {
+        "tests/a.py::test_one[x-{'k': 1}]": "PASSED",
+        "tests/a.py::test_two": "SKIPPED",
+        "tests/a.py::test_three[(8, 1)]": "FAILED",
+        "tests/a.py::test_four": "ERROR",
+    }
 
 
 def test_command_that_takes_too_long_returns_what_it_printed_and_leaves_nothing_running(tmp_path: Path) -> None:
     log = tmp_path / "log"
     started = time.monotonic()
     # The child of the child holds the output: waiting for its end would take 30 seconds.
-    status, output = gpu_check._command(["sh", "-c", "echo begun; sleep 30 & echo $!; sleep 30"], 1, log)
+    status, output = command.run(["sh", "-c", "echo begun; sleep 30 & echo $!; sleep 30"], 1, log)
     assert status == "timeout"
     assert output == log.read_text()
     begun, child = output.split()
@@ -108,57 +100,96 @@ def test_command_that_takes_too_long_returns_what_it_printed_and_leaves_nothing_
         time.sleep(0.05)
     else:
         pytest.fail(f"process {child} still runs")
-    assert gpu_check._command(["no such command"], 1)[1] == ""
+    assert command.run(["no such command"], 1)[1] == ""
 
 
 def test_sections_on_the_device_run_in_processes_whose_end_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the process wrote is read back; an illegal access is followed by a second try with triton alone."""
+    """What the process wrote is read back; where it ends early, each backend is measured once more by itself."""
     commands: list[list[str]] = []
 
-    def command(arguments: list[str], seconds: float, log: Path | None = None) -> tuple[int, str]:
+    def run(arguments: list[str], seconds: float, log: Path | None = None) -> tuple[int, str]:
         commands.append(arguments)
         child = gpu_check.Report(tmp_path)
         if len(commands) == 1:
-            child.put("targets", "case", "cuda", {"error": "AcceleratorError: CUDA error: an illegal memory access"})
+            child.put("targets", "case", "triton", {"milliseconds": 2.0})
+            child.put("errors", "targets", "AcceleratorError: CUDA error: an illegal memory access")
+            return 1, ""
+        child.values["errors"].clear()
+        if "cuda" in arguments:
             return -6, "aborted"
         child.put("targets", "case", "triton", {"milliseconds": 1.0})
         return 0, ""
 
-    monkeypatch.setattr(gpu_check, "_command", command)
+    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(gpu_check, "available", lambda: ["triton", "cuda"])
     report = gpu_check.Report(tmp_path)
     report.put("environment", "device", "a GPU")
     budget = gpu_check.Budget(60.0)
     budget.enter(1.0)
     gpu_check.targets(report, budget)
-    assert [arguments[-2:] for arguments in commands] == [["targets", "--here"], ["--backends", "triton"]]
+    assert [arguments[-2:] for arguments in commands] == [
+        ["targets", "--here"],
+        ["--backends", "triton"],
+        ["--backends", "cuda"],
+    ]
     assert report.values["environment"] == {"device": "a GPU"}
     assert report.values["targets"] == {"case": {"triton": {"milliseconds": 1.0}}}
-    assert "illegal" in report.values["targets_before"]["case"]["cuda"]["error"]
-    assert "unusable" in report.values["errors"]["targets"]
+    errors = report.values["errors"]["targets"]
+    assert "illegal" in errors["together"]
+    assert errors["triton"] == "measured"
+    assert errors["cuda"].endswith("-6: aborted")
     assert json.loads(report.path.read_text()) == report.values
 
 
-def test_tests_run_in_processes_of_their_own_and_their_log_is_kept(
+# A device that is lost from one test on, and a process that ends: everything behind it runs in another process.
+BROKEN = """
+import os, signal, pytest, torch
+pytestmark = pytest.mark.gpu
+@pytest.mark.parametrize("k", range(3))
+def test_good(k): pass
+def test_illegal(): torch.lost = True
+def test_bad(): assert False
+def test_crash(): os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize("k", range(3))
+def test_good_too(k): pass
+"""
+TORCH = """
+from types import SimpleNamespace
+lost = False
+def synchronize():
+    if lost:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+cuda = SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize)
+"""
+
+
+def test_tests_run_in_processes_of_their_own_and_one_that_ends_its_process_costs_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "repository" / "tests" / "cotbal_kernels"
     folder.mkdir(parents=True)
-    (folder / "test_a.py").write_text(
-        "import pytest\n@pytest.mark.gpu\ndef test_good(): pass\n@pytest.mark.gpu\ndef test_bad(): assert False\n"
-    )
+    (folder / "test_a.py").write_text(BROKEN)
     (folder / "test_other.py").write_text("raise RuntimeError('has no such tests and is not collected')\n")
+    (folder / "torch.py").write_text(TORCH)  # what the hooks need of it
+    hooks = Path(__file__).parent.parent / "cotbal_kernels" / "gpu_device.py"
+    (folder / "conftest.py").write_text(hooks.read_text())
     (tmp_path / "repository" / "pytest.ini").write_text("[pytest]\nmarkers = gpu: a\n")
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path / "repository")
-    for cores, where in ((1, "one"), (4, "several")):
-        monkeypatch.setattr(gpu_check.os, "cpu_count", lambda cores=cores: cores)
-        report = gpu_check.Report(tmp_path / where)
-        gpu_check.tests(report, gpu_check.Budget(60))
-        found = report.values["tests"]
-        assert (found["passed"], found["failed"], found["exit_status"], found["complete"]) == (1, 1, 1, True), where
-        assert found["failures"] == ["tests/cotbal_kernels/test_a.py::test_bad"]
-        assert "test_bad" in (tmp_path / where / "gpu_tests.log").read_text()
+    monkeypatch.setattr(command, "ROOT", tmp_path / "repository")
+    monkeypatch.setattr(gpu_tests.os, "cpu_count", lambda: 4)
+    report = gpu_check.Report(tmp_path / "out")
+    gpu_check.tests(report, gpu_check.Budget(60))
+    found = report.values["tests"]
+    name = "tests/cotbal_kernels/test_a.py::test_{}".format
+    assert (found["passed"], found["skipped"], found["failed"], found["not_run"]) == (6, 0, 3, [])
+    assert found["failures"] == {
+        name("illegal"): "FAILED",
+        name("bad"): "FAILED",
+        name("crash"): "ended its process: -9",
+    }
+    assert not gpu_tests.stopped(found)
+    assert "illegal memory access" in "".join(log.read_text() for log in (tmp_path / "out").glob("gpu_tests_*.log"))
 
 
 def test_no_test_at_all_is_a_failure(
@@ -167,7 +198,7 @@ def test_no_test_at_all_is_a_failure(
     """As without pytest, or where collecting crashes: nothing failed, and nothing was tested."""
     tail = "No module named pytest"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "_command", lambda *_: (1, tail))
+    monkeypatch.setattr(command, "run", lambda *_: (1, tail))
     assert gpu_check.main(["--out", str(tmp_path), "--only", "tests"]) == 1
     assert tail in capsys.readouterr().out
 
@@ -207,7 +238,8 @@ def test_a_section_that_fails_does_not_end_the_run(
         raise RuntimeError("no such clock")
 
     def tested(report: gpu_check.Report, budget: gpu_check.Budget) -> None:
-        report.put("tests", gpu_check.outcomes(LOG))
+        counts = {"passed": 1, "skipped": 1, "failed": 1, "not_run": ["d"], "exit_statuses": ["timeout"], "tail": ""}
+        report.put("tests", {**counts, "failures": {"c": "FAILED"}})
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "environment", broken)
@@ -215,7 +247,7 @@ def test_a_section_that_fails_does_not_end_the_run(
     assert gpu_check.main(["--out", str(tmp_path), "--only", "environment", "tests"]) == 1
     printed = capsys.readouterr().out
     assert "environment stopped: RuntimeError: no such clock" in printed
-    assert "tests: 1 passed, 2 failed, 1 skipped, cut off by the time limit" in printed
+    assert "tests: 1 passed, 1 failed, 1 skipped, 1 not run" in printed
 
 
 def test_interleaved_runs_in_turns_and_survives_a_failure() -> None:

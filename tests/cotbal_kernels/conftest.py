@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from gpu_device import pytest_runtest_call, pytest_runtest_logfinish  # noqa: F401 (hooks)
 from gpu_memory import alone, require_memory
 from loss_problems import Problem, make_problem
 

@@ -72,6 +72,14 @@ def converted(tmp_path: Path, *chats: Any, **options: Any) -> list[dict[str, Any
             {"messages": [said("user", [{"type": "image", "image": "file://b.png"}, text("?")]), ANSWER]},
             "b.png", ["<image>\n?", "  3\n"],
         ),
+        # LLaMA-Factory's second version: parts of `value`, and weights.
+        (
+            {"messages": [
+                said("user", [{"type": "image_url", "value": "a.png"}, {"type": "text", "value": "?"}], loss_weight=0),
+                said("assistant", [{"type": "text", "value": "This."}], loss_weight=1.0),
+            ]},
+            "a.png", ["<image>\n?", "This."],
+        ),
         # Axolotl and LLaMA-Factory also take ShareGPT's spelling, of other models too.
         (
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "chatgpt", "value": "Ho"}], "tools": "[]"},
@@ -89,7 +97,7 @@ def converted(tmp_path: Path, *chats: Any, **options: Any) -> list[dict[str, Any
         ({"instruction": "Sort.", "input": "3 1", "output": " 1 3", "text": "Below is"}, None, ["Sort.\n3 1", " 1 3"]),
         (
             {"instruction": "<image>Sort.", "input": "", "output": "1", "history": [["a", "b"], ["c", "d"]],
-             "images": ["1.png"]},
+             "images": ["1.png"], "system": ""},
             "1.png", ["a", "b", "c", "d", "<image>Sort.", "1"],
         ),
         ({"instruction": " ", "input": "3 1", "output": 13, "history": None}, None, ["3 1", "13"]),
@@ -126,7 +134,7 @@ def test_each_spelling(tmp_path: Path, chat: dict[str, Any], images: Any, wanted
     [
         {"messages": [said("system", "Be brief."), ASK, ANSWER]},
         {"messages": [said("developer", [text(" Be brief.\n")]), ASK, ANSWER]},
-        {"messages": [ASK, ANSWER], "system": "Be brief."},
+        {"messages": [ASK, ANSWER, said("user", "Sure?"), said("assistant", "Yes.")], "system": "Be brief."},
         {"instruction": ASK["content"], "output": ANSWER["content"], "system": "Be brief."},
         {"prompt": [said("system", "Be brief."), ASK], "completion": [ANSWER]},
     ],
@@ -134,11 +142,13 @@ def test_each_spelling(tmp_path: Path, chat: dict[str, Any], images: Any, wanted
 def test_system_messages(tmp_path: Path, chat: dict[str, Any]) -> None:
     (row,) = converted(tmp_path, chat)
     assert row["conversations"][0] == {"from": "system", "value": "Be brief."}
-    assert values(row)[1:] == [ASK["content"], ANSWER["content"]]
+    others = values(row)[2:]
+    assert others in ([ANSWER["content"]], [ANSWER["content"], "Sure?", "Yes."])
+    assert values(row)[1] == ASK["content"]
     (row,) = converted(tmp_path, chat, system="prepend")
-    assert values(row) == [f"Be brief.\n\n{ASK['content']}", ANSWER["content"]]
+    assert values(row) == [f"Be brief.\n\n{ASK['content']}", *others]
     (row,) = converted(tmp_path, chat, system="drop")
-    assert values(row) == [ASK["content"], ANSWER["content"]]
+    assert values(row) == [ASK["content"], *others]
 
 
 def test_where_no_image_can_be_meant_a_placeholder_is_text(tmp_path: Path) -> None:
@@ -241,6 +251,8 @@ REJECTED = [
     ({"messages": [ASK, said("assistant", None, tool_calls=[{}])]}, "turn 1: 'tool_calls' is not read; calls go"),
     ({"messages": [ASK, said("assistant", "3", reasoning_content="2 + 1")]}, "turn 1: 'reasoning_content' is not"),
     ({"messages": [ASK, said("assistant", "3", weight=0)]}, "turn 1: 'weight' is 0, but every answer is trained"),
+    ({"messages": [ASK, said("assistant", "3", loss_weight=0.0)]}, "turn 1: 'loss_weight' is 0.0, but every answer"),
+    ({"messages": [said("user", [{"type": "text"}]), ANSWER]}, "'text' must be text, got None"),
     ({"messages": [ASK, said("assistant", "3", loss=False)]}, "turn 1: 'loss' is False, but every answer is "),
     ({"messages": [ASK, ANSWER], "tools": [{}]}, "'tools' is not read; descriptions of tools go into the system"),
     ({"messages": [ASK, ANSWER], "videos": ["a.mp4"]}, "'videos' is not read; videos are not supported"),

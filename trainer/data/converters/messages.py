@@ -102,7 +102,7 @@ class _Chat:
         role = get_text(raw, "role" if "role" in raw else "from")
         text = self._text(raw, "content" if "content" in raw else "value", where)
         side = _ROLES.get(role, role)
-        for key in ("weight", "loss", "train") if side == "assistant" else ():
+        for key in ("weight", "loss_weight", "loss", "train") if side == "assistant" else ():
             if raw.get(key) in (0, False):
                 raise Rejected("not trained on", f"{where}'{key}' is {raw[key]}, but every answer is trained on")
         before = self.turns[-1] if self.turns else ("", "")
@@ -134,7 +134,8 @@ class _Chat:
             part = as_object(value)
             kind = get_text(part, "type")
             if kind == "text":
-                text += "\n" * after_image + said(part, "text")
+                own = "text" if part.get("text") is not None or "value" not in part else "value"
+                text += "\n" * after_image + said(part, own)
             elif kind in ("image", "image_url"):
                 self.images.append(self._path(part, where))
                 text += "\n" * bool(text) + IMAGE_PLACEHOLDER
@@ -145,7 +146,8 @@ class _Chat:
 
     def _path(self, part: dict[str, Any], where: str) -> str:
         """Of a part: its own, or the next of the list."""
-        given = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None), None)
+        places = ("image", "image_url", "path", "url", "value")
+        given = next((part[key] for key in places if part.get(key) is not None), None)
         if given is None:
             if self.used == len(self.listed):
                 raise Rejected("malformed", f"{where}an image has no path, and 'images' lists no more")

@@ -132,8 +132,6 @@ class _Reader:
     def _keep(self, item: Item, place: str) -> None:
         options, pool = self.work.options, item.pool or self.work.source.pool
         spelt = not item.placed and IMAGE_PLACEHOLDER in "".join((item.system, *chain(*item.turns)))
-        if spelt and item.images:
-            raise Rejected("malformed", f"its text contains '{IMAGE_PLACEHOLDER}'")
         if pool not in self.merging:
             self.merging[pool] = self.work.converter.pools(options, [pool])[pool].merge
         turns = conversation(item, options.prompt, options.prompt_turns)
@@ -177,9 +175,7 @@ class _Reader:
         for side in self.work.source.sides:
             if side.name in done:
                 continue
-            rows = elements(side.path, side.container, side.member)
-            self.database.execute("DELETE FROM sides WHERE name = ?", (side.name,))
-            for element in rows:
+            for element in elements(side.path, side.container, side.member):
                 place = f"{side.path.name}: {element.where}"
                 try:
                     if isinstance(element.value, Damage):

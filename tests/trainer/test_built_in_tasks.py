@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from trainer.data.built_in import (
@@ -32,9 +33,15 @@ from trainer.data.built_in import (
 )
 from trainer.data.built_in.drawing import BACKGROUNDS
 from trainer.data.built_in.material import emoji_characters
-from trainer.data.built_in.samples import Exchange, Sample, generator
-from trainer.data.built_in.scene_tasks import SceneTask, category_questions
-from trainer.data.built_in.scenes import OBJECTS, Scene, random_scene
+from trainer.data.built_in.samples import Exchange, Sample, generator, split_groups
+from trainer.data.built_in.scene_tasks import (
+    SceneTask,
+    category_questions,
+    clearly_in_quarter,
+    left_to_right,
+    ordered_pair,
+)
+from trainer.data.built_in.scenes import OBJECTS, Placed, Scene, random_scene
 from trainer.data.built_in.writing import _conversations, _write_task
 from trainer.data.records import read_records
 from trainer.errors import MissingPackageError, UserError
@@ -347,6 +354,36 @@ def test_captions_say_what_is_there_and_where() -> None:
                 assert [places[n][0] for n in named] == sorted(p[0] for p in places.values())
 
 
+def test_places_are_told_only_where_they_are_clear() -> None:
+    """Offsets of the second object from the first, whose centre is 60, 60, and how the first stands to it."""
+
+    def at(x: float, y: float) -> Placed:
+        return Placed("x", "thing", 10, (int(x) - 5, int(y) - 5, int(x) + 5, int(y) + 5))
+
+    for (dx, dy), words in {
+        (40, 20): "to the left of", (-40, 20): "to the right of", (20, 40): "above", (20, -40): "below",
+        (40, 21): None, (-21, -40): None, (30, 30): None,
+    }.items():  # fmt: skip
+        pair = ordered_pair(at(60, 60), at(60 + dx, 60 + dy))
+        if words is None:
+            assert pair is None
+        else:
+            assert pair is not None
+            assert pair.words[pair.first != at(60, 60)] == words
+    rows = {(60, 70, 80): [60, 70, 80], (80, 60, 70): [60, 70, 80], (60, 69, 80): None}
+    for xs, wanted in rows.items():
+        ordered = left_to_right(Scene("white", tuple(at(x, 60) for x in xs)))
+        assert (ordered and [placed.centre[0] for placed in ordered]) == wanted
+    quarters = {(70, 90): True, (90, 70): True, (71, 60): False, (60, 89): False, (20, 140): True}
+    assert {place: clearly_in_quarter(at(*place)) for place in quarters} == quarters
+
+
+def test_articles(records: Records) -> None:
+    texts = [text for row in records["region_captions"]["train"] for _, text in exchanges(row)]
+    assert not [text for text in texts if re.search(r"\ba [aeiou]|\ban [^aeiou]", text)]
+    assert any("on an orange" in text for text in texts)
+
+
 # --- charts --------------------------------------------------------------------------------------------
 
 
@@ -483,6 +520,39 @@ def test_dialogues_are_written_one_way() -> None:
     assert chat.tidied("yes...") == "Yes."
     assert chat.tidied("caf\u00e9") is None
     assert chat.tidied("see http://example.org") is None
+
+
+def test_dialogues_are_those_of_the_corpus() -> None:
+    """Question by question in its order, short, and without what nobody should learn to say."""
+
+    def letters(line: Any) -> str:
+        return re.sub(r"[^a-z0-9]", "", str(line).lower())
+
+    lines = {
+        tuple(map(letters, talk))
+        for file in (wheel("chatterbot_corpus") / "data" / "english").glob("*.yml")
+        for talk in yaml.safe_load(file.read_text("utf-8"))["conversations"]
+    }
+    starts = {talk[: 2 * n] for talk in lines for n in range(1, 5)}
+    talks = chat._dialogues()
+    assert len(talks) > 300
+    for first, exchanges_of in talks.items():
+        said = [text for e in exchanges_of for text in (e.question, e.answer)]
+        assert said[0] == first
+        assert tuple(map(letters, said)) in starts
+        assert all(line[-1] in ".?!" and len(line.split()) <= 16 for line in said)
+        assert not {"kill", "die", "dead", "sex", "god", "hate", "stupid"} & set(
+            re.findall("[a-z]+", " ".join(said).lower())
+        )
+
+
+def test_groups_are_dealt_out_at_random_a_tenth_and_a_fifth() -> None:
+    names = [f"{number:03}" for number in range(100)]
+    dealt = split_groups(names, generator(0, "x"))
+    assert {split: len(group) for split, group in dealt.items()} == {"test": 20, "validation": 10, "train": 70}
+    assert sorted(name for group in dealt.values() for name in group) == names
+    assert split_groups(names[::-1], generator(0, "x")) == dealt
+    assert split_groups(names, generator(1, "x")) != dealt
 
 
 # --- easy-VQA ------------------------------------------------------------------------------------------

@@ -93,6 +93,10 @@ def converted(tmp_path: Path, *chats: Any, **options: Any) -> list[dict[str, Any
             ]},
             STORED, ["What is this?\n<image>", "Danbo"],
         ),
+        (
+            {"messages": [ASK, ANSWER, said("user", "a"), said("user", "b"), said("user", "c"), ANSWER]},
+            None, ["How much is 2 + 1?", "  3\n", "a\nb\nc", "  3\n"],
+        ),
         # Alpaca, as published; LLaMA-Factory's fields beside it, whose earlier answers are trained on too.
         ({"instruction": "Sort.", "input": "3 1", "output": " 1 3", "text": "Below is"}, None, ["Sort.\n3 1", " 1 3"]),
         (
@@ -245,6 +249,7 @@ REJECTED = [
     ({"messages": [ASK, said("user", " "), ANSWER]}, "turn 1 is by 'user' once more"),
     ({"messages": [said("user", " "), ASK, ANSWER]}, "turn 0 is empty"),
     ({"messages": [ASK, ANSWER, said("system", "x"), ANSWER]}, "turn 2 is by 'system'"),
+    ({"messages": [said("system", "x"), said("system", "y"), ASK, ANSWER]}, "turn 0 is by 'system'"),
     ({"messages": [ASK, ANSWER, said("tool", "x"), ANSWER]}, "turn 2 is by 'tool'"),
     ({"messages": [said("system", "x"), ASK, ANSWER], "system": "x"}, "it has 'system' and a system message"),
     ({"messages": [ASK, said("assistant", None)]}, "'content' must be text, got None"),

@@ -24,7 +24,7 @@ from trainer.evaluation.running import evaluate
 from trainer.files import write_json
 from trainer.launching import LaunchConfig, run_training
 from trainer.loop.callbacks import COMPLETE
-from trainer.models.loading import load_model, load_processor, stop_generation_at
+from trainer.models.loading import freeze, load_model, load_processor, stop_generation_at
 from trainer.models.lora import adapted_layers, add_lora, save_merged
 from trainer.models.tiny_llava import train_tokenizer
 from trainer.pipeline.evaluations import evaluation_spec
@@ -77,6 +77,11 @@ class TestTextModel:
                 {"do_sample": False, "repetition_penalty": 1.2},
             ),
             ({"length_penalty": 2.0, "pad_token_id": -1}, {}),
+            ({"length_penalty": 2.0, "pad_token_id": 3}, {"pad_token_id": 3}),
+            (
+                {"do_sample": True, "temperature": 0.5, "length_penalty": 2.0},
+                {"do_sample": True, "temperature": 0.5},
+            ),
             ({"do_sample": True, "top_p": 0.6}, {"do_sample": True, "top_p": 0.6}),
             ({"num_beams": 2, "length_penalty": 2.0}, {"num_beams": 2, "length_penalty": 2.0}),
         ],
@@ -93,6 +98,11 @@ class TestTextModel:
         saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
         others = own.keys() - given.keys()
         assert {key: value for key, value in saved.items() if key not in others} == kept
+
+    def test_it_is_excused_for_its_vision_tower(self) -> None:
+        freeze(llama(), ModelConfig(), "x", images=False)
+        with pytest.raises(UserError, match="no parameter of 'x' has 'vision_tower' in its name"):
+            freeze(llama(), ModelConfig(), "x", images=True)
 
     def test_generation_stops_where_answers_end(self, text_model: Path, tmp_path: Path) -> None:
         """A base model's own end, and the mark of the template that it is trained on."""
@@ -185,6 +195,11 @@ class TestAdapters:
         projector = (16 * 32 + 32) + (32 * 32 + 32)
         assert sum(trained.values()) == low_rank + projector
         assert all("lora_" in name or "multi_modal_projector" in name for name in trained)
+
+    def test_the_input_of_an_update_is_dropped_out(self) -> None:
+        model = add_lora(llava(), config(dropout=0.25))
+        dropped = [m.p for name, m in model.named_modules() if "lora_dropout." in name]  # type: ignore[union-attr]
+        assert dropped == [0.25] * 6  # q, v and down of two layers
 
     @pytest.mark.parametrize(
         ("lora", "message"),

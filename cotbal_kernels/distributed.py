@@ -59,6 +59,7 @@ def global_task_tokens(
         )
     if num_tasks < 1:
         raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+    validation.check_flags(shift=shift)
     for some_labels, some_ids in zip(all_labels, all_task_ids, strict=True):
         validation.check_labels_and_tasks(some_labels, some_ids)
     flat = [

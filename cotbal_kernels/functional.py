@@ -81,7 +81,7 @@ def linear_task_cross_entropy(
             forward pass (3F): nothing as large as ``weight`` waits in between.
         grad_weight_out: ``[V, D]`` float32 or dtype of ``weight``: the backward pass adds the gradient of the
             weight to it, in float32 and with one rounding, and ``weight.grad`` stays as it is (trainers with
-            main gradients). Implies ``recompute``. Eager mode only, and not with "reference".
+            main gradients). Implies ``recompute``. Not with "reference".
         max_tokens: an upper bound of the computed positions that the caller knows, say from the labels before
             they went to the GPU. Backends that cannot read the count on the device then do no work beyond it.
             With more positions than that the loss is NaN, or an error where values are checked.
@@ -135,6 +135,7 @@ def linear_task_cross_entropy(
         ignore_index=ignore_index,
         **token_loss,
     )
+    validation.check_flags(shift=shift, differentiable_tasks=differentiable_tasks, recompute=recompute, check=check)
     hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
     validation.check_head(hidden, weight, bias, may_be_empty=head.group is not None)
     validation.check_gradient_buffer(head.grad_weight_out, weight)
@@ -254,6 +255,9 @@ def task_cross_entropy(
         chunk_size=chunk_size,
         ignore_index=ignore_index,
         **token_loss,
+    )
+    validation.check_flags(
+        shift=shift, differentiable_tasks=differentiable_tasks, inplace_backward=inplace_backward, check=check
     )
     if backend == "reference":
         check_values(labels, task_ids, task_weights, logits.shape[-1], ignore_index, shift)

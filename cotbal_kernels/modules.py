@@ -51,6 +51,7 @@ class _TaskWeighted(nn.Module):
             chunk_size=chunk_size,
             ignore_index=ignore_index,
         )
+        validation.check_flags(shift=shift, differentiable_tasks=differentiable_tasks, check=check)
         check_backend_name(backend)
         self.register_buffer("task_weights", task_weights.clone())
         self.options: dict[str, Any] = {
@@ -93,6 +94,7 @@ class LinearTaskCrossEntropy(_TaskWeighted):
 
     def __init__(self, task_weights: Tensor, *, recompute: bool = False, **options: Any) -> None:
         super().__init__(task_weights, **options)
+        validation.check_flags(recompute=recompute)
         self.options["recompute"] = recompute
 
     def forward(
@@ -131,6 +133,7 @@ class TaskCrossEntropy(_TaskWeighted):
 
     def __init__(self, task_weights: Tensor, *, inplace_backward: bool = False, **options: Any) -> None:
         super().__init__(task_weights, **options)
+        validation.check_flags(inplace_backward=inplace_backward)
         self.options["inplace_backward"] = inplace_backward
 
     def forward(

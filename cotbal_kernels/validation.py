@@ -50,6 +50,13 @@ def require_integer(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
+def check_flags(**flags: object) -> None:
+    """Refuse anything that is not True or False: "no" would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def require_member(name: str, group: object) -> None:
     """Refuse anything but a process group of this process, or None.
 

@@ -54,6 +54,7 @@ LINEAR = [
     ({"grad_weight_out": torch.zeros(67, 24, requires_grad=True)}, "grad_weight_out must not require grad"),
     ({"grad_weight_out": torch.zeros(67, 24, device="meta")}, "grad_weight_out must be on the device of weight"),
     ({"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
+    ({"recompute": None}, "recompute must be True or False, got None"),
     ({"vocab_size": "60"}, "vocab_size must be an integer, got '60'"),
     ({"grad_weight_out": torch.zeros(67, 24), "backend": "reference"}, "grad_weight_out must be None with backend="),
 ]
@@ -85,6 +86,9 @@ OPTIONS = [
     ({"label_smoothing": -0.1}, r"label_smoothing must be in \[0, 1\), got -0.1"),
     ({"z_loss": -1.0}, "z_loss must be a finite number >= 0, got -1.0"),
     ({"chunk_size": 0}, "chunk_size must be None or a positive number of rows, got 0"),
+    ({"shift": "no"}, "shift must be True or False, got 'no'"),
+    ({"differentiable_tasks": 1}, "differentiable_tasks must be True or False, got 1"),
+    ({"check": torch.tensor(True)}, r"check must be True or False, got tensor\(True\)"),
     ({"chunk_size": True}, "chunk_size must be an integer, got True"),
     ({"chunk_size": 1.5}, "chunk_size must be an integer, got 1.5"),
     ({"ignore_index": None}, "ignore_index must be an integer, got None"),
@@ -207,6 +211,8 @@ def test_global_normalizer() -> None:
         global_normalizer(None, ids, lam)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"each of labels must be a torch\.Tensor, got list"):
         global_normalizer([[0, 1]], [ids], lam)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="shift must be True or False, got 'no'"):
+        global_normalizer(labels, ids, lam, shift="no")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_tasks must be at least 1, got 0"):
         global_task_tokens(labels, ids, 0)
     whole = global_normalizer([labels, labels], [ids, ids], lam)

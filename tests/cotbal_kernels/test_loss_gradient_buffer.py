@@ -44,6 +44,26 @@ def test_buffer_in_float32(backend: str, aggregation: str) -> None:
     assert error(buffer, before + 2 * wanted[1]) <= 2 * FP32  # the second micro-batch
 
 
+def test_buffer_under_a_compiler() -> None:
+    """In the graph of the backward pass, once per pass, whichever labels come."""
+    torch._dynamo.reset()
+    p = make_problem(D=24, V=67)
+    buffer = torch.ones(67, 24)
+
+    def loss(labels: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        arguments = (p.hidden, p.weight, labels, p.task_ids, p.task_weights)
+        return linear_task_cross_entropy(*arguments, bias=p.bias, grad_weight_out=into, backend="portable").loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    wanted = buffer.double()
+    for labels in (p.labels, p.labels.flip(0).contiguous()):
+        compiled(labels, buffer).backward()
+        p.labels = labels
+        wanted = wanted + exact_gradients(p)[1]
+        assert error(buffer, wanted) <= FP32
+    assert p.weight.grad is None
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])

@@ -17,6 +17,8 @@ from typing import Any
 from . import command
 
 LOST_DEVICE = 75  # exit status, see tests/cotbal_kernels/gpu_device.py
+# Each process would start one compiler per core.
+_ONE_COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 _PYTEST = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts="]
 
 
@@ -54,7 +56,7 @@ def _run_part(names: list[str], log: Path, left: Callable[[], float]) -> tuple[d
     processes = 0
     while names and left() > 0:
         here = log.with_suffix(f".{processes}.log") if processes else log
-        status, output = command.run([*_PYTEST, "-v", "--tb=short", *names], left(), here)
+        status, output = command.run([*_PYTEST, "-v", "--tb=short", *names], left(), here, _ONE_COMPILER)
         found = outcomes(output)
         kinds |= found
         names = [name for name in names if name not in kinds]

@@ -8,7 +8,7 @@ tests are beside it. A short table is printed at the end. Without a CUDA device:
 Half an hour with a GPU, in this order, since each leaves compiled kernels to the next:
 
 1. ``python -m bench.gpu_check --out DIR``: 9 minutes. At most 4 for the tests, 2.3 for compute-sanitizer; the targets
-   are 3 x 8.6 Tflop a step, 23 rounds of six candidates, 10 s beside compiling; the tile search takes what is left,
+   are 3 x 8.6 Tflop a step, 27 rounds of six candidates, 10 s beside compiling; the tile search takes what is left,
    which may be a minute: with time to spare ``--only tiles`` searches again, and further.
 2. The peers, as bench/peers.txt says, then ``python -m bench run --preset h200 --out DIR``: 8 minutes and the case that
    is under way then. A case is 2 to 6 s of kernels at 600 Tflop/s (14 variants of 26 to 35 Tflop, checked, measured,

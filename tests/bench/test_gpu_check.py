@@ -293,6 +293,25 @@ def test_targets_are_measured_and_derived(tmp_path: Path, small: tuple[LinearCas
     assert f"| {full.label}" in gpu_check.summary(report.values)
 
 
+def test_a_candidate_that_never_ends_takes_no_figures_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: tuple[LinearCase, LinearCase]
+) -> None:
+    """The process is killed then; its stand-in is an exception that nobody catches."""
+
+    def loss_of(peer: Any, problem: Problem) -> torch.Tensor:
+        if peer.name == "cuda":
+            raise SystemExit
+        return problem.scores.sum() + problem.weight_VD.sum()  # type: ignore[union-attr]
+
+    monkeypatch.setattr(gpu_measure, "loss_of", loss_of)
+    report = gpu_check.Report(tmp_path)
+    with pytest.raises(SystemExit):
+        gpu_measure.measure_targets(report.put, lambda: 9.0, ["triton", "cuda"], CPU, *small)
+    (found,) = json.loads(report.path.read_text())["targets"].values()
+    assert {name: result["rounds"] for name, result in found.items()} == {"three products": 3, "triton": 3}
+    assert found["triton"]["of_products"] > 0
+
+
 def test_all_logits_and_the_replay_are_measured_beside_the_step(
     monkeypatch: pytest.MonkeyPatch, small: tuple[LinearCase, LinearCase]
 ) -> None:

@@ -30,9 +30,10 @@ from tiny_training import (
 
 from trainer.balancing.method import StepReport, TaskLosses
 from trainer.balancing.registry import METHODS, is_cotbal
+from trainer.data.ahead import made_ahead
 from trainer.errors import UserError
 from trainer.loop.callbacks import COMPLETE
-from trainer.loop.measuring import forward_only
+from trainer.loop.measuring import forward_only, summed
 from trainer.loop.validation import ValidationBatches
 
 # float32 sums in another order, carried through a few steps.
@@ -100,10 +101,21 @@ def same(found: TaskLosses | None, expected: TaskLosses, norms: bool = False) ->
 
 @pytest.mark.parametrize("training", [True, False])
 def test_measuring_leaves_the_mode_of_a_model(tmp_path: Path, training: bool) -> None:
+    """It measures without dropout and without a graph."""
     trainer = make_trainer("ew", tmp_path)
     model = trainer.model_wrapped.train(training)
-    forward_only(trainer, [], len(NAMES))
+    modes = []
+    model.register_forward_pre_hook(lambda module, _: modes.append((module.training, torch.is_grad_enabled())))
+    forward_only(trainer, [collate(samples(3, seed=1))], len(NAMES))
+    assert modes == [(False, False)]
     assert [module.training for module in model.modules()] == [training] * len(list(model.modules()))
+
+
+def test_norms_are_of_the_mean_loss_of_a_task() -> None:
+    """One token is enough; a task without any has none."""
+    found = summed(torch.tensor([[2.0, 0.0, 5.0], [1, 0, 4]]), torch.tensor([3.0, 0.0, 6.0]))
+    assert found.gradient_norms is not None
+    assert found.gradient_norms.tolist() == [3.0, 0.0, 1.5]
 
 
 def model_with(parameters: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -297,6 +309,7 @@ class TestValidationBatches:
                 assert sorted(records[8 * turn : 8 * turn + 8]) == list(range(8))
             assert records[:8] != records[8:16]
         assert batches.batches_per_pass == 3
+        assert ValidationBatches([2, 8, 3], None, None, per_task=3, batch_size=1, seed=0).batches_per_pass == 3  # type: ignore[arg-type]
 
     def test_depends_on_the_seed_and_the_update_only(self) -> None:
         forward, backward = validation_batches(), validation_batches()
@@ -304,8 +317,15 @@ class TestValidationBatches:
         assert [backward.drawn(u) for u in reversed(range(12))] == expected[::-1]
         assert validation_batches(rank=1, world=2).drawn(7) == expected[7]
 
-    def test_another_process_makes_those_to_come(self) -> None:
+    def test_another_process_makes_those_to_come(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In any order that they are asked for; what is random in a training stays as it was."""
+        begun: list[int] = []
+
+        def noted_start(make: Any, updates: Any, *options: Any) -> Any:
+            begun.append(updates[0])
+            return made_ahead(make, updates, *options)
+
+        monkeypatch.setattr("trainer.loop.validation.made_ahead", noted_start)
         here, calls = os.getpid(), []
 
         def noted(rows: Any) -> dict[str, torch.Tensor]:
@@ -315,7 +335,7 @@ class TestValidationBatches:
         expected, ahead = validation_batches(), validation_batches(ahead=True)
         ahead._collate = noted
         state = torch.get_rng_state()
-        for update in (3, 3, 4, 5, 1, 2):
+        for update in (0, 0, 1, 2, 5, 6):
             for found, wanted in zip(ahead(update), expected(update), strict=True):
                 assert found.pop("process") != here
                 assert found.keys() == wanted.keys()
@@ -323,6 +343,7 @@ class TestValidationBatches:
                 found["process"] = torch.tensor(-1)  # it comes again from memory
         assert torch.equal(torch.get_rng_state(), state)
         assert not calls
+        assert begun == [0, 5]  # one process for as long as updates follow each other
         ahead.close()
         assert not multiprocessing.active_children()
         plain = validation_batches()

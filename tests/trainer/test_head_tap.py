@@ -28,15 +28,18 @@ TEXT = {
     [
         transformers.LlamaConfig(**TEXT),
         transformers.CohereConfig(**TEXT, logit_scale=7.0, tie_word_embeddings=False),
+        transformers.CohereConfig(**TEXT, logit_scale=0.3, tie_word_embeddings=False),
         transformers.Gemma2Config(**TEXT, head_dim=8, final_logit_softcapping=0.5, tie_word_embeddings=False),
     ],
-    ids=["plain", "scaled", "capped"],
+    ids=["plain", "scaled", "with a bias", "capped"],
 )
 def test_norms_of_scaled_and_capped_heads(config: transformers.PreTrainedConfig) -> None:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
+    if getattr(config, "logit_scale", 1.0) == 0.3:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(97))
     ids = torch.randint(3, 97, (4, 9))
     labels = ids.masked_fill(torch.rand(4, 9) < 0.3, -100)
     tasks = torch.tensor([0, 1, 1, 2])

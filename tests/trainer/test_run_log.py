@@ -12,7 +12,8 @@ import torch
 from tiny_training import NAMES, make_trainer, read_csv, resume
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from trainer.loop.callbacks import COMPLETE, RunLog, SaveWhenAsked
+from trainer.errors import UserError
+from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, SaveWhenAsked
 from trainer.loop.learning_rates import set_own_rates
 
 
@@ -98,6 +99,9 @@ def test_parts_have_rates_of_their_own() -> None:
     expected = [(own.weight, 0.25, 0.125), (own.bias, 0.25, 0.0), (rest.weight, 0.5, 0.125), (rest.bias, 0.5, 0.0)]
     assert found == {id(parameter): (rate, decay) for parameter, rate, decay in expected}
     assert optimizer.param_groups[0]["lr"] == 0.5
+    rest.requires_grad_(False)
+    with pytest.raises(UserError, match=r"no parameter that is trained has 'rest\.' in its name"):
+        set_own_rates(optimizer, model, {"rest.": 0.25})
 
 
 def test_a_checkpoint_is_saved_when_it_is_asked_for(tmp_path: Path) -> None:
@@ -114,6 +118,38 @@ def test_a_checkpoint_is_saved_when_it_is_asked_for(tmp_path: Path) -> None:
     found = {path.parent.name for path in (tmp_path / "checkpoints").glob(f"*/{COMPLETE}")}
     assert found == {"checkpoint-4", "checkpoint-9"}
     assert trainer.state.global_step == 9
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_rank_saves_when_rank_0_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int) -> None:
+    """Whatever it sees of the file itself, which is rank 0's to take away."""
+    path = tmp_path / "now"
+    path.touch()
+
+    def broadcast(value: torch.Tensor, src: int) -> None:
+        assert (value.item(), src) == (0, 0)
+        value.fill_(asked)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, logging_steps=2)
+    state, control = TrainerState(global_step=4, is_world_process_zero=False), TrainerControl()
+    SaveWhenAsked(path).on_step_end(arguments, state, control)
+    assert control.should_save == bool(asked)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_ranks_meet_around_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
+    """All have written before a machine's first rank sees to its files, and rank 0 marks what all machines have."""
+    events: list[str] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("meet"))
+    monkeypatch.setattr("trainer.loop.callbacks.force_to_disk", lambda path: events.append("force"))
+    monkeypatch.setattr(Path, "touch", lambda path: events.append(path.name))
+    state = TrainerState(global_step=8, is_world_process_zero=first, is_local_process_zero=first)
+    CompleteCheckpoints().on_save(TrainingArguments(str(tmp_path), use_cpu=True), state, TrainerControl())
+    assert events == (["meet", "force", "meet", COMPLETE] if first else ["meet", "meet"])
 
 
 class StopAt(TrainerCallback):

@@ -256,10 +256,15 @@ def test_another_number_of_processes_is_refused_before_loading(tmp_path: Path, m
     for rank in range(2):
         (checkpoint / f"rng_state_{rank}.pth").touch()
     assert newest_checkpoint(tmp_path, world_size=2) == checkpoint
+    later = shutil.copytree(checkpoint, checkpoint.with_name("checkpoint-10"))
+    assert newest_checkpoint(tmp_path, world_size=2) == later
     with pytest.raises(UserError, match="written by 2 process"):
         newest_checkpoint(tmp_path, world_size=1)
 
+    (tmp_path / "checkpoints" / "checkpoint-6").mkdir()  # without its mark
+
     def told(seen: list[Any], src: int) -> None:
+        assert src == 0
         seen[:] = tmp_path / "checkpoints" / "checkpoint-6", 2
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

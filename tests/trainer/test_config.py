@@ -113,6 +113,7 @@ def test_an_unknown_key_names_the_nearest_valid_one(data: dict[str, Any], line: 
         ({"comparisons": ["slt"]}, "comparisons.0: unknown method 'slt' (did you mean 'stl'?); valid: stl, ew, tla, "),
         ({"comparisons": ["ew", "ew"]}, "comparisons: names must be unique; given twice: ew"),
         ({"comparisons": [{"method": "rlw", "options": {"distribution": "dirichlet"}}]}, "comparisons.0: 'rlw' with "),
+        ({"comparisons": [{"method": "stl", "name": "x", "options": {"T": 1}}]}, "comparisons.0: 'stl' has no options"),
         ({"comparisons": [{"method": "rlw", "name": "ew"}]}, "comparisons.0: comparison name 'ew' is a method's"),
         ({"comparisons": [{"method": "rlw", "name": "EW"}]}, "comparisons.0: comparison name 'EW' is a method's"),
         ({"comparisons": [{"method": "rlw", "name": "STL"}]}, "comparisons.0: comparison name 'STL' is a method's"),

@@ -210,6 +210,17 @@ class TestDegenerate:
         assert "task 'b'" in found.warnings[0]
         json.dumps(found.to_json(), allow_nan=False)
 
+    @pytest.mark.parametrize("higher", [True, False])
+    def test_clip_divides_by_the_smallest_gain(self, higher):
+        """Of a task whose own data brings 0.002: 1 % of its score, in whichever direction is better."""
+        sign = 1 if higher else -1
+        mini, own = {"a": 0.3, "b": 0.5}, {"a": 0.3 + 0.3 * sign, "b": 0.5 + 0.002 * sign}
+        full = {"a": {"a": own["a"], "b": 0.5 + 0.004 * sign}, "b": {"a": 0.3 - 0.15 * sign, "b": own["b"]}}
+        table = {"tasks": ["a", "b"], "mini": mini, "full": full, "higher_is_better": {"a": higher, "b": higher}}
+        found = cotbal_weights(Scores.from_json(table), on_degenerate="clip", alpha=1.0)
+        column = 0.004 / (0.01 * max(0.5, own["b"]))
+        np.testing.assert_allclose(found.contribution, [[1, column], [-0.5, 1]], rtol=1e-9)
+
     def test_clip_bounds_a_healthy_but_large_ratio(self, table):
         table["full"]["a"]["b"] = 1.4  # C_ab = 1.2 / 0.3 = 4
         assert cotbal_weights(Scores.from_json(table)).warnings[0].startswith("the contribution of 'a' to 'b' is 4")

@@ -39,8 +39,6 @@ class Scores:
         Raises:
             UserError: naming the task, pair or entry that is missing, unknown or not a finite number.
         """
-        if not isinstance(table, Mapping):
-            raise UserError(f"scores must be an object with 'tasks', 'mini' and 'full', got {table!r}")
         _check_keys(
             "scores", table, required=("tasks", "mini", "full"), allowed=("higher_is_better", "alone"), kind="key"
         )

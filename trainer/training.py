@@ -30,6 +30,7 @@ from cotbal_kernels.huggingface import apply_fused_loss
 from trainer.balancing.method import MethodContext
 from trainer.balancing.registry import method_class, read_options
 from trainer.config import RunConfig, TrainingConfig
+from trainer.data.ahead import shared_memory_is_full
 from trainer.data.collator import Collator, MixtureDataset
 from trainer.data.encoding import ConversationEncoder, padding_token
 from trainer.data.lengths import SampleLength, counter_of, measure_all, sample_length
@@ -381,6 +382,8 @@ def explain(error: Exception, output: Path) -> str:
             "which keeps what is done, or see gradient_checkpointing, zero_stage, offload and model.lora in "
             "docs/configuration.md; `cotbal run CONFIG.yaml --dry-run` estimates what each takes"
         )
+    if "out of shared memory" in str(error):  # a process that encodes samples had a bus error, and torch guesses why
+        return str(shared_memory_is_full())
     for code in NO_SPACE:
         if os.strerror(code) in str(error):  # safetensors has no error with a number
             return f"{output}: {os.strerror(code)}; make room, and the same command goes on from the newest checkpoint"

@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 
 import trainer.launching as launching
 from trainer.data.ahead import made_ahead
-from trainer.data.encoding import TooLongError
+from trainer.data.collator import Collator
+from trainer.data.encoding import Encoded, TooLongError
+from trainer.data.packing import PackedCollator
 from trainer.errors import UserError
 from trainer.launching import PARENT, SAVE_FILE, LaunchConfig, TrainingFailedError, run_training, threads_per_process
 from trainer.training import explain
@@ -182,6 +184,13 @@ def test_a_reason_that_a_full_disk_left_empty_is_looked_for_in_the_output(
             SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
             "/runs/t: No space left on device; make room, and the same command goes on from the newest checkpoint",
         ),
+        (
+            RuntimeError(
+                "DataLoader worker (pid(s) 7) exited unexpectedly: Bus error. It is possible that dataloader's workers "
+                "are out of shared memory. Please try to raise your shared memory limit."
+            ),
+            "/dev/shm is full, where processes that encode samples hand them over; make it larger (docker's --shm-size",
+        ),
         (RuntimeError("a defect"), "Traceback (most recent call last):\n"),
     ],
 )
@@ -204,3 +213,22 @@ def test_a_sample_that_cannot_be_used_is_told_in_a_sentence(processes: int) -> N
     with pytest.raises(TooLongError) as caught:
         list(made_ahead(encode, range(3, 4), processes))
     assert explain(caught.value, Path("/runs/t")) == "record 'r3': raise max_length"
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_batch_that_finds_no_room_ends_the_training(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its queue hands it over, torch prints the error and the training waits for ever."""
+
+    def full(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    sample = {"encoded": Encoded([5, 6], [-100, 6]), "task_id": 0}
+
+    def make(_: int) -> dict[str, Any]:
+        return PackedCollator(0, None)([[sample]]) if packed else Collator(0, None)([sample])
+
+    assert next(made_ahead(make, range(1), 0))["input_ids"].tolist() == [[5, 6]]  # in this process there is no need
+    with pytest.raises(UserError) as caught:
+        next(made_ahead(make, range(1), 1))
+    assert explain(caught.value, Path("/runs/t")).startswith("/dev/shm is full, where processes that encode samples")

@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +29,7 @@ from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import StageContext
 from trainer.task_config import TaskConfig
 from trainer.tasks import check_images, load_task
+from trainer.units import byte_size
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -289,6 +292,37 @@ def test_a_model_with_a_loss_of_its_own_is_found_before_it_is_loaded(data: dict[
     message = "cannot be trained with task weights: model BlipForConditionalGeneration computes its loss in a way of"
     with pytest.raises(UserError, match=message):
         check_model(parse_config(data, "x"), str(tmp_path))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_shared_memory_is_measured(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, packing: bool) -> None:
+    """Three processes of each of two trainings hand over two batches each, of four samples with an image of 3 x 64 x 64
+    float32 numbers, or of four sequences of 128 tokens with as many images as fit."""
+    data["training"] |= {"dataloader_workers": 3, "packing": packing}
+    data["launch"]["parallel"] = 2
+    config = parse_config(data, "x")
+    encoder = ConversationEncoder(load_processor(data["model"]["path"]), 128)
+    largest = 0.0
+    for task in map(load_task, config.tasks[:2]):
+        tokens = np.mean([len(encoder.training_sample(own, task.image_path).input_ids) for own in task.train])
+        batch = 4 * (4 * 3 * 64 * 64 + 32 * tokens)
+        largest = max(largest, batch * 128 / tokens if packing else batch)
+    needed = 3 * 2 * 2 * largest
+    for free, enough in ((1.02 * needed, True), (0.98 * needed, False)):
+        monkeypatch.setattr("trainer.data.ahead.shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if enough:
+            check_config(config)
+            continue
+        with pytest.raises(UserError) as caught:
+            check_config(config)
+        told = f"/dev/shm has {byte_size(free)} free, and 6 processes that encode samples hand over about "
+        assert str(caught.value) == (
+            f"{told}{byte_size(needed)} there; make it larger (docker's --shm-size), or lower "
+            "training.dataloader_workers; 0 needs none of it"
+        )
+        check_config(
+            config.model_copy(update={"training": config.training.model_copy(update={"dataloader_workers": 0})})
+        )
 
 
 def test_every_problem_is_named_at_once(data: dict[str, Any], folder: Path) -> None:

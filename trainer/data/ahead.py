@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainer.errors import UserError
 from trainer.launching import usable_cores
+from trainer.units import byte_size
 
 T = TypeVar("T")
+SHARED = Path("/dev/shm")  # where processes hand over tensors
+BATCHES_AHEAD = 2  # of each process, DataLoader's default
+_MORE_ROOM = "make it larger (docker's --shm-size), or lower training.dataloader_workers; 0 needs none of it"
 _TOGETHER = 256  # pieces of work that go to a process at once
 _MOST_PROCESSES = 16
 _WORTH = 4096  # of fewer than these most would be done before processes have started
@@ -66,6 +73,49 @@ def accepted(found: T | str) -> T:
 def spare_processes() -> int:
     """How many processes may work while this one waits for them."""
     return min(usable_cores(), _MOST_PROCESSES)
+
+
+def handed_over(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch, with its tensors in shared memory where this is a process that works ahead.
+
+    Left to its queue, a batch that finds no room would be lost with a message, and the training would wait for ever.
+
+    Raises:
+        UserError: there is no room.
+    """
+    if get_worker_info() is not None:
+        try:
+            for value in batch.values():
+                if isinstance(value, Tensor):
+                    value.share_memory_()
+        except RuntimeError as error:
+            raise shared_memory_is_full() from error
+    return batch
+
+
+def shared_memory_is_full() -> UserError:
+    """What happened, and what helps."""
+    return UserError(f"{SHARED} is full, where processes that encode samples hand them over; {_MORE_ROOM}")
+
+
+def check_shared_memory(processes: int, batch: float) -> None:
+    """Looks for room for what processes hand over.
+
+    Args:
+        processes: on this machine.
+        batch: bytes of a batch.
+
+    Raises:
+        UserError: there is too little.
+    """
+    if not processes or not SHARED.is_dir():
+        return
+    needed, free = processes * BATCHES_AHEAD * batch, shutil.disk_usage(SHARED).free
+    if free < needed:
+        raise UserError(
+            f"{SHARED} has {byte_size(free)} free, and {processes} processes that encode samples hand over about "
+            f"{byte_size(needed)} there; {_MORE_ROOM}"
+        )
 
 
 class _Made(Dataset[T], Generic[T]):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from trainer.data.ahead import handed_over
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded, join
 from trainer.data.records import Record
 from trainer.tasks import Task
@@ -100,14 +101,16 @@ class Collator:
             for name, rows in types.items():
                 rows[0] = rows[0] + blank.token_types[name]
         width = max(map(len, shown))
-        return {
-            "input_ids": pad(shown, self.pad_token_id, width),
-            "attention_mask": pad([[1] * len(sample.input_ids) for sample in encoded], 0, width),
-            "labels": pad([sample.labels for sample in encoded], IGNORE_INDEX, width),
-            "loss_task_ids": torch.tensor([sample["task_id"] for sample in samples]),
-            **{name: pad(rows, 0, width) for name, rows in types.items()},
-            **stack_images([blank] if blank else encoded),
-        }
+        return handed_over(
+            {
+                "input_ids": pad(shown, self.pad_token_id, width),
+                "attention_mask": pad([[1] * len(sample.input_ids) for sample in encoded], 0, width),
+                "labels": pad([sample.labels for sample in encoded], IGNORE_INDEX, width),
+                "loss_task_ids": torch.tensor([sample["task_id"] for sample in samples]),
+                **{name: pad(rows, 0, width) for name, rows in types.items()},
+                **stack_images([blank] if blank else encoded),
+            }
+        )
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int, width: int, side: Literal["left", "right"] = "right") -> Tensor:

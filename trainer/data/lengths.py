@@ -94,6 +94,12 @@ def token_counter(processor: Any, max_length: int, table: int | None = None) -> 
     return ConversationEncoder(processor, max_length, ImageLengths(plain), table) if plain.reads_images else plain
 
 
+def image_values(encoder: ConversationEncoder, record: Record, image_path: Callable[[str], Path]) -> int:
+    """Numbers that make up the record's images, as a :func:`token_counter` knows them."""
+    images = encoder.features
+    return images.values([image_path(image) for image in record.images]) if isinstance(images, ImageLengths) else 0
+
+
 def counter_of(encoder: ConversationEncoder) -> ConversationEncoder:
     """The cheapest encoder whose lengths are those of `encoder`."""
     if encoder.features is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from trainer.data.ahead import handed_over
 from trainer.data.collator import stack_images
 from trainer.data.encoding import IGNORE_INDEX, Encoded
 
@@ -113,7 +114,7 @@ class PackedCollator:
                 batch[key][index, :length] = row[key]
                 if key == "position_ids":  # padding is a document too, so that it sees something: itself
                     batch[key][index, length:] = torch.arange(width - length)
-        return batch | {"use_cache": False} | stack_images(documents)
+        return handed_over(batch | {"use_cache": False} | stack_images(documents))
 
 
 def _lay(documents: Sequence[tuple[Encoded, int]]) -> dict[str, Tensor]:

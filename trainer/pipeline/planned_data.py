@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trainer.config import BUILT_IN, RunConfig
-from trainer.data.encoding import ConversationEncoder
-from trainer.data.lengths import ImageLengths, sample_length, token_counter
+from trainer.data.lengths import image_values, sample_length, token_counter
 from trainer.data.records import Record
 from trainer.errors import UserError
 from trainer.models.images import vision_input
 from trainer.models.loading import load_config, load_processor
 from trainer.pipeline.evaluations import check_scoring, evaluation_sets
 from trainer.task_config import TaskConfig
-from trainer.tasks import Task, load_task
+from trainer.tasks import load_task
 
 MEASURED = 2000  # records of a task that are tokenized; the others are given the lengths of these
 _CHARACTERS_PER_TOKEN = 4.0  # where no tokenizer is at hand: English text under the usual vocabularies
@@ -67,7 +66,7 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
         records = task.train
         if not task_config.auxiliary:
             validation[task.name] = len(task.validation)
-        chosen = _spread(records)
+        chosen = spread(records, MEASURED)
         count = len(chosen)
         sampled |= count < len(records)
         measured = []
@@ -80,11 +79,11 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
                 length = sample_length(encoder, record, task.image_path, config.training.overlong)
             except UserError as error:
                 raise UserError(f"{task_config.title('train')}: {error}") from error
-            measured.append(Planned(length.tokens, length.supervised, _pixels(encoder, record, task)))
+            measured.append(Planned(length.tokens, length.supervised, image_values(encoder, record, task.image_path)))
         for split in ("validation", "test"):
             for own in evaluation_sets(task_config, split):
                 if encoder is not None and not task_config.auxiliary:
-                    check_scoring(own, split, _spread(task.sets(split)[own.part]), encoder)
+                    check_scoring(own, split, spread(task.sets(split)[own.part], MEASURED), encoder)
         planned[task.name] = [measured[index * count // len(records)] for index in range(len(records))]
     how = "counted with the model's tokenizer" if encoder else (
         f"estimated: {_CHARACTERS_PER_TOKEN:g} characters a token, {image_tokens} tokens an image (no tokenizer at "
@@ -94,9 +93,9 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
     return PlannedData(planned, how, validation)
 
 
-def _spread(records: Sequence[Record]) -> list[Record]:
-    """At most ``MEASURED`` records, evenly spread."""
-    count = min(len(records), MEASURED)
+def spread(records: Sequence[Record], most: int) -> list[Record]:
+    """At most so many records, evenly spread."""
+    count = min(len(records), most)
     return [records[index * len(records) // count] for index in range(count)]
 
 
@@ -107,8 +106,3 @@ def _by_characters(record: Record, image_tokens: int, max_length: int, overlong:
     if tokens > max_length and overlong == "drop":
         return Planned(0, 0, 0)
     return Planned(min(tokens, max_length), min(round(answers), max_length), 0)
-
-
-def _pixels(encoder: ConversationEncoder, record: Record, task: Task) -> int:
-    images = encoder.features
-    return images.values([task.image_path(image) for image in record.images]) if isinstance(images, ImageLengths) else 0

@@ -13,10 +13,10 @@ from cotbal_kernels.huggingface import apply_fused_loss
 from trainer.balancing.registry import method_class
 from trainer.bars import watched
 from trainer.config import BUILT_IN, RunConfig
-from trainer.data.ahead import accepted, spare_processes, tried
+from trainer.data.ahead import accepted, check_shared_memory, spare_processes, tried
 from trainer.data.chat import ChatTemplate
 from trainer.data.encoding import ConversationEncoder
-from trainer.data.lengths import SampleLength, sample_length, token_counter
+from trainer.data.lengths import SampleLength, image_values, sample_length, token_counter
 from trainer.data.oddities import oddities
 from trainer.data.records import Record
 from trainer.errors import SHOWN, UserError, each, first, one_of
@@ -39,12 +39,17 @@ from trainer.models.loading import (
 from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
 from trainer.pipeline.evaluations import check_scoring, evaluation_sets
+from trainer.pipeline.planned_data import spread
 from trainer.pipeline.trainings import list_trainings
 from trainer.task_config import TaskConfig
 from trainer.tasks import SPLITS, Task, TaskImages, check_images, load_task, refuse, scan_task
 
 if TYPE_CHECKING:
     from trainer.pipeline.stages import StageContext
+
+_IMAGES_MEASURED = 200  # records of a task whose images' sizes are read
+_BYTES_OF_TOKEN = 4 * 8  # ids, labels, mask or positions, task id
+_BYTES_OF_VALUE = 4  # processors make float32
 
 
 def describe(task: Task) -> dict[str, Any]:
@@ -138,12 +143,14 @@ def check_model(config: RunConfig, model_path: str) -> None:
 
 @dataclass(frozen=True)
 class CheckedTask:
-    """A task without problems: its images, its training tokens where a tokenizer is at hand, and what is odd."""
+    """A task without problems: its images, its training tokens where a tokenizer is at hand, what is odd, and bytes of
+    a training batch, roughly."""
 
     task: Task
     images: TaskImages
     count: TokenCount | None
     warnings: list[str]
+    batch: float
 
 
 def check_task(config: RunConfig, task_config: TaskConfig, encoder: ConversationEncoder | None) -> CheckedTask:
@@ -185,7 +192,18 @@ def check_task(config: RunConfig, task_config: TaskConfig, encoder: Conversation
     counts = [result for result in found if isinstance(result, TokenCount)]
     lost = [sentence for result in found if isinstance(result, list) for sentence in result]
     warnings = odd + first(lost) + _repeated(task) + _trained_on(task) + first(images.warnings)
-    return CheckedTask(task, images, counts[0] if counts else None, warnings)
+    count = counts[0] if counts else None
+    batch = batch_bytes(config, task, encoder, count) if encoder is not None and count is not None else 0.0
+    return CheckedTask(task, images, count, warnings, batch)
+
+
+def batch_bytes(config: RunConfig, task: Task, encoder: ConversationEncoder, count: TokenCount) -> float:
+    """What a process hands over for a micro-batch of the task's mean training sample, with the images of some."""
+    looked_at = spread(task.train, _IMAGES_MEASURED)
+    values = sum(image_values(encoder, record, task.image_path) for record in looked_at) / len(looked_at)
+    tokens = count.tokens / (len(task.train) - count.dropped)
+    samples = config.training.batch_size * (config.model.max_length / tokens if config.training.packing else 1)
+    return samples * (_BYTES_OF_TOKEN * tokens + _BYTES_OF_VALUE * values)
 
 
 def _odd(records: Sequence[Record], chat: ChatTemplate | None, title: Callable[[str], str]) -> list[str]:
@@ -272,8 +290,12 @@ def check_all(
         after(number + 1, len(checks))
         return found
 
+    launch = config.launch
+    workers = config.training.workers(resolve_device(launch.device)) * launch.processes * launch.parallel
     try:
-        return [found for found in each(check, range(len(checks))) if found is not None]
+        checked = [found for found in each(check, range(len(checks))) if found is not None]
+        check_shared_memory(workers, max(one.batch for one in checked))
+        return checked
     except UserError as error:
         problems = str(error).split("\n")
         raise UserError("\n  ".join(["the run cannot start:", *problems] if len(problems) > 1 else problems)) from error

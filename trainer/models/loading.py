@@ -42,7 +42,10 @@ def load_processor(path: str, images: ImageConfig | None = None, *, local_only: 
     try:
         processor = AutoProcessor.from_pretrained(path, local_files_only=local_only)
     except (OSError, ValueError, ImportError) as error:  # the last: torchvision, which many processors need
-        raise UserError(f"model.path '{path}': no processor could be loaded ({error})") from error
+        told = " ".join(str(error).split())  # transformers lists what it tried, a line each
+        there = "; the folder needs its tokenizer's and processor's files, as save_pretrained writes them"
+        remedy = there if Path(path).is_dir() else ""
+        raise UserError(f"model.path '{path}': no processor could be loaded ({told}){remedy}") from error
     if images and images.options:
         set_image_options(processor, images.options, path)
     if images and images.aspect_ratio == "pad":

@@ -209,6 +209,12 @@ class FusedHead(nn.Module):
             return self.fused.defer(self, hidden)
         return super().__call__(hidden, *args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ValueError(
+            f"a patched {self.fused.name} cannot run in torch.nn.DataParallel, whose copies would share one loss: "
+            "start one process per GPU (torchrun), or show this one a single GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def call_with_targets(self, hidden: Tensor, targets: Targets) -> tuple[Tensor, ...]:
         """Run the module with all its hooks and targets: ZeRO-3 and FSDP have gathered its weight there."""
         labels = targets.labels if targets.shift_labels is None else targets.shift_labels

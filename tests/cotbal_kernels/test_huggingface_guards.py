@@ -143,6 +143,16 @@ def test_a_hook_that_changes_what_the_head_returns() -> None:
         model(**TestMissingTasks().without(records(2)))
 
 
+def test_copies_of_one_process_are_refused() -> None:
+    """``DataParallel`` copies every module by this method, and the copies of the model have one bound forward."""
+    model = build("llama")
+    copies = [module._replicate_for_data_parallel() for module in model.modules()]
+    assert len(copies) > 5
+    apply_fused_loss(model, LAM)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot run in torch.nn.DataParallel.*one process per GPU"):
+        [module._replicate_for_data_parallel() for module in model.modules()]
+
+
 @pytest.mark.parametrize(
     ("kind", "per_token"),
     [("PROMPT_TUNING", False), ("PREFIX_TUNING", False), ("PREFIX_TUNING", True)],  # PEFT lengthens labels, not tasks

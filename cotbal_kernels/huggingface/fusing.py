@@ -17,12 +17,8 @@ def fuse_head(head: nn.Module | None, state: FusedLoss, model_name: str) -> None
         ValueError: its kind is not supported; nothing was changed.
     """
     for part, fused_class in classify(head, model_name):
-        if not isinstance(part, FusedHead):
-            _exchange(part, fused_class)
+        _exchange(part, fused_class)
         part.fused = state  # type: ignore[assignment]
-        base = getattr(part, "base_layer", None)
-        if isinstance(base, FusedHead):
-            unfuse(base)  # it was wrapped after it was patched
 
 
 def classify(head: nn.Module | None, model_name: str) -> list[tuple[nn.Module, type[FusedHead]]]:

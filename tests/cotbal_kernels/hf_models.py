@@ -203,8 +203,11 @@ def build(kind: str, **changes: Any) -> nn.Module:
     """The model in evaluation mode (no dropout), with weights large enough that scales and caps show."""
     torch.manual_seed(0)
     model = MODELS[kind](**changes).eval()
+    head = model.get_output_embeddings()
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(4)
+        head.weight.mul_(4)
+        if head.bias is not None:
+            head.bias.normal_()
     return model
 
 

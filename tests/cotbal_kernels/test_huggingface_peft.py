@@ -169,7 +169,13 @@ def test_merged() -> None:
     before = model(**batch, labels=labels).loss
     model.merge_adapter()
     assert error(model(**batch, labels=labels).loss, before) <= 1e-5  # W + s B A is rounded
-    model.unmerge_adapter()
+    head = model.get_base_model().lm_head
+    assert head.operands(torch.zeros(3, 14, 32))[1] is head.base_layer.weight  # no copy of it
+    with model.disable_adapter():  # PEFT takes the adapter out of W again in this pass
+        without = model(**batch, labels=labels).loss
+    assert error(without, build("llama")(**batch, labels=labels).loss) <= 1e-5
+    assert not head.merged
+    assert error(model(**batch, labels=labels).loss, before) <= 1e-5
     merged = model.merge_and_unload()
     assert type(merged.lm_head) is nn.Linear
     assert error(merged(**batch, labels=labels).loss, before) <= 1e-5
@@ -218,12 +224,15 @@ def test_removal_of_a_patch_below_lora() -> None:
 def test_bfloat16_around_the_head() -> None:
     """PEFT keeps adapters in float32; the product is rounded to bf16 once more than PEFT's."""
     batch, labels, ids = case()
-    model = with_lora(build("llama").bfloat16())
-    assert model.get_base_model().lm_head.lora_B["default"].weight.dtype == torch.float32
+    model = with_lora(build("llama").bfloat16(), lora_bias=True)
+    up = model.get_base_model().lm_head.lora_B["default"]
+    assert up.weight.dtype == up.bias.dtype == torch.float32
     own = reference_task_cross_entropy(model(**batch).logits, labels, ids, torch.tensor(LAM), shift=True)
     own.loss.backward()
     wanted = gradients(model)
     apply_fused_loss(model, LAM)
+    features, weight, _ = model.get_base_model().lm_head.operands(torch.zeros(3, 14, 32, dtype=torch.bfloat16))
+    assert features.shape[-1] == weight.shape[1] == 48  # 32 + 3, and zeros up to rows of whole 16 bytes
     out = model(**batch, labels=labels, loss_task_ids=ids)
     out.loss.backward()
     found = gradients(model)

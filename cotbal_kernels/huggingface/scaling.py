@@ -80,11 +80,12 @@ def measure(seen: Tensor, probe_V: Tensor, name: str) -> LogitScaling:
     check_shape(seen, probe_V, name)
     seen_V = seen.detach().reshape(-1).to(device="cpu", dtype=torch.float64)
     probe_V = probe_V.to(device="cpu", dtype=torch.float64)
-    scale, top = float(seen_V[0]) / float(probe_V[0]), float(seen_V[-1])
-    linear = abs(top - scale * _LARGE) <= _TOLERANCE * abs(scale) * _LARGE
+    for column in (0, -1):  # a slope and an end that are positive numbers
+        if not 0 < float(seen_V[column]) < math.inf:
+            raise ValueError(_refusal(name, f"turns {float(probe_V[column]):g} into {float(seen_V[column]):g}"))
+    scale, top = float(seen_V[0] / probe_V[0]), float(seen_V[-1])
+    linear = abs(top - scale * _LARGE) <= _TOLERANCE * scale * _LARGE
     scaling = LogitScaling.of(_short(scale), None if linear else _short(top))
-    if not (scale > 0 and top > 0 and math.isfinite(scale) and math.isfinite(top)):
-        raise ValueError(_refusal(name, f"turns {float(probe_V[0]):g} into {float(seen_V[0]):g}"))
     error_V = (scaling(probe_V) - seen_V).abs()
     wrong_V = ~(error_V <= _TOLERANCE * seen_V.abs())
     if bool(wrong_V.any()):

@@ -11,7 +11,7 @@ probe, and calls the head again, this time with targets and with all its hooks, 
 import copy
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,6 @@ class FusedLoss:
     name: str  # class of the model
     task_weights: Tensor  # [K]
     options: dict[str, Any]
-    own_loss: Callable[..., Tensor]  # the loss function of the unpatched model
     scaling: LogitScaling
     probe: Tensor  # [V]
     replaced: dict[str, Any] = field(default_factory=dict)  # of vars(model), for remove_fused_loss
@@ -128,15 +127,12 @@ class FusedLoss:
 
     def loss_function(self, logits: Tensor, labels: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """In place of ``model.loss_function``: the loss from the head, scalar."""
-        targets = self.targets
-        if targets is None and labels is not None:
+        targets = self.current()
+        if targets is None:
             raise ValueError(
                 f"the loss of a patched {self.name} was reached around its patched forward, without task weights: "
                 "model.forward was replaced after apply_fused_loss, or model.loss_function was called by hand"
             )
-        targets = self.current()
-        if targets is None:
-            return self.own_loss(logits, labels, *args, **kwargs)
         if self.head is None or self.hidden is None:
             raise RuntimeError(f"model {self.name} called its loss before its head")
         if self.result is not None:
@@ -170,9 +166,9 @@ class FusedLoss:
             ("labels", labels, targets.labels),
             ("shift_labels", kwargs.get("shift_labels"), targets.shift_labels),
         ):
-            moved = given is not None and own is not None and given.device != own.device
-            same = given is own or (moved and given is not None and own is not None and given.shape == own.shape)
-            if not same:
+            both = given is not None and own is not None
+            moved = both and given.device != own.device and given.shape == own.shape
+            if given is not own and not moved:
                 raise ValueError(f"model {self.name} changes its {name} before the loss, which is not supported")
         ignored = kwargs.get("ignore_index", self.options["ignore_index"])
         if ignored != self.options["ignore_index"]:

@@ -104,7 +104,7 @@ def apply_fused_loss(
         "chunk_size": chunk_size,
         "check": check,
     }
-    state = FusedLoss(name, weights_K, options, base.loss_function, configured_scaling(base), probe_for(parts[0][0]))
+    state = FusedLoss(name, weights_K, options, configured_scaling(base), probe_for(parts[0][0]))
     state.replaced = {key: vars(base)[key] for key in _REPLACED if key in vars(base)}
     fuse_head(head, state, name)
     vars(base)[_STATE] = state

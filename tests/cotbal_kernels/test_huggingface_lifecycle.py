@@ -106,7 +106,9 @@ def test_weights_that_moved_in_inference_mode_can_be_set() -> None:
     model = apply_fused_loss(build("llama"), LAM)
     state = vars(model)["cotbal_fused_loss"]
     with torch.inference_mode():
-        state.weights_on(torch.device("meta"))  # another device than a CPU, where there is no GPU
+        moved = state.weights_on(torch.device("meta"))  # another device than a CPU, where there is no GPU
+    assert moved is state.task_weights
+    assert moved.device.type == "meta"
     assert not state.task_weights.is_inference()
 
 

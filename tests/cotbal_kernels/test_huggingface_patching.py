@@ -26,9 +26,11 @@ from hf_models import (  # noqa: E402
 from cotbal_kernels.huggingface import (  # noqa: E402
     apply_fused_loss,
     fused_loss,
+    head,
     remove_fused_loss,
     set_task_weights,
 )
+from cotbal_kernels.huggingface.scaling import measure  # noqa: E402
 from cotbal_kernels.reference import reference_task_cross_entropy  # noqa: E402
 
 
@@ -341,6 +343,7 @@ def test_scaling_is_found_in_the_code_not_in_the_config() -> None:
     ("changes", "message"),
     [
         ({"relabel": lambda labels: labels.clone().fill_(5)}, "changes its labels"),
+        ({"relabel": lambda labels: labels.to("meta")[:, 1:]}, "changes its labels"),
         ({"repeat": 2}, "more than one loss"),
         ({"repeat": 0}, "did not call its loss function"),
     ],
@@ -350,6 +353,22 @@ def test_refuses_other_labels_and_several_losses(changes: dict[str, Any], messag
     batch = batch_for("llama")
     with pytest.raises(ValueError, match=message):
         model(**batch, labels=labels_for(batch))
+
+
+def test_labels_that_a_model_moves_to_the_device_of_its_logits() -> None:
+    batch = batch_for("llama")
+    moving, plain = odd(relabel=lambda labels: labels.to("meta")), odd()
+    assert torch.equal(*(model(**batch, labels=labels_for(batch)).loss for model in (moving, plain)))
+
+
+def test_logits_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the device: no later pass may."""
+    model, calls = apply_fused_loss(build("llama")), []
+    monkeypatch.setattr(head, "measure", lambda *args: calls.append(args) or measure(*args))
+    batch = batch_for("llama")
+    for _ in range(3):
+        model(**batch, labels=labels_for(batch))
+    assert len(calls) == 1
 
 
 def test_refuses_another_ignored_label_and_a_loss_before_the_head() -> None:

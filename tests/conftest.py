@@ -1,6 +1,8 @@
-"""Threads and order of the whole suite."""
+"""Threads, order and temporary files of the whole suite."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 
 # Test processes share the cores: threads of one that wait spinning for those of another cost more than they compute.
 # Before torch is imported, and for the processes that tests start.
@@ -9,6 +11,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a test or a process of it leaves behind when it is killed goes with the folders of pytest."""
+    folder = str(tmp_path_factory.mktemp("t", numbered=False))  # short: sockets are made in it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", folder)
+        patch.setenv("TMPDIR", folder)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

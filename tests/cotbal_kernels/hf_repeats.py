@@ -1,13 +1,11 @@
-"""Trainings and evaluations whose data sets the batches of two ranks do not divide: OUTPUT_DIRECTORY.
+"""Trainings and evaluations whose data sets the batches of two ranks do not divide.
 
-As a program one rank, started by torchrun. Each case has its batch size for both ranks together, so that one process
-runs it too.
+Each case has its batch size for both ranks together, so that one process runs it too.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,9 @@ from torch.utils.data import IterableDataset
 
 from cotbal_kernels.huggingface import TaskWeightedTrainerMixin, apply_fused_loss
 
-RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+
+def ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Stream(IterableDataset[Record]):
@@ -71,7 +71,7 @@ def trained(
     **changes: Any,
 ) -> dict[str, Any]:
     """Parameters and logs of ``steps`` steps; ``batch`` samples of all ranks in a micro-batch."""
-    own = batch if changes.get("accelerator_config", {}).get("split_batches") else batch // RANKS
+    own = batch if changes.get("accelerator_config", {}).get("split_batches") else batch // ranks()
 
     def trainer(folder: Path, **more: Any) -> Any:
         data: Any = records(samples)
@@ -93,7 +93,7 @@ def trained(
 
 def evaluated(out: Path, samples: int, batch: int = 4, **changes: Any) -> dict[str, Any]:
     """Metrics of ``evaluate`` and of ``predict``, the sums per batch and the labels."""
-    own = batch if changes.get("accelerator_config", {}).get("split_batches") else batch // RANKS
+    own = batch if changes.get("accelerator_config", {}).get("split_batches") else batch // ranks()
     seen: dict[str, Any] = {}
 
     def metrics(prediction: Any) -> dict[str, float]:
@@ -128,6 +128,8 @@ DISPATCH = {"accelerator_config": {"dispatch_batches": True}}
 # 13 samples: in the last batch of an epoch one rank has a sample and a repeated one, the other repeats only. 15: the
 # second rank repeats one. Two steps an epoch: the last one of each repeats.
 EQUAL: dict[str, Callable[[Path], Any]] = {
+    # Nothing is repeated: two ranks of two micro-batches of two are one batch of eight.
+    "whole batches": lambda out: trained(out, 40, batch=4 * (3 - ranks()), accumulation=ranks()),
     "one sample left": lambda out: trained(out, 13),
     "three left": lambda out: trained(out, 15),
     "workers": lambda out: trained(out, 13, **WORKERS),
@@ -138,7 +140,7 @@ EQUAL: dict[str, Callable[[Path], Any]] = {
     "resumed": lambda out: trained(out, 13, steps=4, resume=True),
     "drop last": lambda out: trained(out, 14, accumulation=3, dataloader_drop_last=True),
     # One sample in a row, on one process two rows: a row is repeated as a whole.
-    "rows of one sample": lambda out: trained(out, 13, batch=2, collator=collate_flat if RANKS > 1 else collate),
+    "rows of one sample": lambda out: trained(out, 13, batch=2, collator=collate_flat if ranks() > 1 else collate),
 }
 EVALUATED: dict[str, Callable[[Path], Any]] = {
     "evaluated": lambda out: evaluated(out, 5),
@@ -152,16 +154,6 @@ EPOCHS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def main(out: Path) -> None:
-    torch.set_num_threads(1)
+def on_rank(out: Path, _: int, __: int) -> dict[str, Any]:
     cases = EQUAL | EVALUATED | EPOCHS | {"refused": refused}
-    found = {name: run(out / name) for name, run in cases.items()}
-    if os.environ["RANK"] == "0":
-        torch.save(found, out / "result.pt")
-    torch.distributed.destroy_process_group()
-    # Threads of native libraries can abort an ordinary exit ("terminate called without an active exception").
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return {name: run(out / name) for name, run in cases.items()}

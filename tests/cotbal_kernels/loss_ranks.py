@@ -5,12 +5,9 @@ One start of the processes per number of ranks runs every case; what a rank foun
 """
 
 import contextlib
-import os
-import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +15,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from group_cases import run_groups
 from loss_problems import Problem, make_problem
+from ranks import run_on_ranks
 from sequence_cases import run_sequence
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -367,22 +364,13 @@ OTHERS = {
 }
 
 
-def _worker(rank: int, ranks: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+def _on_rank(rank: int, ranks: int) -> dict[str, dict]:
     found: dict[str, dict] = {name: run_case(case, rank, ranks) for name, case in CASES.items()}
-    found |= {name: run(rank, ranks) for name, run in OTHERS.items()}
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found | {name: run(rank, ranks) for name, run in OTHERS.items()}
 
 
 @cache
 def results(ranks: int) -> list[dict[str, dict]]:
     """What every rank found, by rank and case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, args=(ranks, port, folder), nprocs=ranks)
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
+        return run_on_ranks(_on_rank, ranks, Path(folder))

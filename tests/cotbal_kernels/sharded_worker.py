@@ -1,15 +1,11 @@
-"""Run under torchrun by test_huggingface_sharded.py: three optimizer steps of every set-up, parameters saved by rank 0.
+"""One rank of test_huggingface_sharded.py: three optimizer steps of every set-up.
 
-    torchrun --nproc_per_node R tests/cotbal_kernels/sharded_worker.py FOLDER
-
-FOLDER holds the models and the batch of the test. Raw loops with ``deepspeed.initialize`` and ``fully_shard``, in two
+Raw loops with ``deepspeed.initialize`` and ``fully_shard``, in two
 micro-batches a step, as a user without a Trainer writes them.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +98,8 @@ def under_fsdp(folder: Path, kind: str, batch: dict[str, Tensor]) -> dict[str, T
     return {name: p.full_tensor().detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+def on_rank(folder: Path, _: int, __: int) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """Parameters after the three steps, by engine and kind; `folder` has the models and the batch."""
     connect_on_cpu()
     batch = torch.load(folder / "batch.pt")
     found = {}
@@ -112,13 +107,4 @@ def main() -> None:
         for stage, name in enumerate(ZERO, start=1):
             found[name, kind] = under_zero(folder, kind, stage, batch)
         found["FSDP2", kind] = under_fsdp(folder, kind, batch)
-    if dist.get_rank() == 0:
-        torch.save(found, folder / f"{dist.get_world_size()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    # Threads of native libraries can abort an ordinary exit ("terminate called without an active exception").
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    return found

@@ -1,14 +1,11 @@
 """Per-task norms of the head's gradient against K backward passes in float64; one process and two with gloo."""
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import run_on_ranks
 
 import cotbal_kernels.gradient_norms as module
 from cotbal_kernels import linear_task_cross_entropy
@@ -105,26 +102,18 @@ def test_nothing_supervised() -> None:
 CASES = [(dtype, silent) for dtype in (torch.float32, torch.bfloat16) for silent in (False, True)]
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def on_rank(rank: int, _: int) -> dict[tuple[torch.dtype, bool], torch.Tensor]:
     found = {}
     for dtype, silent in CASES:  # with every token of rank 1 ignored it must still take part
         hidden, weight, _, labels, tasks = problem((2 + rank, 9), seed=rank, dtype=dtype)
         if silent and rank == 1:
             labels = torch.full_like(labels, -100)
         found[dtype, silent] = head_gradient_norms([rows_of(hidden, weight, labels, tasks)], weight, K)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def test_two_ranks_have_the_norm_of_the_summed_gradient(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    results = run_on_ranks(on_rank, 2, tmp_path)
     for dtype, silent in CASES:
         parts = []
         for rank in range(1 if silent else 2):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from hf_models import one_thread  # noqa: F401
-from hf_repeats import EPOCHS, EQUAL, EVALUATED
+from hf_repeats import EPOCHS, EQUAL, EVALUATED, on_rank
+from ranks import run_on_ranks
 from test_huggingface_trainer import records
 
 pytestmark = pytest.mark.slow
@@ -24,11 +23,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("two_ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    worker = Path(__file__).with_name("hf_repeats.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(worker), str(out)], check=True, timeout=600, env=environment)
-    return torch.load(out / "result.pt", weights_only=True)
+    return run_on_ranks(partial(on_rank, out), 2, out)[0]
 
 
 @pytest.mark.parametrize("name", EQUAL)

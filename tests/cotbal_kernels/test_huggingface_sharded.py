@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_on_ranks
 from sharded_models import KINDS, LENGTH, ROWS, STEPS, VOCABULARY, load, save_models, sgd
 from torch import Tensor
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
+
+from sharded_worker import on_rank  # noqa: E402
+
 # Parameters of order one in float32, rounded in each of three steps (6e-8 each) on top of sums in another order.
 TOLERANCE = 5e-7
 
@@ -65,19 +67,11 @@ def expected(folder: Path) -> dict[str, tuple[dict[str, Tensor], dict[str, Tenso
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def trained(request: pytest.FixtureRequest, folder: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
+def trained(
+    request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], dict[str, Tensor]]:
     """Parameters after the three steps, by engine and kind."""
-    worker = Path(__file__).with_name("sharded_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
-    done = subprocess.run(
-        [*command, str(worker), str(folder)],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return torch.load(folder / f"{request.param}.pt")
+    return run_on_ranks(partial(on_rank, folder), request.param, tmp_path_factory.mktemp("ranks"))[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -195,24 +192,6 @@ def test_a_router_loss_is_a_mean_over_the_micro_batches_of_a_step(tmp_path: Path
         alone = trainer.model.eval()(**batch, labels=labels, loss_task_ids=ids, num_items_in_batch=norm).loss
     assert float(alone) == pytest.approx(float(own + 0.3 * out.aux_loss), rel=1e-5)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(own + 0.3 * out.aux_loss), rel=1e-5)
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    """DDP on gloo, two ranks of two micro-batches of two, against one batch of eight: parameters and logs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    worker = Path(__file__).with_name("hf_trainer_worker.py")
-    subprocess.run(
-        [*command, str(worker), str(tmp_path)], check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    several, logs = torch.load(tmp_path / "result.pt", weights_only=True)
-    one = train(WeightedTrainer, apply_fused_loss(build("llama"), LAM), tmp_path, 8, 1)
-    assert float((several - parameters(one)).abs().max()) <= 1e-6
-    for a, b in zip(logs, one.state.log_history[:5], strict=True):
-        assert {key for key in a if key.startswith("task_")} == {key for key in b if key.startswith("task_")}
-        for key in a:
-            if key.startswith("task_") or key == "loss":
-                assert a[key] == pytest.approx(b[key], rel=1e-5), key
 
 
 def without_tasks(batch: Sequence[Record]) -> dict[str, torch.Tensor]:

@@ -1,15 +1,13 @@
 """The global normalizer: one process, and two with gloo."""
 
 import itertools
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from loss_problems import error, make_problem
+from ranks import run_on_ranks
 
 from cotbal_kernels import global_normalizer, global_task_tokens, linear_task_cross_entropy
 
@@ -65,10 +63,7 @@ def window(rank: int, silent_rank: bool):
     return p, slices
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def on_rank(rank: int, _: int) -> dict[tuple[bool, str], torch.Tensor]:
     lam = torch.tensor(LAMBDA)
     results = {}
     for silent_rank, aggregation in itertools.product((False, True), ("token", "task")):
@@ -94,17 +89,12 @@ def worker(rank: int, port: int, folder: str) -> None:
             ).loss.backward()
         dist.all_reduce(weight.grad)
         results[silent_rank, aggregation] = weight.grad
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_two_ranks_times_three_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     """Including a rank whose tokens are all ignored, which must still take part."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, str(tmp_path)), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    results = run_on_ranks(on_rank, 2, tmp_path)
     for silent_rank, aggregation in itertools.product((False, True), ("token", "task")):
         parts = [window(rank, silent_rank)[0] for rank in range(2)]
         weight = make_problem(K=3).weight.detach().requires_grad_()

@@ -120,8 +120,8 @@ class FusedLoss:
                 "which the fused loss does not support"
             )
         self.head, self.hidden = head, hidden
-        if self.probe.device != hidden.device:
-            self.probe = self.probe.to(hidden.device)
+        if self.probe.device != hidden.device or len(self.probe) != head.out_features:  # a vocabulary was resized
+            self.probe = probe_for(head).to(hidden.device)
         # A copy, for models that write into their logits.
         return self.probe.clone().reshape((1,) * (hidden.dim() - 1) + (-1,))
 
@@ -166,8 +166,7 @@ class FusedLoss:
             ("labels", labels, targets.labels),
             ("shift_labels", kwargs.get("shift_labels"), targets.shift_labels),
         ):
-            both = given is not None and own is not None
-            moved = both and given.device != own.device and given.shape == own.shape
+            moved = given is not None and own is not None and given.device != own.device and given.shape == own.shape
             if given is not own and not moved:
                 raise ValueError(f"model {self.name} changes its {name} before the loss, which is not supported")
         ignored = kwargs.get("ignore_index", self.options["ignore_index"])

@@ -283,11 +283,7 @@ def _refresh_head(model: Any, state: FusedLoss) -> None:
     head = model.get_output_embeddings()
     if isinstance(head, FusedHead) and head.fused is state:
         return
-    parts = classify(head, state.name)
     fuse_head(head, state, state.name)
-    width = cast(Any, parts[0][0]).out_features
-    if width != len(state.probe):
-        state.probe = probe_for(parts[0][0])
 
 
 def _with_task_loss(out: Any, result: TaskLoss | None, name: str) -> Any:

@@ -409,6 +409,7 @@ def test_resized_vocabulary() -> None:
     labels = labels_for(batch)
     labels[0, 9] = 100
     out = model(**batch, labels=labels)
+    assert len(fused_loss(model).probe) == 101
     remove_fused_loss(model)
     own = model(**batch, labels=labels)
     assert own.logits.shape[-1] == 101

@@ -68,6 +68,7 @@ def trained(
     stream: bool = False,
     collator: Any = collate,
     resume: bool = False,
+    model: str = "llama",
     **changes: Any,
 ) -> dict[str, Any]:
     """Parameters and logs of ``steps`` steps; ``batch`` samples of all ranks in a micro-batch."""
@@ -76,7 +77,7 @@ def trained(
     def trainer(folder: Path, **more: Any) -> Any:
         data: Any = records(samples)
         return kind(
-            model=apply_fused_loss(build("llama"), LAM),
+            model=apply_fused_loss(build(model, **ROUTED if model == "mixtral" else {}), LAM),
             args=arguments(folder, own, accumulation, steps, **changes | more),
             train_dataset=Stream(data) if stream else data,
             data_collator=collator,
@@ -122,6 +123,7 @@ def refused(out: Path) -> str:
     return "nothing"
 
 
+ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
 WORKERS = {"dataloader_num_workers": 1}
 SPLIT = {"accelerator_config": {"split_batches": True}}
 DISPATCH = {"accelerator_config": {"dispatch_batches": True}}
@@ -130,6 +132,8 @@ DISPATCH = {"accelerator_config": {"dispatch_batches": True}}
 EQUAL: dict[str, Callable[[Path], Any]] = {
     # Nothing is repeated: two ranks of two micro-batches of two are one batch of eight.
     "whole batches": lambda out: trained(out, 40, batch=4 * (3 - ranks()), accumulation=ranks()),
+    # The same four micro-batches, whose router losses are averaged.
+    "router loss": lambda out: trained(out, 40, batch=2 * ranks(), accumulation=4 // ranks(), model="mixtral"),
     "one sample left": lambda out: trained(out, 13),
     "three left": lambda out: trained(out, 15),
     "workers": lambda out: trained(out, 13, **WORKERS),

@@ -251,6 +251,19 @@ def test_tasks_are_logged_where_evaluation_generates(tmp_path: Path) -> None:
         assert found[0][f"eval_task_loss/{task}"] == found[1][f"eval_task_loss/{task}"]
 
 
+def test_a_prediction_without_labels_has_logits(tmp_path: Path) -> None:
+    model = apply_fused_loss(build("llama"), LAM)
+
+    def unlabelled(rows: Any) -> dict[str, Tensor]:
+        return {key: value for key, value in collate(rows).items() if key != "labels"}
+
+    trainer = WeightedTrainer(model=model, args=arguments(tmp_path, 2, 1), data_collator=unlabelled)
+    batch = unlabelled(records(3))
+    expected = build("llama")(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    found = torch.tensor(trainer.predict(records(3)).predictions)
+    torch.testing.assert_close(found, expected)
+
+
 def test_global_normalizer_of_virtual_tokens() -> None:
     """What docs/swap_in.md says to do in a loop of one's own."""
     labels = torch.tensor([[5, 6, -100]])

@@ -245,6 +245,9 @@ def test_logs(tmp_path: Path) -> None:
             float(expected.task_loss[task] / expected.task_tokens[task]), rel=1e-5
         )
         assert first[f"task_weight/{name}"] == pytest.approx(LAM[task])
+    second = trainer.state.log_history[1]
+    tokens = sum(int((record["labels"][1:] != -100).sum()) for record in records(40)[8:16])
+    assert sum(second.get(f"task_tokens/{name}", 0) for name in names) == tokens  # since the first log
     metrics = trainer.evaluate()
     assert trainer.state.log_history[-1]["eval_task_tokens/vqa"] == metrics["eval_task_tokens/vqa"]
     total = sum(metrics[f"eval_task_tokens/{name}"] for name in names if f"eval_task_tokens/{name}" in metrics)
@@ -344,6 +347,26 @@ def test_mixed_precision(tmp_path: Path) -> None:
         assert trainer.state.log_history[0][key] != exact[key]
 
 
+def test_denominator_of_shifted_labels_and_of_one_task(tmp_path: Path) -> None:
+    """Labels that are shifted already lose no first position; one weight needs no tasks."""
+    batches = [collate(records(3, seed)) for seed in (0, 1)]
+    first, lam = torch.tensor([5, -100, 7]), torch.tensor(LAM)
+    expected = torch.tensor(0.0)
+    for batch in batches:
+        labels = batch.pop("labels")
+        labels[:, 0] = first
+        expected += ((labels != -100).sum(1) * lam[batch["loss_task_ids"]]).sum()
+        batch["shift_labels"] = labels
+    trainer = WeightedTrainer(model=apply_fused_loss(build("llama"), LAM), args=arguments(tmp_path, 2, 1))
+    assert float(trainer.step_normalizer(batches)) == pytest.approx(float(expected))
+    assert float(trainer._get_num_items_in_batch(batches, "cpu")) == pytest.approx(float(expected))
+    one = WeightedTrainer(model=apply_fused_loss(build("llama"), [0.5]), args=arguments(tmp_path, 2, 1))
+    counts = sum(int((batch["shift_labels"] != -100).sum()) for batch in batches)
+    for batch in batches:
+        del batch["loss_task_ids"]
+    assert float(one.step_normalizer(batches)) == 0.5 * counts
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = arguments(tmp_path, 2, 1)
     model = apply_fused_loss(build("llama"), LAM)
@@ -361,6 +384,20 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         WeightedTrainer(model=model, args=arguments(tmp_path, 2, 1, label_smoothing_factor=0.1))
     with pytest.raises(ValueError, match="aggregation='sum' has no normalizer"):
         WeightedTrainer(model=apply_fused_loss(build("llama"), aggregation="sum"), args=args)
+    liger = arguments(tmp_path, 2, 1)
+    liger.use_liger_kernel = True
+    for config in (None, {"rope": False}, {"fused_linear_cross_entropy": True}):
+        liger.liger_kernel_config = config
+        with pytest.raises(ValueError, match="use_liger_kernel puts a loss without task weights"):
+            WeightedTrainer(model=model, args=liger)
+    liger.liger_kernel_config = {"fused_linear_cross_entropy": False}
+    WeightedTrainer(model=model, args=liger)
+    with monkeypatch.context() as parallel:
+        parallel.setattr(transformers.TrainingArguments, "world_size", property(lambda self: 2))
+        WeightedTrainer(model=model, args=args)
+        uneven = arguments(tmp_path, 2, 1, average_tokens_across_devices=False)
+        with pytest.raises(ValueError, match=r"start one process per GPU.*average_tokens_across_devices=True"):
+            WeightedTrainer(model=model, args=uneven)
     with monkeypatch.context() as parallel:
         parallel.setattr(transformers.Trainer, "get_sp_size", lambda self: 2)
         with pytest.raises(ValueError, match="sp_size of parallelism_config"):

@@ -1,12 +1,7 @@
-"""Run under torchrun by test_balancing_loop.py: methods on this rank's share of the tiny training, under ZeRO-3.
-
-torchrun --nproc_per_node 2 tests/trainer/balancing_worker.py MODEL_DIR OUTPUT_DIR
-"""
+"""One of two ranks of test_balancing_loop.py: methods on its share of the tiny training, under ZeRO-3."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +29,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def main() -> None:
-    model_dir, output = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
+def on_rank(model_dir: str, output: Path, rank: int, _: int) -> tuple[dict[str, Any], str]:
+    """By method the weights of every step and the head after them; and the checkpoint to go on from."""
     connect_on_cpu()
-    rank = torch.distributed.get_rank()
     found = {}
     for name in OVER_RANKS:
         trainer = make_trainer(
@@ -60,12 +53,4 @@ def main() -> None:
         with deepspeed.zero.GatheredParameters([head]):
             found[name] = (torch.stack(trajectory), head.detach().clone())
     checkpoint = newest_checkpoint(output / f"seen by {rank}", world_size=2)  # of one folder, which rank 1 sees late
-    torch.save((found, str(checkpoint)), output / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    # Threads of native libraries can abort an ordinary exit ("terminate called without an active exception").
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+    return found, str(checkpoint)

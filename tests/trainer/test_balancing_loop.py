@@ -7,12 +7,15 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from balancing_worker import on_rank
+from ranks import run_on_ranks
 from tiny_training import (
     FIXED,
     MOVING,
@@ -385,17 +388,9 @@ def test_two_ranks_under_zero_3_have_equal_weights_and_those_of_one(tmp_path: Pa
     checkpoint.mkdir(parents=True)
     for name in (COMPLETE, "rng_state_0.pth", "rng_state_1.pth"):
         (checkpoint / name).touch()
-    worker = Path(__file__).with_name("balancing_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    done = subprocess.run(
-        [*command, str(tmp_path / "model"), str(tmp_path)],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    (zero, seen_by_0), (one, seen_by_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    ranks = tmp_path / "ranks"
+    ranks.mkdir()
+    (zero, seen_by_0), (one, seen_by_1) = run_on_ranks(partial(on_rank, str(tmp_path / "model"), tmp_path), 2, ranks)
     assert seen_by_0 == seen_by_1 == str(checkpoint)
     for name in OVER_RANKS:
         assert torch.equal(zero[name][0], one[name][0]), f"{name}: ranks disagree"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_on_ranks
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from zero_worker import on_rank
 
 pytestmark = pytest.mark.slow
 VOCABULARY, IMAGE_TOKEN, PATCHES, WIDTH, ROWS = 97, 96, 4, 12, 8
@@ -86,20 +86,10 @@ def oracle(model_dir: Path, batch: dict[str, torch.Tensor]) -> dict[str, torch.T
 def test_micro_batches_and_ranks_give_the_single_batch_gradient(
     ranks: int, model_dir: Path, batches: dict[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    torch.save(batches, tmp_path / "batches.pt")
-    worker = Path(__file__).with_name("zero_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(worker)]
-    done = subprocess.run(
-        [*command, str(model_dir), str(tmp_path / "batches.pt"), str(tmp_path / "out.pt")],
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert "deepspeed_shm_comm" not in done.stdout  # compiled for a minute, and for inference only
+    results = run_on_ranks(partial(on_rank, str(model_dir), batches), ranks, tmp_path)[0]
+    # Compiled for a minute, and for inference only.
+    assert "deepspeed_shm_comm" not in (tmp_path / "0.log").read_text()
     expected = {which: oracle(model_dir, batch) for which, batch in batches.items()}
-    results = torch.load(tmp_path / "out.pt")
     assert set(results) == {(which, stage, k) for which in batches for stage in (0, 1, 2, 3) for k in (1, 2)}
     for (which, stage, k), found in results.items():
         assert set(found) == set(expected[which])

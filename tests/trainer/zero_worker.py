@@ -1,14 +1,10 @@
-"""Run under torchrun by test_zero_gradients.py: gradients of one optimizer step under DeepSpeed, saved by rank 0.
-
-    torchrun --nproc_per_node R tests/trainer/zero_worker.py MODEL_DIR BATCHES.pt OUT.pt
+"""One rank of test_zero_gradients.py: gradients of one optimizer step under DeepSpeed.
 
 A raw ``deepspeed.initialize`` loop, independent of the Trainer subclass: it checks the loss, not the plumbing.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import deepspeed
@@ -59,22 +55,14 @@ def gradients(model_dir: str, batch: dict[str, Any], stage: int, micro_batches: 
     return found
 
 
-def main() -> None:
-    model_dir, batches, out = sys.argv[1:4]
+def on_rank(
+    model_dir: str, batches: dict[str, dict[str, torch.Tensor]], _: int, __: int
+) -> dict[tuple[str, int, int], dict[str, torch.Tensor]]:
+    """Gradients by name of the batch, stage and number of micro-batches."""
     connect_on_cpu()
-    results = {
+    return {
         (name, stage, k): gradients(model_dir, batch, stage, k)
-        for name, batch in torch.load(batches).items()
+        for name, batch in batches.items()
         for stage in STAGES
         for k in MICRO_BATCHES
     }
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, out)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    # Threads of native libraries can abort an ordinary exit ("terminate called without an active exception").
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,26 @@ def run_section(run: Run) -> str:
     """One run: where it comes from, a summary, and its cases by suite."""
     lines = [f"## {run.environment['device']}: preset {run.preset}", "", *(f"- {fact}" for fact in facts(run)), ""]
     lines += summary(run)
+    absent = absentees(run)
+    if absent:
+        lines += ["Could not run here, in no case:", "", *(f"- {name}: {why}" for name, why in absent.items()), ""]
     for suite, title in SUITES.items():
         rows = [row for row in run.rows if row.suite == suite]
         if rows:
             lines += [f"### {title}", ""]
             for row in rows:
-                lines += [*row_section(row), ""]
+                lines += [*row_section(row, absent), ""]
     return "\n".join(lines)
+
+
+def absentees(run: Run) -> dict[str, str]:
+    """Who could not run in any of several cases, always for the same reason."""
+    seen: dict[str, list[tuple[str, str | None]]] = {}
+    for row in run.rows:
+        for entry in row.entries:
+            seen.setdefault(entry.name, []).append((entry.status, entry.error))
+    every = {name: found[0] for name, found in seen.items() if len(found) > 1 and len(set(found)) == 1}
+    return {name: why or "" for name, (status, why) in every.items() if status == UNAVAILABLE}
 
 
 def facts(run: Run) -> list[str]:
@@ -127,8 +140,8 @@ def summary(run: Run) -> list[str]:
     return [*lines, ""]
 
 
-def row_section(row: Row) -> list[str]:
-    """One case."""
+def row_section(row: Row, absent: Container[str] = ()) -> list[str]:
+    """One case; why those in ``absent`` have no time is said elsewhere."""
     lines = [f"**{row.label}**", ""]
     if row.skipped:
         return [*lines, f"Not run: {row.skipped}"]
@@ -145,7 +158,9 @@ def row_section(row: Row) -> list[str]:
     timed = sorted((entry for entry in row.entries if entry.seconds), key=lambda entry: entry.seconds[1])  # type: ignore[index]
     columns = row_columns(row)
     lines += table(columns, (row_cells(entry, row, columns) for entry in timed))
-    notes = [f"- {entry.name}: {reason(entry)}" for entry in row.entries if entry.status != OK]
+    notes = [
+        f"- {entry.name}: {reason(entry)}" for entry in row.entries if entry.status != OK and entry.name not in absent
+    ]
     notes += [f"- {entry.name}: {retries(entry)}" for entry in timed if entry.retried]
     return [*lines, "", *notes] if notes else lines
 

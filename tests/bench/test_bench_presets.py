@@ -11,8 +11,8 @@ from bench import environment, run
 from bench.cases import DTYPES, HEADS, LLAVA_SHARE, PRESETS, BalancerCase, LinearCase, LogitsCase, ModelCase
 from bench.peers import all_peers
 from bench.problems import make
-from bench.results import Entry, Row
-from bench.run import LostDeviceError, run_preset
+from bench.results import Row
+from bench.run import run_preset
 
 CPU = torch.device("cpu")
 H200 = PRESETS["h200"]
@@ -167,17 +167,6 @@ def test_a_run_goes_on_where_it_stopped_without_the_peer_that_stopped_it(
     assert both.command == "a command"
     assert [label for label, _ in asked] == [case.label for case in preset.cases[1:]]
     assert all(reason is not None and reason.startswith("left out") for _, reason in asked)
-
-
-def test_who_made_the_device_unusable_is_the_first_with_an_error_of_the_device() -> None:
-    illegal = "AcceleratorError: CUDA error: an illegal memory access was encountered"
-    entries = [
-        Entry("a", "failed", "OutOfMemoryError: CUDA out of memory."),
-        Entry("b", "failed", illegal),
-        Entry("c", "failed", illegal),
-    ]
-    assert LostDeviceError(Row("linear", "case", {}, entries)).culprit == "b"
-    assert LostDeviceError(Row("linear", "case", {}, [], skipped=illegal)).culprit is None
 
 
 def test_what_was_run_is_known_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

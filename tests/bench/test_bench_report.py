@@ -10,6 +10,7 @@ from bench.__main__ import COMMITTED, DOCUMENT, main
 from bench.page import page
 from bench.plots import memories, strokes, sweeps, times
 from bench.report import markdown, read_runs, run_section
+from bench.results import Entry
 
 
 def lines_of(text: str, start: str) -> list[str]:
@@ -33,6 +34,19 @@ def test_nobody_is_dropped() -> None:
     assert "- liger: cannot run here: liger-kernel is not installed (bench/peers.txt)" in text
     assert "- broken: **failed**: RuntimeError: a | b went wrong" in text
     assert "**a late case**\n\nNot run: out of time" in text
+
+
+def test_who_could_not_run_in_any_case_is_named_once() -> None:
+    """Not so who failed in all of them, or could not run in some."""
+    run = example_run()
+    *_, liger, broken = run.rows[0].entries
+    eager = Entry("eager", "unavailable", "is at lunch")
+    for row in (row for row in run.rows[1:] if not row.skipped):
+        row.entries = [*(entry for entry in row.entries if entry.name != "eager"), liger, broken, eager]
+    text = run_section(run)
+    assert lines_of(text, "- liger") == ["- liger: liger-kernel is not installed (bench/peers.txt)"]
+    assert len(lines_of(text, "- broken: **failed**")) == 3
+    assert lines_of(text, "- eager") == ["- eager: cannot run here: is at lunch"] * 2
 
 
 def test_rounds_that_the_allocator_disturbed_are_named() -> None:

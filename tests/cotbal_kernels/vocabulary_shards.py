@@ -111,7 +111,7 @@ def check_shards(
             assert float((found - wanted[start:stop]).abs().max()) <= (2 * rounding + fp32) * float(wanted.abs().max())
     # Of dX only the gradient of the logits has been rounded.
     assert error(sum_X, exact_X) <= rounding + fp32
-    narrow = backend.linear_rows_backward(shard, grad_M, whole_2M, None, (True, False, False), *end, dtype)[0]
+    narrow = backend.linear_rows_backward(shard, grad_M, whole_2M, None, every, *end, dtype)[0]
     assert torch.equal(narrow, dX.to(dtype))
     assert rounding == 0 or not torch.equal(narrow.float(), dX)
 

@@ -162,7 +162,7 @@ def test_rows_of_every_method_with_means_over_seeds(run: Callable[..., Path], ru
             mean, deviation = statistics.fmean(each_seed), statistics.stdev(each_seed)
             cell = row[header.index(label)].removesuffix("at chance")
             assert cell == f"{mean:.1f} ± 1.0seeds ± {deviation:.1f}", label
-    assert "test samples, and the standard deviation over 3 seeds; the best" in page.words
+    assert "those about one image together, and the standard deviation over 3 seeds; the best" in page.words
     assert "3 seeds." in page.words
     assert "from seed to seed it is" in page.words
     assert page.row("moving-weights", "CoBa")[1:] == ["1.25 (1.10–1.40)", "0.75 (0.60–0.90)"]

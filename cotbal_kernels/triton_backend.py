@@ -38,7 +38,7 @@ from .interface import (
 from .triton_kernels.compact import compact_kernel
 from .triton_kernels.configs import COMPILED, blocks_for, programs_for
 from .triton_kernels.head import Head, KeptRows, RowResults, num_blocks, on_device
-from .triton_kernels.logits import logits_backward_kernel, logits_forward_kernel
+from .triton_kernels.logits import logits_gradient, logits_loss
 from .triton_kernels.row_losses import task_sums_kernel
 from .triton_kernels.row_scales import Scale, task_scales_kernel
 from .triton_kernels.scale import scale_kernel
@@ -310,26 +310,8 @@ def logits_rows_forward(
     """Every logit read once."""
     if logits_MV.dtype == torch.float64:
         return portable.logits_rows_forward(logits_MV, targets_M, spec, chunk_size)
-    logits_MV = logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
     rows = RowResults.zeros_apart(targets_M)
-    if targets_M.numel():
-        with on_device(logits_MV):
-            logits_forward_kernel[(logits_MV.shape[0],)](
-                logits_MV,
-                targets_M,
-                rows.loss_M,
-                rows.hit_M,
-                *rows.stats_2M,
-                logits_MV.shape[1],
-                logits_MV.stride(0),
-                *spec,
-                HAS_SCALE=spec.scale != 1,
-                HAS_SOFTCAP=spec.softcap > 0,
-                HAS_SMOOTHING=spec.smoothing > 0,
-                BLOCK=_logits_block(logits_MV),
-                num_warps=8,
-                **COMPILED,
-            )
+    logits_loss(logits_MV, targets_M, rows, spec)
     return rows.loss_M, rows.hit_M, rows.stats_2M
 
 
@@ -345,27 +327,8 @@ def logits_rows_backward(
     """Every logit read once more and its gradient written."""
     if logits_MV.dtype == torch.float64:
         portable.logits_rows_backward(grad_M, logits_MV, targets_M, stats_2M, spec, chunk_size, out_MV)
-        return
-    logits_MV = logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
-    if targets_M.numel():
-        block = _logits_block(logits_MV)
-        with on_device(logits_MV):
-            logits_backward_kernel[(logits_MV.shape[0], num_blocks(logits_MV.shape[1], block))](
-                logits_MV,
-                out_MV,
-                targets_M,
-                *stats_2M,
-                grad_M.to(torch.float32).contiguous(),
-                logits_MV.shape[1],
-                logits_MV.stride(0),
-                out_MV.stride(0),
-                *spec,
-                HAS_SCALE=spec.scale != 1,
-                HAS_SOFTCAP=spec.softcap > 0,
-                BLOCK=block,
-                num_warps=8,
-                **COMPILED,
-            )
+    else:
+        logits_gradient(grad_M, logits_MV, targets_M, stats_2M, spec, out_MV)
 
 
 def scale_gradient(grad: Tensor, factor: Tensor, out: Tensor) -> None:
@@ -396,7 +359,3 @@ def _new_gradients(head: Head, need: Need, weight_dtype: torch.dtype, into: Tens
         (weight_VD.new_empty(weight_VD.shape, dtype=weight_dtype) if into is None else into) if need[1] else None,
         weight_VD.new_zeros(weight_VD.shape[0], dtype=wide) if need[2] else None,
     )
-
-
-def _logits_block(logits_MV: Tensor) -> int:
-    return min(blocks_for(logits_MV.device).logits, max(16, 2 ** math.ceil(math.log2(logits_MV.shape[1]))))

@@ -6,9 +6,16 @@ are the same. Both bound by memory.
 
 # Shapes: M positions, V vocabulary.
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..interface import TokenLoss
+from .configs import COMPILED, blocks_for
+from .head import RowResults, num_blocks, on_device
 from .project import cap_slope, softcapped
 
 
@@ -124,3 +131,60 @@ def logits_backward_kernel(
     if HAS_SCALE:
         scale *= logit_scale
     tl.store(out_at, (out * scale).to(out_ptr.dtype.element_ty), mask=inside_B)
+
+
+def logits_loss(logits_MV: Tensor, targets_M: Tensor, rows: RowResults, spec: TokenLoss) -> None:
+    """Losses, hits and statistics of the computed positions into ``rows``."""
+    logits_MV = _rows_of_neighbours(logits_MV)
+    if targets_M.numel():
+        with on_device(logits_MV):
+            logits_forward_kernel[(logits_MV.shape[0],)](
+                logits_MV,
+                targets_M,
+                rows.loss_M,
+                rows.hit_M,
+                *rows.stats_2M,
+                logits_MV.shape[1],
+                logits_MV.stride(0),
+                *spec,
+                HAS_SCALE=spec.scale != 1,
+                HAS_SOFTCAP=spec.softcap > 0,
+                HAS_SMOOTHING=spec.smoothing > 0,
+                BLOCK=_block(logits_MV),
+                num_warps=8,
+                **COMPILED,
+            )
+
+
+def logits_gradient(
+    grad_M: Tensor, logits_MV: Tensor, targets_M: Tensor, stats_2M: Tensor, spec: TokenLoss, out_MV: Tensor
+) -> None:
+    """The gradient of every logit into ``out_MV``, which may be the logits."""
+    logits_MV = _rows_of_neighbours(logits_MV)
+    if targets_M.numel():
+        block = _block(logits_MV)
+        with on_device(logits_MV):
+            logits_backward_kernel[(logits_MV.shape[0], num_blocks(logits_MV.shape[1], block))](
+                logits_MV,
+                out_MV,
+                targets_M,
+                *stats_2M,
+                grad_M.to(torch.float32).contiguous(),
+                logits_MV.shape[1],
+                logits_MV.stride(0),
+                out_MV.stride(0),
+                *spec,
+                HAS_SCALE=spec.scale != 1,
+                HAS_SOFTCAP=spec.softcap > 0,
+                BLOCK=block,
+                num_warps=8,
+                **COMPILED,
+            )
+
+
+def _rows_of_neighbours(logits_MV: Tensor) -> Tensor:
+    return logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
+
+
+def _block(logits_MV: Tensor) -> int:
+    return min(blocks_for(logits_MV.device).logits, max(16, 2 ** math.ceil(math.log2(logits_MV.shape[1]))))

@@ -123,7 +123,7 @@ def test_triton(
     """Everything but the launches, which are made with the device of the tensors as the current one."""
     pytest.importorskip("triton")
     from cotbal_kernels import triton_backend
-    from cotbal_kernels.triton_kernels import ahead_of_time, configs, head
+    from cotbal_kernels.triton_kernels import ahead_of_time, configs, head, logits
 
     entered: list[torch.device] = []
 
@@ -139,7 +139,7 @@ def test_triton(
         assert entered[-1:] == [torch.device("meta")]
         return describe(*launch)
 
-    for module in (head, triton_backend):
+    for module in (head, logits, triton_backend):
         monkeypatch.setattr(module, "on_device", on_device)
     monkeypatch.setattr(ahead_of_time, "_describe", guarded)
     monkeypatch.setattr(configs, "limits_of", lambda device: ahead_of_time.LIMITS[90])

@@ -19,8 +19,8 @@ HERE = Path(__file__).parent
 
 
 def load_recipe() -> Any:
-    """cotbal_kernels/cuda_build.py by its path: importing the package would need torch."""
-    spec = importlib.util.spec_from_file_location("cuda_build", HERE / "cotbal_kernels" / "cuda_build.py")
+    """cotbal_kernels/cuda_kernels/build.py by its path: importing the package would need torch."""
+    spec = importlib.util.spec_from_file_location("build_csrc", HERE / "cotbal_kernels" / "cuda_kernels" / "build.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -82,6 +82,6 @@ class ShipSources(build_py):
 
 
 setup(
-    ext_modules=[Extension("cotbal_kernels._csrc", sources=["csrc/api.cu"])] if wanted() else [],
+    ext_modules=[Extension("cotbal_kernels.cuda_kernels._csrc", sources=["csrc/api.cu"])] if wanted() else [],
     cmdclass={"build_ext": BuildLibrary, "build_py": ShipSources},
 )

@@ -9,8 +9,8 @@ from . import portable
 from .interface import Backend
 
 BACKENDS: dict[str, Backend] = {"portable": portable}
-# Imported when first asked for: the module that says why it cannot run here, and the backend.
-_GPU_BACKENDS = {"triton": ("triton_backend", "triton_backend"), "cuda": ("cuda_kernels", "cuda_backend")}
+# Modules imported when first asked for; each says why it cannot run here.
+_GPU_BACKENDS = {"triton": "triton_backend", "cuda": "cuda_backend"}
 DEFAULT = os.environ.get("COTBAL_BACKEND", "") or "auto"
 # What was found out about a backend on a device: at every step the driver, or an import that fails, would cost more
 # than a launch.
@@ -34,10 +34,10 @@ def unavailable_reason(name: str, device: torch.device | None = None) -> str | N
 
 def _find_reason(name: str, device: torch.device | None) -> str | None:
     try:
-        judge, backend = (importlib.import_module(f".{module}", __package__) for module in _GPU_BACKENDS[name])
+        backend = importlib.import_module(f".{_GPU_BACKENDS[name]}", __package__)
     except ImportError as error:
         return f"{error}; `pip install {error.name}`"
-    reason: str | None = judge.unavailable_reason(device)
+    reason: str | None = backend.unavailable_reason(device)
     if reason is None:
         BACKENDS[name] = backend
     return reason

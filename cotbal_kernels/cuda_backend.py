@@ -3,9 +3,9 @@
 For each chunk of C packed rows: gather C rows of the hidden states; logits = one library product, float32 out of
 16-bit inputs; ``chunk_gradient`` turns the logits into their gradient in place (16-bit values at the front of each
 float32 row); one more product gives dX. dW is one product over all rows: of the one chunk, or of each slice of the
-vocabulary, for which the gradients of the logits wait (:mod:`.cuda_slices`). Nothing is read back to the host: the
-number of chunks comes from the capacity ``rows_N.shape[0]``, and rows behind the last computed one have zero hidden
-states and zero gradients.
+vocabulary, for which the gradients of the logits wait (:mod:`.cuda_kernels.slices`). Nothing is read back to the
+host: the number of chunks comes from the capacity ``rows_N.shape[0]``, and rows behind the last computed one have
+zero hidden states and zero gradients.
 
 Workspace: ``WORKSPACE_BYTES`` for the logits of a chunk, whatever M and V are (one row at least), and beside them its
 hidden rows and its dX, 6 C D bytes in 16 bits, or the hidden states of all rows. There is no second dW in float32.
@@ -25,18 +25,19 @@ import torch
 from torch import Tensor
 
 from . import portable
-from .cuda_gradients import LinearGradients, RowKernels, lift_for
-from .cuda_head import Head, HeadKernels
-from .cuda_kernels import ChunkRows, RowResults, load
-from .cuda_products import LibraryProducts, Products
-from .cuda_slices import Waiting
+from .cuda_kernels.gradients import LinearGradients, RowKernels, lift_for
+from .cuda_kernels.head import Head, HeadKernels
+from .cuda_kernels.library import ChunkRows, RowResults, load
+from .cuda_kernels.library import unavailable_reason as unavailable_reason
+from .cuda_kernels.products import LibraryProducts, Products
+from .cuda_kernels.slices import Waiting
 from .interface import LinearOutput, LinearProblem, Need, Targets, TokenLoss, saved_grad_dtypes
 from .rows import at_rows
 from .validation import check_capacity, check_target_values, checks_requested
 
 
 class Kernels(HeadKernels, RowKernels, Protocol):
-    """The launches the backend needs; :class:`~cotbal_kernels.cuda_kernels.KernelLibrary` documents them."""
+    """The launches the backend needs; :class:`.cuda_kernels.library.KernelLibrary` documents them."""
 
     def task_sums(self, loss_M: Tensor, hit_M: Tensor, tasks_M: Tensor, num_tasks: int) -> tuple[Tensor, Tensor]: ...
 
@@ -247,7 +248,7 @@ def _rows_of_neighbours(logits_MV: Tensor) -> Tensor:
     return logits_MV if logits_MV.stride(1) == 1 else logits_MV.contiguous()
 
 
-# What the registry knows as "cuda" is this module; cuda_kernels.unavailable_reason says whether it can run.
+# What the registry knows as "cuda" is this module.
 BACKEND = CudaBackend(load, LibraryProducts())
 prepare_targets = BACKEND.prepare_targets
 task_scales = BACKEND.task_scales

@@ -2,7 +2,7 @@
 //
 // Every function enqueues on `stream` of the current device, never synchronises, allocates nothing (CUDA graphs may
 // capture it) and returns a cudaError_t. Sizes and strides are in elements. Null pointers are allowed where said.
-// cotbal_kernels/cuda_kernels.py declares the same signatures and checks the arguments.
+// cotbal_kernels/cuda_kernels/library.py declares the same signatures and checks the arguments.
 #include <climits>
 #include <initializer_list>
 #include <type_traits>
@@ -204,7 +204,7 @@ int cotbal_scatter_rows(const float* source, const float* factor, const int64_t*
     return cudaErrorInvalidValue;
 }
 
-// What the library was compiled from (cotbal_kernels/cuda_build.py), so that a stale one is noticed.
+// What the library was compiled from (cotbal_kernels/cuda_kernels/build.py), so that a stale one is noticed.
 #ifndef COTBAL_SOURCE
 #define COTBAL_SOURCE "unknown"
 #endif

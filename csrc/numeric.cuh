@@ -24,7 +24,7 @@ struct fp16 {
     uint16_t bits;
 };
 
-// Codes of the C API; cotbal_kernels/cuda_kernels.py has the same.
+// Codes of the C API; cotbal_kernels/cuda_kernels/library.py has the same.
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 __device__ inline float widen(float value) { return value; }

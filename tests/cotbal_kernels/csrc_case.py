@@ -10,8 +10,8 @@ from cuda_on_cpu.as_ptx import ptx_kernels
 from loss_problems import FP32
 from torch import Tensor
 
-from cotbal_kernels.cuda_build import find_nvcc
-from cotbal_kernels.cuda_kernels import ChunkRows, KernelLibrary, RowResults
+from cotbal_kernels.cuda_kernels.build import find_nvcc
+from cotbal_kernels.cuda_kernels.library import ChunkRows, KernelLibrary, RowResults
 from cotbal_kernels.interface import TokenLoss
 
 # Shapes: C rows of a chunk, M positions, V vocabulary, K tasks.

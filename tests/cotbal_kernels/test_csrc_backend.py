@@ -10,9 +10,9 @@ from csrc_backend_case import assert_same, gradients, linear_loss, needs_compile
 from cuda_on_cpu import DESCENDING, SHUFFLED, schedule
 from loss_problems import FP32, error, make_problem
 
-from cotbal_kernels import cuda_gradients
 from cotbal_kernels import task_cross_entropy as any_logits_loss
 from cotbal_kernels.cuda_backend import CudaBackend
+from cotbal_kernels.cuda_kernels import gradients as cuda_gradients
 from cotbal_kernels.reference import reference_linear_task_cross_entropy, reference_task_cross_entropy
 
 pytestmark = needs_compiler

@@ -13,10 +13,10 @@ import pytest
 import torch
 from cuda_on_cpu import compile_for_cpu, find_compiler
 
-from cotbal_kernels import cuda_build, cuda_kernels
+from cotbal_kernels.cuda_kernels import build, library
 
 ROOT = Path(__file__).parents[2]
-needs_nvcc = pytest.mark.skipif(cuda_build.find_nvcc() is None, reason="no nvcc: CUDA_HOME, PATH, /usr/local/cuda")
+needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc: CUDA_HOME, PATH, /usr/local/cuda")
 
 # Registers per thread that leave room for the threads of a block: 65536 / 1024 where a row takes 1024 of them.
 MOST_REGISTERS = {
@@ -29,30 +29,30 @@ MOST_REGISTERS = {
 
 def test_only_known_architectures_are_asked_for() -> None:
     known = ["75", "80", "86", "90", "90a", "100", "100a", "120", "120a"]
-    flags = cuda_build.architecture_flags(cuda_build.PREBUILT, known)
+    flags = build.architecture_flags(build.PREBUILT, known)
     assert flags == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_100,code=sm_100",
         "-gencode=arch=compute_100,code=compute_100",  # PTX for what comes later
     ]
-    older = cuda_build.architecture_flags(cuda_build.PREBUILT, known[:4])  # no Hopper yet: PTX of Ampere
+    older = build.architecture_flags(build.PREBUILT, known[:4])  # no Hopper yet: PTX of Ampere
     assert older == ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_80,code=compute_80"]
-    with pytest.raises(cuda_build.BuildError, match="compiles for none of 80, 90a, 100, only for 75"):
-        cuda_build.architecture_flags(cuda_build.PREBUILT, ["75"])
+    with pytest.raises(build.BuildError, match="compiles for none of 80, 90a, 100, only for 75"):
+        build.architecture_flags(build.PREBUILT, ["75"])
     for capability, name in (((8, 0), "80"), ((8, 9), "86"), ((9, 0), "90a"), ((10, 3), "100"), ((13, 0), "120")):
-        assert cuda_build.device_architecture(capability, known) == name
-    with pytest.raises(cuda_build.BuildError, match="no architecture up to compute_70"):
-        cuda_build.device_architecture((7, 0), known)
+        assert build.device_architecture(capability, known) == name
+    with pytest.raises(build.BuildError, match="no architecture up to compute_70"):
+        build.device_architecture((7, 0), known)
 
 
 @needs_nvcc
 def test_compiles_for_every_gpu(tmp_path: Path) -> None:
     """Warnings are errors; no kernel spills or needs more registers than its block may have."""
-    nvcc = str(cuda_build.find_nvcc())
-    flags = cuda_build.architecture_flags(cuda_build.PREBUILT, cuda_build.known_architectures(nvcc))
+    nvcc = str(build.find_nvcc())
+    flags = build.architecture_flags(build.PREBUILT, build.known_architectures(nvcc))
     strict = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v,--warn-on-spills"]
-    cuda_build.compile_library(nvcc, [*flags, *strict], tmp_path / "_csrc.so")
+    build.compile_library(nvcc, [*flags, *strict], tmp_path / "_csrc.so")
     report = (tmp_path / "_csrc.log").read_text()
     kernels = re.findall(
         r"Compiling entry function '(\w+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -67,7 +67,7 @@ def test_compiles_for_every_gpu(tmp_path: Path) -> None:
         most = next(limit for kernel, limit in MOST_REGISTERS.items() if f"{kernel}_kernel" in name)
         assert (int(stack), int(stored), int(loaded)) == (0, 0, 0), f"{name} spills on {architecture}"
         assert int(registers) <= most, f"{name} takes {registers} registers on {architecture}"
-    assert cuda_kernels.KernelLibrary(tmp_path / "_csrc.so").source == cuda_build.source_digest()
+    assert library.KernelLibrary(tmp_path / "_csrc.so").source == build.source_digest()
 
 
 # --- where the library comes from ---------------------------------------------------------------------------
@@ -77,8 +77,8 @@ GPU = torch.device("cuda", 0)
 
 
 def forget_libraries() -> None:
-    cuda_kernels.load.cache_clear()
-    cuda_kernels._load.cache_clear()
+    library.load.cache_clear()
+    library._load.cache_clear()
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(cuda_kernels, "_prebuilt", lambda: None)
-    monkeypatch.setattr(cuda_kernels, "_build_failure", None)
-    monkeypatch.setattr(cuda_kernels.cuda_build, "find_nvcc", lambda: "/cuda/bin/nvcc")
+    monkeypatch.setattr(library, "_prebuilt", lambda: None)
+    monkeypatch.setattr(library, "_build_failure", None)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/cuda/bin/nvcc")
     monkeypatch.setenv("COTBAL_CACHE", str(tmp_path / "cache"))
     forget_libraries()
     yield SimpleNamespace(patch=monkeypatch)
@@ -98,21 +98,21 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def test_every_reason_names_its_remedy(fake_gpu) -> None:
-    assert cuda_kernels.unavailable_reason(GPU) is None
-    fake_gpu.patch.setattr(cuda_build, "find_nvcc", lambda: None)
-    reason = cuda_kernels.unavailable_reason(GPU)
+    assert library.unavailable_reason(GPU) is None
+    fake_gpu.patch.setattr(build, "find_nvcc", lambda: None)
+    reason = library.unavailable_reason(GPU)
     assert "nvcc is not found: install the CUDA toolkit and set CUDA_HOME" in reason
-    fake_gpu.patch.setattr(cuda_kernels, "_prebuilt", lambda: object())
-    assert cuda_kernels.unavailable_reason(GPU) is None
+    fake_gpu.patch.setattr(library, "_prebuilt", lambda: object())
+    assert library.unavailable_reason(GPU) is None
     fake_gpu.patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability 7.5: the kernels need 8.0" in cuda_kernels.unavailable_reason(GPU)
+    assert "compute capability 7.5: the kernels need 8.0" in library.unavailable_reason(GPU)
     fake_gpu.patch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA device is visible: check the driver" in cuda_kernels.unavailable_reason(GPU)
+    assert "no CUDA device is visible: check the driver" in library.unavailable_reason(GPU)
     fake_gpu.patch.setattr(torch.version, "cuda", None)
-    reason = cuda_kernels.unavailable_reason(GPU)
+    reason = library.unavailable_reason(GPU)
     assert "was built without CUDA: install a CUDA build of torch" in reason
     with pytest.raises(RuntimeError, match="built without CUDA"):
-        cuda_kernels.load(GPU)
+        library.load(GPU)
 
 
 def write_compiler(path: Path, compiles: str) -> str:
@@ -136,21 +136,21 @@ def test_compiled_once_on_first_use(fake_gpu, tmp_path: Path, capfd: pytest.Capt
     calls = tmp_path / "calls"
     script = f'echo "$*" >> {calls}\nsleep 0.3\ncp {tmp_path / "ready.so"} "$2"\n'
     nvcc = write_compiler(tmp_path / "nvcc", script)
-    fake_gpu.patch.setattr(cuda_build, "find_nvcc", lambda: nvcc)
-    first = cuda_kernels.load(GPU)
+    fake_gpu.patch.setattr(build, "find_nvcc", lambda: nvcc)
+    first = library.load(GPU)
     assert capfd.readouterr().err.count("compiling CUDA kernels") == 1
-    assert cuda_kernels.load(GPU) is first
+    assert library.load(GPU) is first
     forget_libraries()  # another process
-    assert cuda_kernels.load(GPU).path == first.path
+    assert library.load(GPU).path == first.path
     assert capfd.readouterr().err == ""
     assert len(calls.read_text().splitlines()) == 1
     assert sorted(path.name for path in first.path.parent.iterdir()) == ["_csrc.log", "_csrc.so", "lock"]
-    fake_gpu.patch.setattr(cuda_build, "source_digest", lambda: "other")
+    fake_gpu.patch.setattr(build, "source_digest", lambda: "other")
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import cuda_build;"
-        "cuda_build.source_digest = lambda: 'other'; print(cuda_build.cached_library(sys.argv[2], (9, 0)))"
+        "import sys; sys.path.insert(0, sys.argv[1]); import build;"
+        "build.source_digest = lambda: 'other'; print(build.cached_library(sys.argv[2], (9, 0)))"
     )
-    command = [sys.executable, "-c", program, str(ROOT / "cotbal_kernels"), nvcc]
+    command = [sys.executable, "-c", program, str(ROOT / "cotbal_kernels" / "cuda_kernels"), nvcc]
     ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {rank.communicate()[0].strip() for rank in ranks}
     assert len(paths) == 1
@@ -160,12 +160,12 @@ def test_compiled_once_on_first_use(fake_gpu, tmp_path: Path, capfd: pytest.Capt
 
 def test_a_failed_build_names_its_log(fake_gpu, tmp_path: Path) -> None:
     nvcc = write_compiler(tmp_path / "nvcc", "echo error: no such thing\nexit 2\n")
-    fake_gpu.patch.setattr(cuda_build, "find_nvcc", lambda: nvcc)
+    fake_gpu.patch.setattr(build, "find_nvcc", lambda: nvcc)
     with pytest.raises(RuntimeError, match=r"compiling the CUDA kernels failed: .*exit status 2") as raised:
-        cuda_kernels.load(GPU)
+        library.load(GPU)
     log = re.search(r"its output is in (\S+)", str(raised.value)).group(1)
     assert "error: no such thing" in Path(log).read_text()
-    assert str(raised.value) == cuda_kernels.unavailable_reason(GPU)
+    assert str(raised.value) == library.unavailable_reason(GPU)
     assert not list(Path(log).parent.glob("*.so*"))
 
 
@@ -197,18 +197,18 @@ def build_wheel(tmp_path: Path, kind: str = "wheel", **environment: str) -> tupl
 def test_a_wheel_has_the_sources_and_finds_them(tmp_path: Path) -> None:
     wheel, _ = build_wheel(tmp_path, COTBAL_BUILD_CUDA="0")
     assert wheel.name.endswith("-none-any.whl")
-    sources = {path.name for path in cuda_build.source_directory().glob("*.cu*")}
+    sources = {path.name for path in build.source_directory().glob("*.cu*")}
     with zipfile.ZipFile(wheel) as archive:
         shipped = {Path(name).name for name in archive.namelist() if name.startswith("cotbal_kernels/csrc/")}
         archive.extractall(tmp_path / "installed")
     assert shipped == sources
     assert "api.cu" in shipped
-    program = "import cuda_build; print(cuda_build.source_directory()); print(cuda_build.source_digest())"
+    program = "import build; print(build.source_directory()); print(build.source_digest())"
     package = tmp_path / "installed" / "cotbal_kernels"
     found = subprocess.run(
-        [sys.executable, "-c", program], cwd=package, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=package / "cuda_kernels", capture_output=True, text=True, check=True
     ).stdout.split()
-    assert found == [str(package / "csrc"), cuda_build.source_digest()]
+    assert found == [str(package / "csrc"), build.source_digest()]
 
 
 def test_a_wheel_has_the_library_where_one_was_compiled(tmp_path: Path) -> None:
@@ -219,11 +219,11 @@ def test_a_wheel_has_the_library_where_one_was_compiled(tmp_path: Path) -> None:
     wheel, _ = build_wheel(tmp_path, COTBAL_BUILD_CUDA="1", CUDA_HOME=str(home))
     assert "linux" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
-        assert archive.read("cotbal_kernels/_csrc.so") == b"library\n"
+        assert archive.read("cotbal_kernels/cuda_kernels/_csrc.so") == b"library\n"
     wheel.unlink()
     wheel, _ = build_wheel(tmp_path, "editable", COTBAL_BUILD_CUDA="1", CUDA_HOME=str(home))
     package = tmp_path / "checkout" / "cotbal_kernels"
-    assert (package / "_csrc.so").read_text() == "library\n"
+    assert (package / "cuda_kernels" / "_csrc.so").read_text() == "library\n"
     assert not (package / "csrc").exists()  # the checkout's own is found
     wheel.unlink()
     write_compiler(home / "bin" / "nvcc", "exit 1\n")

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.full_size import Operators
-from cotbal_kernels import backends, cuda_head, linear_task_cross_entropy
+from cotbal_kernels import backends, linear_task_cross_entropy
 from cotbal_kernels.cuda_backend import CudaBackend
+from cotbal_kernels.cuda_kernels import head
 from cotbal_kernels.interface import TokenLoss
 from cotbal_kernels.reference import reference_linear_task_cross_entropy
 
@@ -63,7 +64,7 @@ def test_nothing_is_read_back_to_the_host(cuda_on_cpu: CudaBackend, dtype: torch
 
 def test_the_workspace_is_bounded(cuda_on_cpu: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """No result beyond the workspace: M x V in float32 would be five times larger, and dW is small."""
-    monkeypatch.setattr(cuda_head, "WORKSPACE_BYTES", 2**20)
+    monkeypatch.setattr(head, "WORKSPACE_BYTES", 2**20)
     p = make_problem((1, 400), D=4, V=3000, ignored=0.0, dtype=torch.bfloat16)
     problem, targets, lam = arguments(p)
     with Watch() as watch:
@@ -76,19 +77,19 @@ def test_the_workspace_is_bounded(cuda_on_cpu: CudaBackend, monkeypatch: pytest.
 def test_default_chunks_are_as_few_as_whole_tiles_allow() -> None:
     """At V = 128256 a row of logits takes 501 KiB of the 512 MiB."""
     row_bytes = 4 * 128256
-    limit = cuda_head.WORKSPACE_BYTES // row_bytes
+    limit = head.WORKSPACE_BYTES // row_bytes
     assert limit == 1046
     for capacity, size in ((1, 1), (700, 700), (1046, 1046), (1047, 640), (1700, 896), (1966, 1024), (20000, 1024)):
-        assert cuda_head.default_chunk(capacity, row_bytes) == size
+        assert head.default_chunk(capacity, row_bytes) == size
     for capacity in (8192, 16384):
-        assert capacity % cuda_head.default_chunk(capacity, row_bytes) == 0  # all of 1024
+        assert capacity % head.default_chunk(capacity, row_bytes) == 0  # all of 1024
     for capacity in range(1047, 30_000, 131):
         sizes = range(128, limit, 128)
         fewest = min(math.ceil(capacity / size) for size in sizes)
         smallest = min(size for size in sizes if math.ceil(capacity / size) == fewest)
-        assert cuda_head.default_chunk(capacity, row_bytes) == smallest
-    assert cuda_head.default_chunk(7, 2**28) == 2  # two rows of a quarter of a gigabyte
-    assert cuda_head.default_chunk(7, 2**30) == 1  # a row that does not fit is computed nevertheless
+        assert head.default_chunk(capacity, row_bytes) == smallest
+    assert head.default_chunk(7, 2**28) == 2  # two rows of a quarter of a gigabyte
+    assert head.default_chunk(7, 2**30) == 1  # a row that does not fit is computed nevertheless
 
 
 class NotedProducts(WideningProducts):

@@ -31,7 +31,7 @@ from cuda_on_cpu.as_ptx import PtxKernels
 from loss_problems import FP32
 from torch import Tensor
 
-from cotbal_kernels.cuda_kernels import ChunkRows, KernelLibrary, RowResults
+from cotbal_kernels.cuda_kernels.library import ChunkRows, KernelLibrary, RowResults
 from cotbal_kernels.interface import TokenLoss
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler: CXX, g++, c++")

@@ -29,8 +29,8 @@ from cuda_on_cpu import (
 )
 from cuda_on_cpu.as_ptx import PtxKernels, compile_to_ptx, ptx_kernels, warps_take_turns
 
-from cotbal_kernels.cuda_build import find_nvcc, source_directory
-from cotbal_kernels.cuda_kernels import KernelLibrary
+from cotbal_kernels.cuda_kernels.build import find_nvcc, source_directory
+from cotbal_kernels.cuda_kernels.library import KernelLibrary
 from cotbal_kernels.interface import TokenLoss
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler: CXX, g++, c++")

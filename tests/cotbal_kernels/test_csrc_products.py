@@ -7,8 +7,10 @@ from cuda_on_cpu import WideningProducts, cpu_kernels, kernels_for
 from loss_problems import FP32, error, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cotbal_kernels import backends, cuda_backend, cuda_gradients, cuda_products, ops
+from cotbal_kernels import backends, cuda_backend, ops
 from cotbal_kernels.cuda_backend import CudaBackend
+from cotbal_kernels.cuda_kernels import gradients as cuda_gradients
+from cotbal_kernels.cuda_kernels import products as cuda_products
 from cotbal_kernels.interface import Backend, LinearProblem, TokenLoss
 from cotbal_kernels.reference import reference_linear_task_cross_entropy
 

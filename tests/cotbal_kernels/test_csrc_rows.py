@@ -14,7 +14,7 @@ from csrc_case import (
 )
 from cuda_on_cpu import cpu_kernels, find_compiler
 
-from cotbal_kernels.cuda_kernels import KernelLibrary
+from cotbal_kernels.cuda_kernels.library import KernelLibrary
 from cotbal_kernels.interface import LinearProblem
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler: CXX, g++, c++")

@@ -14,7 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.guard import Peak
 from cotbal_kernels.cuda_backend import CudaBackend
-from cotbal_kernels.cuda_slices import SLICE_MULTIPLE, STORED_MULTIPLE, Slices, Waiting, plan_slices, slice_buffers
+from cotbal_kernels.cuda_kernels.slices import (
+    SLICE_MULTIPLE,
+    STORED_MULTIPLE,
+    Slices,
+    Waiting,
+    plan_slices,
+    slice_buffers,
+)
 from cotbal_kernels.interface import LinearProblem, TokenLoss
 from cotbal_kernels.reference import reference_linear_task_cross_entropy
 

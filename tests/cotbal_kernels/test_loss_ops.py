@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from cotbal_kernels import (
     TaskLoss,
     backends,
-    cuda_kernels,
     linear_task_cross_entropy,
     ops,
     portable,
     task_cross_entropy,
     task_ops,
 )
+from cotbal_kernels.cuda_kernels import library
 from cotbal_kernels.reference import reference_linear_task_cross_entropy
 
 
@@ -320,7 +320,7 @@ def test_the_device_of_the_tensors_decides_and_not_the_current_one(monkeypatch: 
         torch.cuda, "get_device_capability", lambda device=0: capabilities[getattr(device, "index", device)]
     )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cuda_kernels, "_prebuilt", lambda: object())
+    monkeypatch.setattr(library, "_prebuilt", lambda: object())
     monkeypatch.setattr(backends, "_reasons", {})
     monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
     old, new = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -342,11 +342,11 @@ def test_the_device_of_the_tensors_decides_and_not_the_current_one(monkeypatch: 
     monkeypatch.setattr(torch.version, "hip", "7.0")  # a "CUDA device" of ROCm
     assert backends.resolve_backend("auto", new) == "portable"
     asked: list[tuple[int, int]] = []
-    cuda_kernels.load.cache_clear()
-    monkeypatch.setattr(cuda_kernels, "_load", functools.cache(asked.append))
-    cuda_kernels.load(new)
+    library.load.cache_clear()
+    monkeypatch.setattr(library, "_load", functools.cache(asked.append))
+    library.load(new)
     assert asked == [(9, 0)]
-    cuda_kernels.load.cache_clear()
+    library.load.cache_clear()
 
 
 def test_environment_takes_the_place_of_auto(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:

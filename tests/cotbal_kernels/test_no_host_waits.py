@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cotbal_kernels import cuda_kernels, functional, linear_task_cross_entropy, portable, task_cross_entropy
+from cotbal_kernels import functional, linear_task_cross_entropy, portable, task_cross_entropy
 from cotbal_kernels.cuda_backend import CudaBackend
+from cotbal_kernels.cuda_kernels import library
 from cotbal_kernels.interface import Backend, LinearProblem, TokenLoss
 
 M, D, V, K = 24, 16, 40, 3
@@ -157,4 +158,4 @@ def test_cuda(watched: None, dtype: torch.dtype, spec: TokenLoss) -> None:
     backend = CudaBackend(lambda device: kernels, WideningProducts())
     for chunk_size in (0, 7):
         run_backend(backend, dtype, spec, chunk_size)
-    assert set(kernels.launched) == set(cuda_kernels._SIGNATURES)
+    assert set(kernels.launched) == set(library._SIGNATURES)

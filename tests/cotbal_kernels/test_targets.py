@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cotbal_kernels import portable
 from cotbal_kernels.cuda_backend import CudaBackend
-from cotbal_kernels.cuda_build import find_nvcc
+from cotbal_kernels.cuda_kernels.build import find_nvcc
 from cotbal_kernels.interface import Backend
 
 

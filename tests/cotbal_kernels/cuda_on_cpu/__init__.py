@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from cotbal_kernels.cuda_backend import CudaBackend
-from cotbal_kernels.cuda_build import source_directory
-from cotbal_kernels.cuda_kernels import KernelLibrary
+from cotbal_kernels.cuda_kernels.build import source_directory
+from cotbal_kernels.cuda_kernels.library import KernelLibrary
 
 ASCENDING, DESCENDING, SHUFFLED = 0, 1, 2
 _FLAGS = ("-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", "-U_FORTIFY_SOURCE")

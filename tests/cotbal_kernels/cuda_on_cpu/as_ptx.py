@@ -24,8 +24,8 @@ from ptx_on_cpu.block import Block, Launch
 from ptx_on_cpu.memory import GlobalMemory
 from ptx_on_cpu.text import parse
 
-from cotbal_kernels import cuda_build, cuda_kernels
-from cotbal_kernels.cuda_kernels import KernelLibrary
+from cotbal_kernels.cuda_kernels import build, library
+from cotbal_kernels.cuda_kernels.library import KernelLibrary
 
 from . import compile_for_cpu
 
@@ -35,7 +35,7 @@ _ELSEWHERE = ctypes.CFUNCTYPE(
 )  # fmt: skip
 
 
-PTX_FLAGS = (*(flag for flag in cuda_build.FLAGS if flag in ("-std=c++17", "-O3", "-lineinfo")), "-ptx")
+PTX_FLAGS = (*(flag for flag in build.FLAGS if flag in ("-std=c++17", "-O3", "-lineinfo")), "-ptx")
 
 
 class PtxKernels(KernelLibrary):
@@ -55,13 +55,13 @@ class PtxKernels(KernelLibrary):
         """What ``launch`` takes a pointer of is what its kernel may access."""
 
         def noting(*args: Any) -> Any:
-            self._tensors, self._failure, pointer = [], None, cuda_kernels._pointer
+            self._tensors, self._failure, pointer = [], None, library._pointer
 
             def noted(tensor: torch.Tensor | None) -> int | None:
                 self._tensors.append(tensor)
                 return pointer(tensor)
 
-            cuda_kernels._pointer = noted
+            library._pointer = noted
             # One for all libraries of this source that are loaded: the loader unites inline variables.
             self._library.cotbal_launch_elsewhere(self._callback)
             try:
@@ -71,7 +71,7 @@ class PtxKernels(KernelLibrary):
                     raise self._failure from None
                 raise
             finally:
-                cuda_kernels._pointer = pointer
+                library._pointer = pointer
 
         return noting
 
@@ -122,12 +122,12 @@ def ptx_kernels(architecture: str) -> PtxKernels:
     directory = Path(tempfile.mkdtemp(prefix="cuda_as_ptx_"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     compile_for_cpu(directory / "host.so", host_only=True)
-    return PtxKernels(directory / "host.so", compile_to_ptx(architecture, cuda_build.source_directory(), directory))
+    return PtxKernels(directory / "host.so", compile_to_ptx(architecture, build.source_directory(), directory))
 
 
 def compile_to_ptx(architecture: str, source: Path, directory: Path) -> str:
     """What nvcc makes of csrc/ (or a changed copy of it)."""
     output = directory / "kernels.ptx"
-    command = [str(cuda_build.find_nvcc()), *PTX_FLAGS, f"-arch=compute_{architecture}"]
+    command = [str(build.find_nvcc()), *PTX_FLAGS, f"-arch=compute_{architecture}"]
     subprocess.run([*command, str(source / "api.cu"), "-o", str(output)], check=True)
     return output.read_text()

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .cuda_products import Products
-from .interface import LinearProblem, Need
+from ..interface import LinearProblem, Need
+from .products import Products
 
 # Bound on a block of dW in float32 where it is added to something else, and what its rows are a multiple of.
 BLOCK_BYTES, BLOCK_ROWS = 64 * 2**20, 128
@@ -27,7 +27,7 @@ class Lift(NamedTuple):
 
 
 class RowKernels(Protocol):
-    """The launch that dX needs; :class:`~cotbal_kernels.cuda_kernels.KernelLibrary` documents it."""
+    """The launch that dX needs; :class:`.library.KernelLibrary` documents it."""
 
     def scatter_rows(
         self, grad_CD: Tensor, factor: Tensor | None, problem: LinearProblem, start: int, out_MD: Tensor

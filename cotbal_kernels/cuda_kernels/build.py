@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parent.parent
 # What a prebuilt library runs on: A100 and all Ampere and Ada (sm_80), H100 and H200, B200; newer ones through PTX.
 PREBUILT = ("80", "90a", "100")
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-shared", "-Xcompiler", "-fPIC,-fvisibility=default")

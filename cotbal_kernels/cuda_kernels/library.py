@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cuda_build
-from .interface import LinearProblem, Targets, TokenLoss, compute_capability
+from ..interface import LinearProblem, Targets, TokenLoss, compute_capability
+from . import build
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/numeric.cuh
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -246,7 +246,7 @@ def _prebuilt() -> KernelLibrary | None:
     if not path.exists():
         return None
     library = KernelLibrary(path)
-    return library if library.source == cuda_build.source_digest() else None
+    return library if library.source == build.source_digest() else None
 
 
 def unavailable_reason(device: torch.device | None) -> str | None:
@@ -264,7 +264,7 @@ def unavailable_reason(device: torch.device | None) -> str | None:
     if _build_failure is not None:
         return f"compiling the CUDA kernels failed: {_build_failure}"
     loaded = _load.cache_info().currsize > 0
-    if not loaded and _prebuilt() is None and cuda_build.find_nvcc() is None:
+    if not loaded and _prebuilt() is None and build.find_nvcc() is None:
         return (
             "no compiled kernels are installed and nvcc is not found: install the CUDA toolkit and set CUDA_HOME, "
             "or install cotbal where nvcc is with COTBAL_BUILD_CUDA=1"
@@ -285,7 +285,7 @@ def load(device: torch.device) -> KernelLibrary:
         raise RuntimeError(reason)
     try:
         return _load(torch.cuda.get_device_capability(device))
-    except (cuda_build.BuildError, subprocess.CalledProcessError, OSError) as error:
+    except (build.BuildError, subprocess.CalledProcessError, OSError) as error:
         _build_failure = str(error)
         raise RuntimeError(str(unavailable_reason(device))) from error
 
@@ -295,4 +295,4 @@ def _load(capability: tuple[int, int]) -> KernelLibrary:
     prebuilt = _prebuilt()
     if prebuilt is not None:
         return prebuilt
-    return KernelLibrary(cuda_build.cached_library(str(cuda_build.find_nvcc()), capability))
+    return KernelLibrary(build.cached_library(str(build.find_nvcc()), capability))

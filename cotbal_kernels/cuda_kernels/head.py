@@ -13,10 +13,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .cuda_kernels import ChunkRows, RowResults
-from .cuda_products import Products
-from .cuda_slices import Slices, Waiting, plan_slices, slice_buffers
-from .interface import LinearProblem, TokenLoss
+from ..interface import LinearProblem, TokenLoss
+from .library import ChunkRows, RowResults
+from .products import Products
+from .slices import Slices, Waiting, plan_slices, slice_buffers
 
 # Bound on the float32 logits of a chunk.
 WORKSPACE_BYTES = 512 * 2**20
@@ -25,7 +25,7 @@ ROW_MULTIPLE, COLUMN_MULTIPLE = 128, 32
 
 
 class HeadKernels(Protocol):
-    """The launches a head needs; :class:`~cotbal_kernels.cuda_kernels.KernelLibrary` documents them."""
+    """The launches a head needs; :class:`.library.KernelLibrary` documents them."""
 
     def chunk_gradient(
         self,

@@ -7,7 +7,7 @@ Counted, not timed, so any machine gives the same numbers:
 - both for the Triton backend at the sizes of real models, bytes beside inputs and gradients;
 - launches of its steps, operators of PyTorch beside them, each of which is a small launch of its own, and host
   synchronisations between them (0 is what CUDA graphs need);
-- registers, spills and shared memory of every kernel, compiled for sm_90.
+- registers, instructions, spills and shared memory of every kernel, compiled for sm_90.
 
     python -m bench guard            # compare
     python -m bench guard --update   # a deliberate change: commit the new baseline with the reason for it
@@ -188,12 +188,13 @@ def count_launches() -> dict[str, dict[str, Any]]:
 
 
 def count_resources() -> dict[str, dict[str, Any]]:
-    """Registers per thread, spilled bytes and shared bytes of every kernel of a plain step, on sm_90."""
+    """Registers per thread, instructions, spilled bytes and shared bytes of every kernel of a plain step, on sm_90."""
     resources: dict[str, dict[str, Any]] = {}
     for _, name, used in ahead_of_time.resource_table([CAPABILITY], torch.bfloat16, features=False):
         unique = name if name not in resources else f"{name} #{sum(key.startswith(name) for key in resources) + 1}"
         resources[unique] = {
             "registers": used.registers,
+            "instructions": used.instructions,
             "spills": used.spills,
             "shared": used.shared,
             "matrix_instructions": used.matrix_instructions,
@@ -231,7 +232,8 @@ def update() -> Path:
 def compare(baseline: dict[str, Any], found: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What got worse, and what got better and could be kept by an update.
 
-    Registers and shared memory depend on the compiler: with another triton than the baseline's they are left out.
+    Registers, instructions and shared memory depend on the compiler: with another triton than the baseline's they are
+    left out.
     """
     problems: list[str] = []
     hints: list[str] = []
@@ -241,8 +243,8 @@ def compare(baseline: dict[str, Any], found: dict[str, Any]) -> tuple[list[str],
         sections.append(f"sm_{CAPABILITY}")
     else:
         hints.append(
-            f"registers and shared memory not compared: the baseline is from triton {baseline['triton']}, "
-            f"this is {found['triton']}"
+            "registers, instructions and shared memory not compared: the baseline is from triton "
+            f"{baseline['triton']}, this is {found['triton']}"
         )
     for section in sections:
         before, after = dict(_leaves(baseline.get(section, {}))), dict(_leaves(found[section]))

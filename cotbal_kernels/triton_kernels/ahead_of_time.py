@@ -50,7 +50,15 @@ SHOWN = (
     "USE_TMA",
     "IN_PLACE",
 )
-SHOWN_RESOURCES = ("registers", "spills", "loop_spills", "shared", "matrix_instructions")
+SHOWN_RESOURCES = (
+    "registers",
+    "instructions",
+    "spills",
+    "loop_spills",
+    "narrow_stores",
+    "shared",
+    "matrix_instructions",
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,8 @@ class Resources:
     spills: int  # bytes per thread that are stored to and loaded from local memory because registers ran out
     main_loops: int  # innermost loops with matrix instructions, or without any with most multiply-adds
     loop_spills: int  # of the spilled bytes those in main loops
+    instructions: int  # of the whole kernel, loops once
+    narrow_stores: int  # instructions that store one or two bytes of global memory; one is a single value
     stack: int  # bytes per thread of local memory, spills included
     shared: int  # bytes of shared memory per program
     matrix_instructions: str  # wgmma, tcgen05, mma or none
@@ -260,7 +270,7 @@ def resource_table(
 
 
 def main() -> None:
-    """Print the table as Markdown; exit 1 if a kernel spills in its main loop."""
+    """Print the table as Markdown; exit 1 if a kernel spills in its main loop, or stores its results one by one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), choices=sorted(LIMITS))
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
@@ -269,12 +279,13 @@ def main() -> None:
     args = parser.parse_args()
     table = resource_table(args.capability, getattr(torch, args.dtype), args.features, args.workers)
     print(f"triton {triton.__version__}, {args.dtype}\n")
-    columns = ("sm", "kernel", "registers", "spilled bytes", "in main loops", "shared bytes", "matrix instructions")
+    columns = ("sm", "kernel", "registers", "instructions", "spilled bytes", "in main loops", "narrow stores")
+    columns += ("shared bytes", "matrix instructions")
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for capability, name, used in table:
         row = (capability, name, *(getattr(used, field) for field in SHOWN_RESOURCES))
         print("| " + " | ".join(map(str, row)) + " |")
-    sys.exit(any(used.loop_spills for _, _, used in table))
+    sys.exit(any(used.loop_spills or used.narrow_stores > 1 for _, _, used in table))
 
 
 if __name__ == "__main__":

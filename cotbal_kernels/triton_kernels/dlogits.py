@@ -11,19 +11,18 @@ they wait (1.5 bytes in bfloat16) to the slice that the products read. Plus 4 by
 import triton
 import triton.language as tl
 
-from .project import cap_slope
+from .numeric import cap_slope, exponential
 from .tiles import rows_here
 from .twelve_bits import decode, unpack
 
 
 @triton.jit
-def _store(
-    exp_TV, factor_T, scale, even, at_target, target, column_TV, width, keep, row_ptr
-):  # fmt: skip
+def _store(exp_TV, factor_T, even, column_TV, width, keep, row_ptr, HAS_SMOOTHING: tl.constexpr):
     """Whole tiles have no mask along the row, so stores are wide at any vocabulary size."""
-    out = (exp_TV * factor_T[:, None] - even) * scale
-    out = tl.where(column_TV == target, at_target, out)
-    tl.store(row_ptr + column_TV, tl.where(column_TV < width, out, 0.0).to(row_ptr.dtype.element_ty), mask=keep)
+    out = exp_TV * factor_T[:, None]  # 0 behind the last column
+    if HAS_SMOOTHING:
+        out -= tl.where(column_TV < width, even, 0.0)
+    tl.store(row_ptr + column_TV, out.to(row_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit(
@@ -54,6 +53,7 @@ def dlogits_kernel(
     even,
     PACKED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
     PAD_ROWS: tl.constexpr,  # rows are zeroed up to a multiple of this, for the products over rows
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -83,7 +83,7 @@ def dlogits_kernel(
     growth = 1 + 2 * z_loss * (row_max + log_sum)
     # The target's p - 1 comes from its float32 logit: a 16-bit p of .999 would lose it.
     target_logit = tl.load(target_logit_ptr + local)
-    at_target = (tl.exp((target_logit - row_max) - log_sum) * growth - (1 - smoothing) - even) * scale
+    at_target = (exponential((target_logit - row_max) - log_sum) * growth - (1 - smoothing) - even) * scale
     if HAS_SOFTCAP:
         at_target *= cap_slope(target_logit, softcap)
     first_tile = vocab_start // BLOCK_V
@@ -93,7 +93,7 @@ def dlogits_kernel(
         keep = (tile_T < padded_tiles)[:, None]
         part_max_at = (first_tile + tile_T).to(tl.int64) * row_count + local
         part_max_T = tl.load(part_max_ptr + part_max_at, mask=tile_T < num_tiles, other=float("-inf"))
-        factor_T = tl.exp((part_max_T - row_max) - log_sum) * growth
+        factor_T = exponential((part_max_T - row_max) - log_sum) * (growth * scale)
         if PACKED:
             inner_Q = tl.arange(0, BLOCK_V // 4)
             word_TQ = tile_T[:, None] * (3 * (BLOCK_V // 4)) + inner_Q[None, :]
@@ -105,8 +105,11 @@ def dlogits_kernel(
             for quarter in tl.static_range(4):
                 column = column_TQ + quarter * (BLOCK_V // 4)
                 exp = decode(quarters[quarter])
-                _store(exp, factor_T, scale, even, at_target, target, column, width, keep, out_row)
+                _store(exp, factor_T, even * scale, column, width, keep, out_row, HAS_SMOOTHING)
         else:
             column = tile_T[:, None] * BLOCK_V + inner_V[None, :]
             exp = tl.load(exp_row + column, mask=known, other=0.0).to(tl.float32)
-            _store(exp, factor_T, scale, even, at_target, target, column, width, keep, out_row)
+            _store(exp, factor_T, even * scale, column, width, keep, out_row, HAS_SMOOTHING)
+    if (target >= 0) & (target < width):
+        tl.debug_barrier()  # another thread has stored there
+        tl.store(out_row + target, at_target.to(out_ptr.dtype.element_ty))

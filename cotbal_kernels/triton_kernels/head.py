@@ -292,6 +292,7 @@ class Head:
             self.spec.even,
             PACKED=packed,
             HAS_SOFTCAP=self.spec.softcap > 0,
+            HAS_SMOOTHING=self.spec.smoothing > 0,
             PAD_ROWS=self.tiles.grad_weight.depth,
             BLOCK_V=self.block,
             BLOCK_T=max(1, 2048 // self.block),

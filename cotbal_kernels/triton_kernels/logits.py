@@ -1,7 +1,8 @@
 """Loss and gradient of logits that exist, a row per program.
 
-Forward: every logit read once. Backward: read once more and the gradient written, in place if the two pointers
-are the same. Both bound by memory.
+Forward: every logit read once, the next block while this one is summed, and one exponential for each (two would take
+longer than an H200 takes to read 16 bits). Backward: read once more and the gradient written, in place if the two
+pointers are the same. Both bound by memory.
 """
 
 # Shapes: M positions, V vocabulary.
@@ -16,7 +17,9 @@ from torch import Tensor
 from ..interface import TokenLoss
 from .configs import COMPILED, blocks_for
 from .head import RowResults, num_blocks, on_device
-from .project import cap_slope, softcapped
+from .numeric import cap_slope, exponential, softcapped
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32; not -inf, since -inf - -inf is not 0
 
 
 @triton.jit(do_not_specialize_on_alignment=["max_ptr", "log_sum_ptr"])
@@ -44,8 +47,9 @@ def logits_forward_kernel(
     if target < 0:
         return
     row_ptr = logits_ptr + position * stride
-    best_B = tl.full((BLOCK,), float("-inf"), tl.float32)
-    where_B = tl.zeros((BLOCK,), tl.int32)
+    inner_B = tl.arange(0, BLOCK)
+    best_B = tl.full((BLOCK,), LOWEST, tl.float32)
+    block_B = tl.zeros((BLOCK,), tl.int32)  # where the block began that held it
     sum_B = tl.zeros((BLOCK,), tl.float32)
     target_logit = tl.load(row_ptr + target).to(tl.float32)
     if HAS_SCALE:
@@ -53,26 +57,28 @@ def logits_forward_kernel(
     if HAS_SOFTCAP:
         target_logit = softcapped(target_logit, softcap)
     shift_B = tl.zeros((BLOCK,), tl.float32)
+    following_B = tl.load(row_ptr + inner_B, mask=inner_B < vocab_size, other=float("-inf"))
     for start in range(0, vocab_size, BLOCK):
-        column_B = start + tl.arange(0, BLOCK)
-        inside_B = column_B < vocab_size
-        z = tl.load(row_ptr + column_B, mask=inside_B, other=float("-inf")).to(tl.float32)
+        z = following_B.to(tl.float32)
+        column_B = start + BLOCK + inner_B
+        following_B = tl.load(row_ptr + column_B, mask=column_B < vocab_size, other=float("-inf"))
+        inside_B = inner_B < vocab_size - start
         if HAS_SCALE:
             z *= logit_scale
         if HAS_SOFTCAP:
             z = tl.where(inside_B, softcapped(z, softcap), float("-inf"))
-        new_B = tl.maximum(best_B, z)
-        # A lane that has seen nothing yet holds -inf, and -inf - -inf is not 0.
-        base_B = tl.where(new_B == float("-inf"), 0.0, new_B)
-        sum_B = sum_B * tl.exp(best_B - base_B) + tl.exp(z - base_B)
-        where_B = tl.where(z > best_B, column_B, where_B)
+        # What rescales the sum where this is a new maximum, and what it adds where it is none, is the same number.
+        rise_B = z - best_B
+        exp_B = exponential(-tl.abs(rise_B))
+        sum_B = tl.where(rise_B > 0, sum_B * exp_B + 1, sum_B + exp_B)
+        block_B = tl.where(rise_B > 0, start, block_B)
         if HAS_SMOOTHING:
             # relative to the target's logit, so that a common offset cancels before it is summed
             shift_B += tl.where(inside_B, z - target_logit, 0.0)
-        best_B = new_B
+        best_B = tl.maximum(best_B, z)
     row_max = tl.max(best_B, 0)
-    row_sum = tl.sum(sum_B * tl.exp(best_B - row_max), 0)
-    argmax = tl.min(tl.where(best_B == row_max, where_B, vocab_size), 0)
+    row_sum = tl.sum(sum_B * exponential(best_B - row_max), 0)
+    argmax = tl.min(tl.where(best_B == row_max, block_B + inner_B, vocab_size), 0)
     log_sum = tl.log(row_sum)
     loss = log_sum - (target_logit - row_max)
     if HAS_SMOOTHING:
@@ -123,14 +129,14 @@ def logits_backward_kernel(
         z = softcapped(z, softcap)
     row_max = tl.load(max_ptr + position)
     log_sum = tl.load(log_sum_ptr + position)
-    out = tl.exp((z - row_max) - log_sum) * (1 + 2 * z_loss * (row_max + log_sum))
-    out -= tl.where(column_B == target, 1 - smoothing, 0.0) + even
-    if HAS_SOFTCAP:
-        out *= cap_slope(z, softcap)
     scale = tl.load(scale_ptr + position)
     if HAS_SCALE:
         scale *= logit_scale
-    tl.store(out_at, (out * scale).to(out_ptr.dtype.element_ty), mask=inside_B)
+    out = exponential((z - row_max) - log_sum) * ((1 + 2 * z_loss * (row_max + log_sum)) * scale) - even * scale
+    out -= tl.where(column_B == target, (1 - smoothing) * scale, 0.0)
+    if HAS_SOFTCAP:
+        out *= cap_slope(z, softcap)
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside_B)
 
 
 def logits_loss(logits_MV: Tensor, targets_M: Tensor, rows: RowResults, spec: TokenLoss) -> None:

@@ -21,6 +21,7 @@ device memory, so ignored positions cost nothing and the host never waits for th
 import triton
 import triton.language as tl
 
+from .numeric import cap_slope, exponential, softcapped
 from .tiles import parts_of, rows_here, tile_at
 from .twelve_bits import pack
 
@@ -28,19 +29,6 @@ WRITE_NONE = tl.constexpr(0)
 WRITE_EXP = tl.constexpr(1)
 WRITE_PACKED = tl.constexpr(2)
 WRITE_GRADIENT = tl.constexpr(3)
-
-
-@triton.jit
-def softcapped(z, softcap):
-    """``softcap * tanh(z / softcap)``; tanh as 2 sigmoid(2x) - 1, off by at most 1e-7 of the cap."""
-    return softcap * (2 * tl.sigmoid(z * (2 / softcap)) - 1)  # divided once: a division is eight instructions
-
-
-@triton.jit
-def cap_slope(z, softcap):
-    """The derivative of :func:`softcapped`, from what it returned; not negative, however 1 / softcap is rounded."""
-    capped = z * (1 / softcap)
-    return tl.maximum(1 - capped * capped, 0.0)
 
 
 @triton.jit
@@ -92,30 +80,37 @@ def _finish(
         z = softcapped(z, softcap)
     z = tl.where(inside_V[None, :], z, float("-inf"))
     target_M = tl.load(targets_ptr + position_M, mask=live_M, other=-1).to(tl.int32)
+    holds_M = live_M & (target_M >= first_V) & (target_M < tl.minimum(first_V + BLOCK, vocab_stop))
+    holds_some = tl.max(holds_M.to(tl.int32), 0) > 0  # three tiles in four hold no target of their rows
 
     if WRITE == WRITE_GRADIENT:
         max_M = tl.load(max_ptr + position_M, mask=live_M, other=0.0)
         log_sum_M = tl.load(log_sum_ptr + position_M, mask=live_M, other=0.0)
         scale_M = tl.load(scale_ptr + position_M, mask=live_M, other=0.0) * tl.load(unit_ptr + 1)
         # Two small differences, never z - lse, where a large offset would eat the digits.
-        out = tl.exp((z - max_M[:, None]) - log_sum_M[:, None])
-        out *= (1 + 2 * z_loss * (max_M + log_sum_M))[:, None]
+        out = exponential((z - max_M[:, None]) - log_sum_M[:, None])
+        out *= ((1 + 2 * z_loss * (max_M + log_sum_M)) * scale_M)[:, None]
         # The target's p - 1 is formed in float32, before any rounding.
-        out -= tl.where(vocab_V[None, :] == target_M[:, None], 1 - smoothing, 0.0)
+        # No branch with a soft cap: z and out would both have to live through it, in 256 registers.
+        if HAS_SOFTCAP | holds_some:
+            out -= tl.where(vocab_V[None, :] == target_M[:, None], ((1 - smoothing) * scale_M)[:, None], 0.0)
         if HAS_SMOOTHING:
-            out -= even
+            out -= (even * scale_M)[:, None]
         if HAS_SOFTCAP:
             out *= cap_slope(z, softcap)
-        # Rows and columns behind the last one become zeros, which the products read.
-        out = tl.where(live_M[:, None] & inside_V[None, :], out * scale_M[:, None], 0.0)
+        # Rows and columns behind the last one become zeros, which the products read; columns without options are, by
+        # exp(-inf), and with them one mask for both spills less than one for the rows.
+        if HAS_SMOOTHING or HAS_SOFTCAP:
+            out = tl.where(live_M[:, None] & inside_V[None, :], out, 0.0)
+        else:
+            out = tl.where(live_M[:, None], out, 0.0)
         keep_M = local_M < row_count
     else:
         max_M = tl.max(z, 1)
         base_M = tl.where(max_M == float("-inf"), 0.0, max_M)  # words that a bias of -inf forbids
         at_M = part.to(tl.int64) * row_count + local_M
         tl.store(part_max_ptr + at_M, max_M, mask=live_M)
-        holds_M = live_M & (target_M >= first_V) & (target_M < tl.minimum(first_V + BLOCK, vocab_stop))
-        if tl.max(holds_M.to(tl.int32), 0) > 0:  # three tiles in four hold no target of their rows
+        if holds_some:
             is_target = vocab_V[None, :] == target_M[:, None]
             target_logit_M = tl.sum(tl.where(is_target, z, 0.0), 1)
             first_argmax_M = tl.min(tl.where(z == max_M[:, None], vocab_V[None, :], vocab_size), 1)
@@ -124,7 +119,7 @@ def _finish(
         if HAS_SMOOTHING:
             shift_M = tl.sum(tl.where(inside_V[None, :], z - max_M[:, None], 0.0), 1)
             tl.store(part_shift_ptr + at_M, shift_M, mask=live_M)
-        out = tl.exp(z - base_M[:, None])
+        out = exponential(z - base_M[:, None])
         tl.store(part_sum_ptr + at_M, tl.sum(out, 1), mask=live_M)
         if HAS_SOFTCAP:
             out *= cap_slope(z, softcap)
@@ -215,12 +210,12 @@ def project_kernel(
                 inside_V = (inner_V < vocab_stop - first_V)[:, None]
                 weight_VD = tl.load(tile_ptr + at_VD, mask=inside_V & inside_D, other=0.0)
             z = tl.dot(hidden_MD, weight_VD.T, z, input_precision="ieee")
-        column = col_block * BLOCK_V
-        slice_ptr = out_ptr
+        slice_ptr, slice_block = out_ptr, col_block
         if (WRITE == WRITE_EXP) | (WRITE == WRITE_PACKED):
-            columns = out_stride // 3 * 4 if WRITE == WRITE_PACKED else out_stride
-            slice_ptr += (column // columns).to(tl.int64) * row_count * out_stride
-            column %= columns
+            blocks = (out_stride // 3 * 4 if WRITE == WRITE_PACKED else out_stride) // BLOCK_V
+            slice_ptr += (col_block // blocks).to(tl.int64) * row_count * out_stride
+            slice_block = col_block % blocks
+        column = slice_block * BLOCK_V  # a multiple that the compiler sees: stores are 16 bytes wide
         BLOCK: tl.constexpr = BLOCK_V // PARTS
         parts = parts_of(z, BLOCK_M, BLOCK_V, PARTS)
         for part in tl.static_range(PARTS):

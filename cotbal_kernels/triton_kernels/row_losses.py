@@ -10,6 +10,7 @@ are bitwise reproducible.
 import triton
 import triton.language as tl
 
+from .numeric import exponential
 from .tiles import rows_here
 
 
@@ -68,7 +69,8 @@ def row_losses_kernel(
         new_max_M = tl.where(live_M, tl.maximum(max_M, block_max_M), 0.0)
         base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
         # exp(-inf) is 0: nothing seen yet, or a tile behind the last one
-        sum_M = sum_M * tl.exp(max_M - base_M) + tl.sum(part_sum_TM * tl.exp(part_max_TM - base_M[None, :]), 0)
+        block_sum_M = tl.sum(part_sum_TM * exponential(part_max_TM - base_M[None, :]), 0)
+        sum_M = sum_M * exponential(max_M - base_M) + block_sum_M
         if HAS_SMOOTHING:
             part_shift_TM = tl.load(part_shift_ptr + at_TM, mask=keep, other=0.0)
             columns_T = tl.minimum(vocab_size - tile_T * BLOCK_V, BLOCK_V).to(tl.float32)

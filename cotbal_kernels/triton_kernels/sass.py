@@ -1,4 +1,4 @@
-"""Reads machine code: registers, and what spills in the loop that a kernel spends its time in.
+"""Reads machine code: registers, what spills in the loop that a kernel spends its time in, and stores of single values.
 
 A product has one loop over the summed dimension inside the loop over tiles. What an epilogue spills costs a few loads
 per tile; what that loop spills, it spills at every step.
@@ -31,7 +31,8 @@ class Block:
 
 
 def used_by(cubin: bytes) -> dict[str, int]:
-    """``registers`` and ``stack`` of the one kernel in a cubin, and what :func:`spills_in` finds in it."""
+    """``registers`` and ``stack`` of the one kernel in a cubin, its ``instructions``, those of them that store one or
+    two bytes (``narrow_stores``), and what :func:`spills_in` finds."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "kernel.cubin"
         file.write_bytes(cubin)
@@ -41,7 +42,14 @@ def used_by(cubin: bytes) -> dict[str, int]:
     if len(found) != 1:
         raise RuntimeError(f"expected the registers of one kernel, found {len(found)}:\n{usage}")
     registers, stack = map(int, found[0])
-    return {"registers": registers, "stack": stack, **spills_in(code)}
+    operations = [name for block in parse(code) for name in block.operations]
+    return {
+        "registers": registers,
+        "stack": stack,
+        "instructions": sum(name != "NOP" for name in operations),
+        "narrow_stores": sum(map(_is_narrow_store, operations)),
+        **spills_in(code),
+    }
 
 
 def _output(*command: str) -> str:
@@ -74,6 +82,12 @@ def spills_in(code: str) -> dict[str, int]:
         "main_loops": len(main),
         "loop_spills": sum(_spilled_bytes(name) for at in inside for name in blocks[at].operations),
     }
+
+
+def _is_narrow_store(operation: str) -> bool:
+    """16-bit results of a tile leave in 16 bytes where their alignment is known, one by one where it is not."""
+    name, *modifiers = operation.split(".")
+    return name == "STG" and not {"U8", "S8", "U16", "S16"}.isdisjoint(modifiers)
 
 
 def _spilled_bytes(operation: str) -> int:

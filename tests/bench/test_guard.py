@@ -126,7 +126,7 @@ def test_another_compiler_leaves_out_what_it_decides(baseline: dict[str, Any]) -
     other = more(more(baseline, "sm_90", "row_losses", "registers", value=255), "triton", value="0.0")
     problems, hints = guard.compare(baseline, other)
     assert problems == []
-    assert "registers and shared memory not compared" in hints[0]
+    assert "registers, instructions and shared memory not compared" in hints[0]
 
 
 def test_a_product_added_in_the_backend_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

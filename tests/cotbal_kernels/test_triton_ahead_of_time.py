@@ -1,5 +1,7 @@
 """Every kernel of a training step compiles for GPUs that are not here, with the tiles it would have there."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -49,6 +51,7 @@ def test_training_step_compiles(capability: int, variants: str) -> None:
     assert kernels >= {"logits_forward", "logits_backward"}
     for name, used in found.items():
         kernel = name.split(" ")[0]
+        assert used.narrow_stores <= (kernel == "dlogits"), name  # the gradient at the target
         if kernel not in PRODUCTS:
             assert used.spills == used.stack == 0, name
             assert used.matrix_instructions == "none", name
@@ -87,6 +90,14 @@ def test_float32_products_do_not_spill_in_their_loops(kernel: str, capability: i
     used = ahead_of_time.compile_launch(launch, capability)
     assert (used.matrix_instructions, used.main_loops) == ("none", 1)
     assert used.loop_spills == 0
+
+
+def test_stores_of_single_values_are_seen() -> None:
+    """The figure itself: rows of an odd length begin anywhere, and their values are stored one by one."""
+    launches = ahead_of_time.training_launches(90, torch.bfloat16, PLAIN[:1])
+    (launch,) = (launch for launch in launches if launch.kernel.__name__ == "project_kernel")
+    odd = dataclasses.replace(launch, aligned=launch.aligned - {"out_stride"})
+    assert ahead_of_time.compile_launch(odd, 90).narrow_stores >= 128
 
 
 def test_a_spill_is_seen() -> None:

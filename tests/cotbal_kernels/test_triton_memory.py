@@ -17,7 +17,7 @@ from interpreter import interpreted
 from cotbal_kernels import triton_backend
 from cotbal_kernels.interface import saved_grad_dtypes
 from cotbal_kernels.triton_kernels.head import KeptRows
-from cotbal_kernels.triton_kernels.project import cap_slope
+from cotbal_kernels.triton_kernels.numeric import cap_slope
 from cotbal_kernels.triton_kernels.row_scales import Scale
 from cotbal_kernels.triton_kernels.slices import Room, Slices, plan_slices
 from cotbal_kernels.triton_kernels.twelve_bits import decode, pack, unpack

@@ -10,6 +10,7 @@ probe, and calls the head again, this time with targets and with all its hooks, 
 
 import copy
 import math
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -95,10 +96,11 @@ class FusedLoss:
                 "aggregation='sum' has no normalizer, but num_items_in_batch came (Trainer passes it): patch the model "
                 "with 'token' or 'task', or use a loop of your own"
             )
-        if normalizer is not None and aggregation == "task" and getattr(normalizer, "shape", ()) != (count,):
+        if normalizer is not None and aggregation == "task" and getattr(normalizer, "shape", None) != (count,):
+            came = f"shape {tuple(normalizer.shape)}" if isinstance(normalizer, Tensor) else repr(normalizer)
             raise ValueError(
-                f"aggregation='task' needs num_items_in_batch [K = {count}], the tokens of each task, got a scalar: "
-                "Trainer counts tokens of all tasks; use TaskWeightedTrainerMixin, or global_task_tokens"
+                f"aggregation='task' needs num_items_in_batch as a tensor [K = {count}], the tokens of each task, got "
+                f"{came}: Trainer counts tokens of all tasks; use TaskWeightedTrainerMixin, or global_task_tokens"
             )
         self.thread = None if torch.compiler.is_compiling() else threading.get_ident()
         self.targets = targets
@@ -142,7 +144,11 @@ class FusedLoss:
             correction = None if self.measured else poison(logits, self.probe, self.scaling, self.name)
         else:
             self.scaling, self.measured, correction = measure(logits, self.probe, self.name), True, None
-        fields: Any = self.head.call_with_targets(self.hidden, targets)
+        try:
+            fields: Any = self.head.call_with_targets(self.hidden, targets)
+        except ValueError as error:
+            error.args = (as_passed(error, targets.shift_labels is not None),)
+            raise
         if not isinstance(fields, tuple) or len(fields) != len(TaskLoss._fields):
             raise ValueError(
                 f"a forward hook on the head of {self.name} changes its output, which is the loss here: remove it, or "
@@ -190,6 +196,14 @@ def no_task_ids(tasks: int, batch: Iterable[str] = ()) -> str:
         "belong to task 0. Let the collator make them ([B] or [B, S] integers); a column of that name survives "
         "remove_unused_columns"
     )
+
+
+def as_passed(error: ValueError, shifted: bool) -> str:
+    """What an error of the loss says, with the names that a model's arguments have, which are not the loss's own."""
+    names = {"task_ids": "loss_task_ids", "normalizer": "num_items_in_batch"}
+    if shifted:
+        names["labels"] = "shift_labels"
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], str(error))
 
 
 class FusedHead(nn.Module):
@@ -278,7 +292,10 @@ def checked_weights(task_weights: Tensor | Sequence[float], wait: bool = True) -
     if isinstance(task_weights, Tensor) and task_weights.dtype in (torch.bfloat16, torch.float16):
         raise ValueError(f"task_weights must be float32 whatever the model's dtype, got {task_weights.dtype}")
     device = task_weights.device if isinstance(task_weights, Tensor) else "cpu"  # not a default device: no meta tensor
-    weights_K = torch.as_tensor(task_weights, dtype=torch.float32, device=device).detach().clone()
+    try:
+        weights_K = torch.as_tensor(task_weights, dtype=torch.float32, device=device).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"task_weights must be numbers [K], got {task_weights!r}") from error
     if weights_K.dim() != 1 or len(weights_K) == 0:
         raise ValueError(f"task_weights must be [K] with K >= 1, got {tuple(weights_K.shape)}")
     for task, value in enumerate(weights_K.tolist() if wait or weights_K.device.type == "cpu" else ()):

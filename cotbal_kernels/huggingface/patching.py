@@ -73,17 +73,18 @@ def apply_fused_loss(
     if aggregation not in ("token", "task", "sum"):
         raise ValueError(f"aggregation must be 'token', 'task' or 'sum' in a model, got {aggregation!r}")
     if task_weights is None:
-        if num_tasks is not None and (not isinstance(num_tasks, int) or num_tasks < 1):
+        if num_tasks is not None and (type(num_tasks) is not int or num_tasks < 1):
             raise ValueError(f"num_tasks must be an integer >= 1, got {num_tasks!r}")
         task_weights = [1.0] * (num_tasks or 1)
-    elif num_tasks is not None and num_tasks != len(task_weights):
-        raise ValueError(f"num_tasks is {num_tasks} but task_weights has {len(task_weights)} entries")
     base: Any = unwrapped(model)
     _refuse_unsupported(base)
     name, head = type(base).__name__, base.get_output_embeddings()
     parts = classify(head, name)
     weights_K = checked_weights(task_weights)
+    if num_tasks is not None and num_tasks != len(weights_K):
+        raise ValueError(f"num_tasks is {num_tasks} but task_weights has {len(weights_K)} entries")
     check_backend_name(backend)
+    validation.check_flags(check=check)
     validation.check_options(
         aggregation=aggregation,
         normalizer=None,

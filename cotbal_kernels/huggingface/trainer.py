@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..distributed import global_task_tokens
 from ..per_task import task_normalizer
-from .head import FusedLoss, Uncast, no_task_ids
+from .head import FusedLoss, Uncast, as_passed, no_task_ids
 from .patching import carries_patched_forward, fused_loss, replaced_forward, set_task_weights, unwrapped
 from .repeats import without_repeated_labels
 
@@ -106,13 +106,17 @@ class TaskWeightedTrainerMixin:
         if not shifted and _has_virtual_tokens(self.model):  # type: ignore[attr-defined]
             labels = [F.pad(some, (1, 0), value=state.options["ignore_index"]) for some in labels]
             task_ids = [ids if ids.dim() == 1 else F.pad(ids, (1, 0)) for ids in task_ids]
-        tokens_K = global_task_tokens(
-            labels,
-            task_ids,
-            len(weights_K),
-            ignore_index=state.options["ignore_index"],
-            shift=not shifted,
-        )
+        try:
+            tokens_K = global_task_tokens(
+                labels,
+                task_ids,
+                len(weights_K),
+                ignore_index=state.options["ignore_index"],
+                shift=not shifted,
+            )
+        except ValueError as error:
+            error.args = (as_passed(error, shifted),)
+            raise
         return task_normalizer(weights_K, tokens_K, state.options["aggregation"])
 
     def _task_ids(self, batch: dict[str, Any], labels: Tensor) -> Tensor:

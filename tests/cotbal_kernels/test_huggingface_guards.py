@@ -107,6 +107,34 @@ class TestMissingTasks:
             train(WeightedTrainer, apply_fused_loss(build("llama"), LAM), tmp_path, 2, 1, listed)
 
 
+@pytest.mark.parametrize(
+    ("passed", "message"),
+    [
+        ({"loss_task_ids": torch.tensor([0.0, 1.0])}, "loss_task_ids must be integers"),
+        ({"loss_task_ids": torch.tensor([0, 3])}, r"loss_task_ids must be in \[0, 3\) where supervised, got 3"),
+        ({"num_items_in_batch": torch.tensor(-1.0)}, "num_items_in_batch must be finite and >= 0, got -1.0"),
+        ({"labels": torch.full((2, 3), 5)}, r"labels must be \(2, .*to match hidden"),
+        ({"shift_labels": torch.full((2, 3), 5)}, r"shift_labels must be \(2, .*to match hidden"),
+    ],
+)
+def test_errors_of_the_loss_name_what_was_passed(passed: dict[str, Tensor], message: str) -> None:
+    model = apply_fused_loss(build("llama"), LAM)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        model(**collate(records(2)) | passed)
+
+
+@pytest.mark.parametrize(("shifted", "name"), [(False, "loss_task_ids"), (True, "shift_labels")])
+def test_errors_of_the_normaliser_name_what_was_passed(shifted: bool, name: str, tmp_path: Path) -> None:
+    def wrong(rows: Any) -> dict[str, Tensor]:
+        batch = collate(rows)
+        if shifted:
+            batch["shift_labels"] = batch["labels"]
+        return batch | {name: batch[name].float()}
+
+    with pytest.raises(ValueError, match=f"^{name} must be integers"):
+        train(WeightedTrainer, apply_fused_loss(build("llama"), LAM), tmp_path, 2, 1, wrong)
+
+
 def rounded(value: Any) -> Any:
     """What FSDP's mixed precision does to floating-point tensors among arguments and results."""
     if isinstance(value, Tensor) and value.is_floating_point():

@@ -127,16 +127,21 @@ def test_wrong_arguments(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "message"),
-    [("sum", "'sum' has no normalizer, but num_items_in_batch came"), ("task", "use TaskWeightedTrainerMixin")],
+    ("aggregation", "normalizer", "message"),
+    [
+        ("sum", torch.tensor(7), "'sum' has no normalizer, but num_items_in_batch came"),
+        ("task", torch.tensor(7), r"got shape \(\): .* use TaskWeightedTrainerMixin"),
+        ("task", torch.ones(4), r"got shape \(4,\): "),
+        ("task", 7, "got 7: "),
+    ],
 )
-def test_a_plain_trainer_cannot_normalise_other_aggregations(aggregation: str, message: str) -> None:
+def test_a_plain_trainer_cannot_normalise_other_aggregations(aggregation: str, normalizer: Any, message: str) -> None:
     model = apply_fused_loss(build("llama"), LAM, aggregation=aggregation)
     with pytest.raises(ValueError, match=message):
-        model(**case(), num_items_in_batch=torch.tensor(7))
+        model(**case(), num_items_in_batch=normalizer)
 
 
-@pytest.mark.parametrize("num_tasks", [0, -1, 2.0])
+@pytest.mark.parametrize("num_tasks", [0, -1, 2.0, True])
 def test_a_wrong_number_of_tasks(num_tasks: Any) -> None:
     with pytest.raises(ValueError, match=f"num_tasks must be an integer >= 1, got {num_tasks}"):
         apply_fused_loss(build("llama"), num_tasks=num_tasks)

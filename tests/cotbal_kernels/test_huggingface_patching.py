@@ -185,6 +185,11 @@ def test_refusals() -> None:
         apply_fused_loss(model, [1.0, -1.0])
     with pytest.raises(ValueError, match="task_weights must be float32"):
         apply_fused_loss(model, torch.ones(2).bfloat16())
+    for numbers in ("ab", ["a"], {"a": 1.0}, [[1.0], 2.0]):
+        with pytest.raises(ValueError, match=r"task_weights must be numbers \[K\], got "):
+            apply_fused_loss(model, numbers)
+    with pytest.raises(ValueError, match="check must be True or False, got 'no'"):
+        apply_fused_loss(model, check="no")
     for weights in (torch.ones(2, 2), torch.ones(0), []):
         with pytest.raises(ValueError, match=r"task_weights must be \[K\] with K >= 1"):
             apply_fused_loss(model, weights)

@@ -53,9 +53,9 @@ def _classify_peft(head: nn.Module, model_name: str) -> list[tuple[nn.Module, ty
     if isinstance(head, ModulesToSaveWrapper):
         parts = (head.original_module, *head.modules_to_save.values())
         return [found for part in parts for found in classify(part, model_name)]
-    if isinstance(head, FusedLoraLinear) or type(head) is LoraLinear:
+    if type(head) is LoraLinear:
         base = head.base_layer
-        if type(base) in (nn.Linear, FusedLinear) and not head.fan_in_fan_out:
+        if type(base) in (nn.Linear, FusedLinear):
             return [(head, FusedLoraLinear)]
         raise ValueError(
             f"model {model_name} has LoRA around a head of {type(base).__module__}.{type(base).__qualname__}, and "
@@ -85,5 +85,5 @@ def unfuse(part: FusedHead) -> None:
 
 def _exchange(part: nn.Module, new_class: type[nn.Module]) -> None:
     part.__class__ = new_class
-    if hasattr(part, "_hf_hook") and "_old_forward" in vars(part):  # accelerate's hooks keep the bound forward
+    if "_old_forward" in vars(part):  # accelerate's hooks keep the bound forward
         part._old_forward = functools.partial(new_class.forward, part)  # type: ignore[assignment]

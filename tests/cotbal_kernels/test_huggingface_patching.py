@@ -57,7 +57,7 @@ def test_nothing_else_changes(kind: str) -> None:
     model = build(kind).eval()
     batch = batch_for(kind)
     signature = inspect.signature(model.forward)
-    state = list(model.state_dict())
+    state, head_keys = list(model.state_dict()), set(vars(model.lm_head))
     with torch.no_grad():
         logits = model(**batch).logits
         generated = model.generate(**batch, max_new_tokens=5, do_sample=False)
@@ -74,7 +74,7 @@ def test_nothing_else_changes(kind: str) -> None:
     remove_fused_loss(model)
     assert "forward" not in vars(model)
     assert type(model.lm_head) is nn.Linear
-    assert not hasattr(model.lm_head, "fused")
+    assert set(vars(model.lm_head)) == head_keys
     assert model.loss_function.__name__ == "ForCausalLMLoss"
     assert inspect.signature(model.forward) == signature
     with torch.no_grad():
@@ -226,6 +226,10 @@ def test_refusals() -> None:
 
 def test_refuses_a_head_that_others_have_changed() -> None:
     model = build("llama")
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(ValueError, match=r"plain torch\.nn\.Linear as output embeddings, got none: "):
+        apply_fused_loss(model)
+    del model.get_output_embeddings
     model.lm_head.forward = lambda hidden: 2 * nn.functional.linear(hidden, model.lm_head.weight)
     with pytest.raises(ValueError, match="the head of LlamaForCausalLM has a forward of its own"):
         apply_fused_loss(model)

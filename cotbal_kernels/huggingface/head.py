@@ -255,11 +255,11 @@ class FusedHead(nn.Module):
         features, weight, bias = self.operands(hidden)
         out = linear_task_cross_entropy(
             features,
-            weight,
+            fused.scaling.kept(weight),
             labels,
             task_ids,
             fused.weights_on(hidden.device),
-            bias=bias,
+            bias=None if bias is None else fused.scaling.kept(bias),
             shift=shift,
             normalizer=normalizer,
             logit_scale=fused.scaling.scale,

@@ -7,8 +7,8 @@ every vocabulary column, with
 
     y = softcap * tanh(scale * x / softcap),      without a cap y = scale * x
 
-Anything else (a mask over some tokens, a cut vocabulary, an offset) is refused, since the fused loss could not
-compute it.
+The last columns may be missing (Inkling pads its vocabulary and cuts the padding off). Anything else (a mask over some
+tokens, an offset) is refused, since the fused loss could not compute it.
 """
 
 # Shapes: V vocabulary.
@@ -26,6 +26,7 @@ from torch import Tensor
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling",)
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_COLUMNS = ("unpadded_vocab_size",)
 # Small enough to show the slope, large enough to show the cap.
 _SMALL, _LARGE, _RANGE = 1e-6, 1e6, 20.0
 _TOLERANCE = 1e-5  # of float32 arithmetic in the model, a few roundings; a probe of 1e6 shows a wrong scale in full
@@ -41,11 +42,12 @@ class LogitScaling:
 
     scale_text: str = "1.0"
     softcap_text: str | None = None
+    columns: int | None = None  # as many of the first ones; None: all
 
     @classmethod
-    def of(cls, scale: float, softcap: float | None = None) -> "LogitScaling":
+    def of(cls, scale: float, softcap: float | None = None, columns: int | None = None) -> "LogitScaling":
         """From numbers."""
-        return cls(repr(scale), None if softcap is None else repr(softcap))
+        return cls(repr(scale), None if softcap is None else repr(softcap), columns)
 
     @property
     def scale(self) -> float:
@@ -57,17 +59,20 @@ class LogitScaling:
         """The cap, after the factor."""
         return None if self.softcap_text is None else float(self.softcap_text)
 
+    def kept(self, rows: Tensor) -> Tensor:
+        """Of the weight ``[V, D]`` or the bias ``[V]`` of a head, what belongs to the columns that reach the loss."""
+        return rows if self.columns is None else rows[: self.columns]
+
     def __call__(self, logits: Tensor) -> Tensor:
         """Apply it."""
-        scaled = logits * self.scale
+        scaled = logits[..., : self.columns] * self.scale
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 
 def make_probe(vocab_size: int) -> Tensor:
-    """Float32 ``[V]``: both signs, every magnitude that matters, no two columns alike."""
+    """Float32 ``[V]``: both signs, every magnitude that matters (the extremes first), no two columns alike."""
     probe_V = torch.linspace(-_RANGE, _RANGE, vocab_size, dtype=torch.float32, device="cpu")  # whatever the defaults
-    probe_V[0] = _SMALL
-    probe_V[-1] = _LARGE
+    probe_V[:2] = torch.tensor([_SMALL, _LARGE], dtype=torch.float32, device="cpu")[:vocab_size]
     return probe_V
 
 
@@ -77,15 +82,16 @@ def measure(seen: Tensor, probe_V: Tensor, name: str) -> LogitScaling:
     Raises:
         ValueError: no scaling does, or it is not positive.
     """
-    check_shape(seen, probe_V, name)
+    _check_shape(seen, probe_V, min(max(seen.shape[-1], 2), len(probe_V)), name)
     seen_V = seen.detach().reshape(-1).to(device="cpu", dtype=torch.float64)
     probe_V = probe_V.to(device="cpu", dtype=torch.float64)
-    for column in (0, -1):  # a slope and an end that are positive numbers
+    for column in (0, 1):  # a slope and an end that are positive numbers
         if not 0 < float(seen_V[column]) < math.inf:
             raise ValueError(_refusal(name, f"turns {float(probe_V[column]):g} into {float(seen_V[column]):g}"))
-    scale, top = float(seen_V[0] / probe_V[0]), float(seen_V[-1])
+    scale, top = float(seen_V[0] / probe_V[0]), float(seen_V[1])
     linear = abs(top - scale * _LARGE) <= _TOLERANCE * scale * _LARGE
-    scaling = LogitScaling.of(_short(scale), None if linear else _short(top))
+    columns = len(seen_V) if len(seen_V) < len(probe_V) else None
+    scaling = LogitScaling.of(_short(scale), None if linear else _short(top), columns)
     error_V = (scaling(probe_V) - seen_V).abs()
     wrong_V = ~(error_V <= _TOLERANCE * seen_V.abs())
     if bool(wrong_V.any()):
@@ -98,15 +104,15 @@ def measure(seen: Tensor, probe_V: Tensor, name: str) -> LogitScaling:
 
 def poison(seen: Tensor, probe_V: Tensor, expected: LogitScaling, name: str) -> Tensor:
     """0 where `seen` is what `expected` makes of the probe, else NaN; no host synchronisation."""
-    check_shape(seen, probe_V, name)
     wanted_V = expected(probe_V)
+    _check_shape(seen, probe_V, len(wanted_V), name)
     right = ((seen.reshape(-1).to(torch.float32) - wanted_V).abs() <= _TOLERANCE * wanted_V.abs()).all()
     return torch.where(right, 0.0, math.nan)
 
 
-def check_shape(seen: Tensor, probe_V: Tensor, name: str) -> None:
-    """Refuse a model that cuts or reorders columns or positions between head and loss."""
-    if seen.numel() != probe_V.numel() or seen.shape[-1] != probe_V.shape[0]:
+def _check_shape(seen: Tensor, probe_V: Tensor, columns: int, name: str) -> None:
+    """Refuse a model that adds or reorders columns, or cuts or adds positions, between head and loss."""
+    if seen.numel() != columns or seen.shape[-1] != columns:
         raise ValueError(_refusal(name, f"makes {tuple(seen.shape)} of logits {(1, 1, len(probe_V))}"))
 
 
@@ -119,11 +125,14 @@ def configured_scaling(model: Any) -> LogitScaling:
         values = [getattr(config, key, None) for key in keys if key in used]
         return math.prod(float(value) for value in values if value)
 
-    scaling = LogitScaling.of(product(_MULTIPLIERS) / product(_DIVISORS))
-    for key in _CAPS:
-        if key in used and getattr(config, key, None):
-            return LogitScaling.of(scaling.scale, float(getattr(config, key)))
-    return scaling
+    def first(keys: tuple[str, ...]) -> Any:
+        return next((value for key in keys if key in used and (value := getattr(config, key, None))), None)
+
+    cap, columns = first(_CAPS), first(_COLUMNS)
+    if columns is not None and columns >= model.get_output_embeddings().out_features:
+        columns = None
+    scale = product(_MULTIPLIERS) / product(_DIVISORS)
+    return LogitScaling.of(scale, None if cap is None else float(cap), columns)
 
 
 def calls_loss_function(model: Any) -> bool:

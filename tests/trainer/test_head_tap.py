@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -23,24 +25,35 @@ TEXT = {
 }
 
 
+class CutLlama(transformers.LlamaForCausalLM):
+    """The last rows of its head are padding."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)[..., :90]
+        loss = None if labels is None else self.loss_function(logits, labels, 90, **kwargs)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
 @pytest.mark.parametrize(
     "config",
     [
         transformers.LlamaConfig(**TEXT),
+        transformers.LlamaConfig(**TEXT, head_dim=16),
         transformers.CohereConfig(**TEXT, logit_scale=7.0, tie_word_embeddings=False),
         transformers.CohereConfig(**TEXT, logit_scale=0.3, tie_word_embeddings=False),
         transformers.Gemma2Config(**TEXT, head_dim=8, final_logit_softcapping=0.5, tie_word_embeddings=False),
     ],
-    ids=["plain", "scaled", "with a bias", "capped"],
+    ids=["plain", "cut", "scaled", "with a bias", "capped"],
 )
 def test_norms_of_scaled_and_capped_heads(config: transformers.PreTrainedConfig) -> None:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    cut = getattr(config, "head_dim", None) == 16
+    model = (CutLlama(config) if cut else transformers.AutoModelForCausalLM.from_config(config)).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
     if getattr(config, "logit_scale", 1.0) == 0.3:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(97))
-    ids = torch.randint(3, 97, (4, 9))
+    ids = torch.randint(3, 90, (4, 9))
     labels = ids.masked_fill(torch.rand(4, 9) < 0.3, -100)
     tasks = torch.tensor([0, 1, 1, 2])
     expected = []

@@ -42,9 +42,9 @@ class HeadTap:
         with _whole(self._head):
             return head_gradient_norms(
                 rows,
-                self._head.weight,
+                scaling.kept(self._head.weight),
                 self._num_tasks,
-                bias=None if bias is None else bias * scaling.scale,
+                bias=None if bias is None else scaling.kept(bias) * scaling.scale,
                 logit_softcap=scaling.softcap,
             )
 

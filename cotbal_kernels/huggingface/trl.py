@@ -23,16 +23,26 @@ _TASKS = "loss_task_ids"
 
 
 class TaskIdCollator:
-    """A collator that knows no tasks, and its batches with ``loss_task_ids [B]`` of the rows."""
+    """A collator that knows no tasks, and its batches with ``loss_task_ids [B]`` of the rows, if they have any.
+
+    Raises:
+        ValueError: some rows of a batch have a task and others none.
+    """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
         self.collator = collator
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        if _TASKS not in rows[0]:  # of one task; the loss says what is missing where there are more
-            return self.collator(rows)
         batch = self.collator([{key: value for key, value in row.items() if key != _TASKS} for row in rows])
-        batch[_TASKS] = torch.tensor([row[_TASKS] for row in rows])
+        tasks = [row.get(_TASKS) for row in rows]  # None in a part of concatenated data sets that had no such column
+        given = [task for task in tasks if task is not None]
+        if given and len(given) < len(tasks):
+            raise ValueError(
+                f"{len(tasks) - len(given)} of {len(tasks)} rows of a batch have no {_TASKS}: give every part of the "
+                "data set that column before they are joined"
+            )
+        if given:  # without any, of one task; the loss says what is missing where there are more
+            batch[_TASKS] = torch.tensor(given)
         return batch
 
 

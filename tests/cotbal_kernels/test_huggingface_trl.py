@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from cotbal_kernels.huggingface import apply_fused_loss
-from cotbal_kernels.huggingface.trl import TaskWeightedSFTTrainer
+from cotbal_kernels.huggingface.trl import TaskIdCollator, TaskWeightedSFTTrainer
 from cotbal_kernels.reference import reference_task_cross_entropy
 
 LAM = [1.7, 0.2, 0.9]
@@ -107,6 +107,23 @@ def test_eq_2_over_the_steps(tmp_path: Path) -> None:
     metrics = trainer.evaluate()
     tokens = {name: metrics[f"eval_task_tokens/{name}"] for name in "abc"}
     assert sum(tokens.values()) == sum(2 + row % 7 + 1 for row in range(ROWS))  # the completions and their ends
+
+
+def test_rows_without_a_task(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    collator = TaskIdCollator(lambda rows: seen.append(rows) or {"input_ids": len(rows)})
+    assert collator([{"a": 1, "loss_task_ids": 2}, {"a": 3, "loss_task_ids": 0}])["loss_task_ids"].tolist() == [2, 0]
+    for row in ({"a": 1}, {"a": 1, "loss_task_ids": None}):
+        assert collator([row, row]) == {"input_ids": 2}
+    assert all(row.keys() == {"a"} for rows in seen for row in rows)
+    with pytest.raises(ValueError, match="1 of 2 rows of a batch have no loss_task_ids: give every part"):
+        collator([{"loss_task_ids": None}, {"loss_task_ids": 1}])
+    trainer = TaskWeightedSFTTrainer(
+        task_weights=LAM, model=build("llama"), args=config(tmp_path), processing_class=tokenizer(),
+        train_dataset=data().remove_columns("loss_task_ids"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="3 task weights and the batch no loss_task_ids"):
+        trainer.train()
 
 
 def test_with_adapters(tmp_path: Path) -> None:

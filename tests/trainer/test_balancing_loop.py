@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 from functools import partial
@@ -319,6 +320,17 @@ class TestValidationBatches:
         expected = [forward.drawn(u) for u in range(12)]
         assert [backward.drawn(u) for u in reversed(range(12))] == expected[::-1]
         assert validation_batches(rank=1, world=2).drawn(7) == expected[7]
+
+    def test_orders_are_made_once_and_kept_no_longer_than_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[int] = []
+        shuffle = random.Random.shuffle
+        monkeypatch.setattr(random.Random, "shuffle", lambda own, x: made.append(len(x)) or shuffle(own, x))
+        batches = ValidationBatches([2, 8], None, None, per_task=2, batch_size=1, seed=0)  # type: ignore[arg-type]
+        for update in range(20):
+            batches.drawn(update)
+            batches.drawn(max(0, update - 1))  # as where losses are measured again
+        assert sorted(made) == [2] * 20 + [8] * 5
+        assert len(batches._orders) <= 2 * 2
 
     def test_another_process_makes_those_to_come(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In any order that they are asked for; what is random in a training stays as it was."""

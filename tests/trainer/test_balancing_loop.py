@@ -32,6 +32,7 @@ from tiny_training import (
     validation_batches,
 )
 
+from cotbal_kernels.huggingface import set_task_weights
 from trainer.balancing.method import StepReport, TaskLosses
 from trainer.balancing.registry import METHODS, is_cotbal
 from trainer.data.ahead import made_ahead
@@ -110,7 +111,10 @@ def test_measuring_leaves_the_mode_of_a_model(tmp_path: Path, training: bool) ->
     model = trainer.model_wrapped.train(training)
     modes = []
     model.register_forward_pre_hook(lambda module, _: modes.append((module.training, torch.is_grad_enabled())))
-    forward_only(trainer, [collate(samples(3, seed=1))], len(NAMES))
+    batch = collate(samples(3, seed=1))
+    set_task_weights(trainer.model, [0.0, 1.0, 0.0])  # tasks whose loss a step would skip are measured too
+    found = forward_only(trainer, [batch], len(NAMES))
+    torch.testing.assert_close(found.loss_sum[:2], oracle(tiny_model(), batch).loss_sum, **CLOSE)
     assert modes == [(False, False)]
     assert [module.training for module in model.modules()] == [training] * len(list(model.modules()))
 

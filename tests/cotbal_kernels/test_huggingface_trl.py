@@ -145,6 +145,7 @@ def test_with_adapters(tmp_path: Path) -> None:
         ({"packing": True}, "packing and padding_free of SFTConfig join samples"),
         ({"padding_free": True}, "packing and padding_free of SFTConfig join samples"),
         ({"loss_type": "dft"}, "loss_type='dft' of SFTConfig is another loss"),
+        ({"use_liger_kernel": True}, "use_liger_kernel of SFTConfig brings a loss without task weights"),
     ],
 )
 def test_options_that_lose_the_tasks(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -178,6 +178,8 @@ def test_boxes_are_checked_on_the_upright_photo(pixel_model: Path, tmp_path: Pat
     own.do_center_crop, own.size = True, {"shortest_edge": 64}
     with pytest.raises(UserError, match="has 32 x 48 pixels"):
         refuse_cropped_boxes(processor, [photo(tmp_path / "a.jpg", 6)], "x")
+    own.do_center_crop = False  # the whole image is seen
+    refuse_cropped_boxes(processor, [photo(tmp_path / "a.jpg", 6)], "x")
 
 
 def test_pillows_own_warnings_are_not_printed(tmp_path: Path) -> None:

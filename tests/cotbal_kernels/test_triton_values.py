@@ -211,6 +211,22 @@ def test_existing_logits(options: dict, vocab_size: int) -> None:
     assert error(actual, wanted) <= FP32 or float((actual - wanted).abs().max()) <= 1e-6
 
 
+def test_existing_logits_that_are_equal_or_forbidden() -> None:
+    """Five blocks of a few different integers, some -inf from the first block on: the first of the largest is the hit."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (40, 150), generator=generator).float()
+    logits[torch.rand(40, 150, generator=generator) < 0.4] = float("-inf")
+    first = torch.from_numpy(logits.numpy().argmax(1))
+    last = 149 - torch.from_numpy(logits.flip(1).numpy().argmax(1))
+    assert bool((first < last).all())
+    tasks, ones = torch.zeros(40, dtype=torch.int64), torch.ones(1)
+    expected = torch.nn.functional.cross_entropy(logits.double(), first)
+    for labels, hits in ((first, 40), (last, 0)):
+        out = task_cross_entropy(logits, labels, tasks, ones, shift=False, backend="interpreter")
+        assert out.task_correct.tolist() == [hits]
+        assert error(out.loss, expected) <= FP32
+
+
 @pytest.mark.parametrize("sharpness", [0.5, 16.0])  # from nearly uniform to nearly certain
 @pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("dtype", NARROW)

@@ -212,7 +212,7 @@ def test_existing_logits(options: dict, vocab_size: int) -> None:
 
 
 def test_existing_logits_that_are_equal_or_forbidden() -> None:
-    """Five blocks of a few different integers, some -inf from the first block on: the first of the largest is the hit."""
+    """Five blocks of a few integers, some -inf from the first block on: the first of the largest is the hit."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (40, 150), generator=generator).float()
     logits[torch.rand(40, 150, generator=generator) < 0.4] = float("-inf")

@@ -287,6 +287,13 @@ def test_a_killed_training_has_the_weights_of_an_uninterrupted_one(name: str, ki
 def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
     make_trainer("lbtw", tmp_path, max_steps=2).train()
     (checkpoint,) = (tmp_path / "checkpoints").glob("checkpoint-*")
+    with pytest.raises(UserError, match="of the method 'lbtw', not of 'lbtw_star'; go on with that one, or delete"):
+        make_trainer("lbtw_star", tmp_path).weighting.load(checkpoint)
+    # Older versions wrote no name.
+    content = torch.load(checkpoint / "balancing.pt", weights_only=True)
+    assert content.pop("name") == "lbtw"
+    torch.save(content, checkpoint / "balancing.pt")
+    make_trainer("lbtw", tmp_path).weighting.load(checkpoint)
     with pytest.raises(UserError, match="belongs to another method or other options"):
         make_trainer("gradnorm", tmp_path).weighting.load(checkpoint)
     other = make_trainer("coba", tmp_path, {"window": 5}).weighting.method.state_dict()

@@ -90,6 +90,12 @@ def method_class(name: str) -> type[BalancingMethod]:
     return getattr(importlib.import_module(module), attribute)
 
 
+def name_of(method: BalancingMethod) -> str:
+    """The name of the method's class; CoTBal's ablations, which differ in their weights alone, have that of CoTBal."""
+    target = f"{type(method).__module__}:{type(method).__name__}"
+    return next((name for name, entry in METHODS.items() if entry.target == target), target)
+
+
 def read_options(name: str, given: Mapping[str, Any] | None = None) -> MethodOptions:
     """The method's options: what its name stands for, overlaid with what was given.
 

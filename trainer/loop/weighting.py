@@ -20,6 +20,7 @@ from cotbal_kernels import global_task_tokens
 from cotbal_kernels.huggingface import set_task_weights
 from cotbal_kernels.per_task import task_normalizer
 from trainer.balancing.method import BalancingMethod, StepReport, TaskLosses
+from trainer.balancing.registry import name_of
 from trainer.errors import UserError
 from trainer.files import write_whole
 from trainer.loop.callbacks import diverged
@@ -145,7 +146,11 @@ class TaskWeighting(TrainerCallback):
         self._flush(state)
         if state.is_world_process_zero:
             assert args.output_dir is not None
-            content = {"method": self.method.state_dict(), "updates": self._updates}
+            content = {
+                "name": name_of(self.method),
+                "method": self.method.state_dict(),
+                "updates": self._updates,
+            }
             torch.save(content, Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE)
 
     def load(self, checkpoint: Path) -> None:
@@ -159,6 +164,9 @@ class TaskWeighting(TrainerCallback):
         if not path.exists():
             raise UserError(f"{checkpoint} was written without the state of a balancing method; {remedy}")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        theirs, ours = content.get("name"), name_of(self.method)
+        if theirs not in (None, ours):  # None: older versions did not write it
+            raise UserError(f"{path} is of the method '{theirs}', not of '{ours}'; go on with that one, or {remedy}")
         try:
             self.method.load_state_dict(content["method"])
         except (KeyError, ValueError) as error:

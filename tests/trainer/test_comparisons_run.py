@@ -193,16 +193,13 @@ def test_a_method_that_never_moved_its_weights_is_named(run: Callable[..., Path]
     assert [row[0] for row in page.tables["moving-weights"][1:]] == ["CoBa"]
 
 
-def moved(task: str) -> Influences:
+def moved(task: str, precise: bool) -> Influences:
     """By the answers of the models that Eq. 3-9 compare on a task."""
-    mini, *full, own_mini, own = (
-        np.array(right) * 100.0 - 100.0 * np.mean(right)
-        for right in (
-            answers(training, task)
-            for training in ("mini", *(f"plus-{name}" for name in BALANCED), f"alone-{task}", f"stl-{task}")
-        )
-    )
-    return Influences(mini, np.stack(full), np.stack([own_mini, own]))
+    models = ["mini", *(f"plus-{name}" for name in BALANCED), *([f"alone-{task}", f"stl-{task}"] if precise else [])]
+    right = [100.0 * np.array(answers(training, task)) for training in models]
+    n = len(right[0])
+    unseen = [100 * 2 / (n + 4) if row.mean() in (0, 100) else 0.0 for row in right]
+    return Influences(np.array([row - row.mean() for row in right]), np.array(unseen))
 
 
 def test_ablations_have_weights_of_their_own(run: Callable[..., Path]) -> None:
@@ -213,17 +210,18 @@ def test_ablations_have_weights_of_their_own(run: Callable[..., Path]) -> None:
         "mini": {task: score(f"alone-{task}", task) for task in BALANCED},
         "full": {task: score(f"stl-{task}", task) for task in BALANCED},
     }
-    scores = Scores.from_json(table | {"alone": precise})
+    tables = {"reused": Scores.from_json(table), "precise": Scores.from_json(table | {"alone": precise})}
     expected = {
-        "cotbal": cotbal_weights(scores),
-        "hot": cotbal_weights(scores, temperature=5.0),
-        "cotbal_precise": cotbal_weights(scores, difficulty="precise"),
+        "cotbal": cotbal_weights(tables["reused"]),
+        "hot": cotbal_weights(tables["reused"], temperature=5.0),
+        "cotbal_precise": cotbal_weights(tables["precise"], difficulty="precise"),
     }
     for name, weights in expected.items():
         file = run_dir / ("weights.json" if name == "cotbal" else f"weights/{name}.json")
         assert read(file)["applied"] == weights.weights.tolist()
-        options = {"temperature": weights.temperature, "difficulty": "precise" if "precise" in name else "reused"}
-        errors = resampled(scores, [moved(task) for task in BALANCED], **options)
+        kind = "precise" if "precise" in name else "reused"
+        options = {"temperature": weights.temperature, "difficulty": kind}
+        errors = resampled(tables[kind], [moved(task, kind == "precise") for task in BALANCED], **options)
         assert read(file)["sampling_errors"] == errors
         spec = TrainingSpec.model_validate_json((run_dir / "trainings" / name / "spec.json").read_text())
         assert spec.task_weights == dict(zip(BALANCED, weights.weights.tolist(), strict=True))

@@ -42,7 +42,7 @@ def table(means: list[Any]) -> Scores:
 
 def influences(data: list[Any]) -> list[Influences]:
     moved = [x - x.mean(axis=1, keepdims=True) for x in data]
-    return [Influences(x[0], x[1 : N + 1], x[N + 1 :]) for x in moved]
+    return [Influences(x, np.zeros(len(x))) for x in moved]
 
 
 @pytest.mark.parametrize("difficulty", ["reused", "precise"])
@@ -72,6 +72,32 @@ def test_spread_is_that_of_the_derivatives(difficulty: str) -> None:
         np.testing.assert_allclose(found[key], np.sqrt(variance[key]), rtol=0.15, atol=1e-12)
 
 
+def test_what_is_never_or_always_right_is_not_certain() -> None:
+    """What shares may be behind the counts: each as likely as another before, Beta(k + 1, n - k + 1) then. Two errors
+    reach about 19 in 20 of what Eq. 3-11 make of them; where a share is 0 or 1 they are Wilson's, which are wider."""
+    n, k = 46, np.array([[0, 12], [23, 20], [2, 46]])  # mini, a+mini, b+mini on a and b
+    generator = np.random.default_rng(4)
+    right = generator.permuted(100.0 * (np.arange(n) < k[..., None]), axis=2)
+    unseen = np.where((k == 0) | (k == n), 100 * 2 / (n + 4), 0.0)
+    own = [Influences(right[:, j] - right[:, j].mean(axis=1, keepdims=True), unseen[:, j]) for j in (0, 1)]
+
+    def weights(shares: Any) -> Any:
+        return cotbal_weights(
+            Scores(("a", "b"), shares[0], shares[1:], np.array([True, True])), on_degenerate="clip", temperature=0.5
+        )
+
+    scores = weights(100 * k / n)
+    found = resampled(Scores(("a", "b"), 100 * k[0] / n, 100 * k[1:] / n, np.array([True, True])), own)
+    truths = [weights(100 * generator.beta(k + 1, n - k + 1)) for _ in range(500)]
+    for key, name in (KEYS | {"applied": "weights"}).items():
+        error, value = np.array(found[key]), getattr(scores, name)
+        away = np.abs(np.array([getattr(truth, name) for truth in truths]) - value)
+        moves = error > 0  # all but the diagonal of C
+        assert moves.sum() == 2, key
+        covered = np.mean(away[:, moves] <= 2 * error[moves], axis=0)
+        assert covered.min() > 0.88, key  # 500 draws tell a share to 1.3 %
+
+
 def test_where_lower_is_better_draws_are_of_losses() -> None:
     """Resampled records against the ratio of their sums; degenerate draws are bounded instead of an error."""
     generator = np.random.default_rng(2)
@@ -86,7 +112,7 @@ def test_where_lower_is_better_draws_are_of_losses() -> None:
         np.array([[row[i].value for row in scored] for i in (1, 2)]),
         lower,
     )
-    own = [Influences(np.array(row[0].influences), np.array([x.influences for x in row[1:]])) for row in scored]
+    own = [Influences(np.array([x.influences for x in row]), np.zeros(3)) for row in scored]
     drawn = []
     for _ in range(400):
         values = []
@@ -121,7 +147,7 @@ def test_the_weights_of_a_run_are_of_resampled_images(images: list[str | None], 
         assert found == {}
         return
     groups = [np.array([50.0, -25.0, -25.0]) * 3 / 4, np.array([50.0, 25.0, -75.0]) * 3 / 4]
-    assert found == resampled(scores, [Influences(groups[0], groups[1][None])], temperature=0.5, alpha=0.5)
+    assert found == resampled(scores, [Influences(np.array(groups), np.zeros(2))], temperature=0.5, alpha=0.5)
 
 
 def test_of_a_single_sample_nothing_is_known() -> None:

@@ -17,16 +17,18 @@ DRAWS = 400  # a standard deviation is known to 4 %
 
 @dataclass(frozen=True)
 class Influences:
-    """What each of a task's n validation samples does to its scores (:class:`trainer.metrics.MetricResult`).
+    """What a task's n validation samples do to its scores (:class:`trainer.metrics.MetricResult`).
+
+    The M models are the mini one, i+mini for every i and, for the precise difficulty, those with the mini and with all
+    data of the task alone.
 
     Attributes:
-        mini, full: of V_j(mini), [n], and of V_j(i+mini) for every i, [N, n].
-        alone: of the models with the mini and with all data of task j alone, [2, n]; None without a precise difficulty.
+        samples: of each sample on each model's score, [M, n].
+        unseen: the error of a score whose samples are all alike, else 0, [M].
     """
 
-    mini: Array
-    full: Array
-    alone: Array | None = None
+    samples: Array
+    unseen: Array
 
 
 def resampled(
@@ -46,7 +48,7 @@ def resampled(
         ``contribution``, an N x N list; ``difficulty`` and ``applied``, lists of N, as in ``weights.json``. Nothing
         where a task has a single sample.
     """
-    if any(len(own.mini) == 1 for own in influences):
+    if any(own.samples.shape[1] == 1 for own in influences):
         return {}
     generator = np.random.default_rng(seed)
     found = [
@@ -61,16 +63,18 @@ def resampled(
 
 
 def _draw(scores: Scores, influences: list[Influences], generator: np.random.Generator) -> Scores:
-    """The scores on a resampled validation set of every task."""
-    mini, full = scores.mini.copy(), scores.full.copy()
-    alone = None
+    """The scores on a resampled validation set of every task.
+
+    Samples that are all alike stay so in every draw; there the score is drawn from the ends of Wilson's interval, which
+    is twice its error wide and begins where it is.
+    """
+    rows = [scores.mini[None], scores.full]
     if scores.alone_mini is not None and scores.alone_full is not None:
-        alone = np.stack([scores.alone_mini, scores.alone_full])
+        rows += [scores.alone_mini[None], scores.alone_full[None]]
+    V = np.concatenate(rows)
     for j, own in enumerate(influences):
-        n = len(own.mini)
-        chosen = generator.integers(n, size=n)
-        mini[j] += own.mini[chosen].mean()
-        full[:, j] += own.full[:, chosen].mean(axis=1)
-        if alone is not None and own.alone is not None:
-            alone[:, j] += own.alone[:, chosen].mean(axis=1)
-    return Scores(scores.tasks, mini, full, scores.higher_is_better, *([] if alone is None else alone))
+        models, n = own.samples.shape
+        inwards = np.where(V[:, j] == 0, 1.0, -1.0)
+        V[:, j] += own.samples[:, generator.integers(n, size=n)].mean(axis=1)
+        V[:, j] += inwards * own.unseen * 2 * generator.integers(2, size=models)
+    return Scores(scores.tasks, V[0], V[1 : len(V[0]) + 1], scores.higher_is_better, *V[len(V[0]) + 1 :])

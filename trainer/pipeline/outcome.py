@@ -24,7 +24,7 @@ from trainer.evaluation.spec import set_key
 from trainer.files import known, write_json
 from trainer.metrics import MetricResult, get_metric, takes_losses
 from trainer.pipeline.trainings import Training
-from trainer.sampling_errors import Array, Sampled, sampling_errors
+from trainer.sampling_errors import Sampled, sampling_errors
 from trainer.task_config import TaskConfig
 from trainer.tasks import load_task
 
@@ -128,18 +128,16 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
 def weight_errors(run_dir: Path, config: RunConfig, scores: Scores, options: CotbalConfig) -> dict[str, Any]:
     """How far other validation samples would move the weights, see :func:`trainer.balancing.resampling.resampled`."""
     assert not isinstance(config.tasks, str)
-    precise = options.difficulty == "precise"
     found = []
     for task in (task for task in config.tasks if task.name in scores.tasks):
-
-        def moved(*trainings: str, task: TaskConfig = task) -> Array:
-            each = [_scored(run_dir, name, "validation", task, "") for name in trainings]
-            return np.array(
-                [result.of_groups(images).influences for results, images in each for result in results.values()]
-            )
-
-        alone = moved(f"alone-{task.name}", f"stl-{task.name}") if precise else None
-        found.append(Influences(moved("mini")[0], moved(*(f"plus-{name}" for name in scores.tasks)), alone))
+        trainings = ["mini", *(f"plus-{name}" for name in scores.tasks)]
+        if options.difficulty == "precise":
+            trainings += [f"alone-{task.name}", f"stl-{task.name}"]
+        each = [_scored(run_dir, name, "validation", task, "") for name in trainings]
+        grouped = [result.of_groups(images) for results, images in each for result in results.values()]
+        found.append(
+            Influences(np.array([one.influences for one in grouped]), np.array([one.unseen for one in grouped]))
+        )
     own = options.model_dump(include={"temperature", "alpha", "difficulty"})
     return resampled(scores, found, options.strategy, config.seed, **own)
 

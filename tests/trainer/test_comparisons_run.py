@@ -45,6 +45,12 @@ def answers(training: str, task: str) -> list[bool]:
     return [bool(number >> place & 1) for place in range(4)]
 
 
+def score_error(training: str, task: str) -> float:
+    """Of the four answers; all alike, that of Wilson's interval."""
+    right = [100.0 * own for own in answers(training, task)]
+    return statistics.stdev(right) / 2 or 100 * 2 / (4 + 4)
+
+
 class Quiet(Progress):
     def say(self, text: str) -> None: ...
 
@@ -55,7 +61,7 @@ class Runs:
     def __init__(self) -> None:
         self.trained: list[str] = []
         self.fail_at: str | None = None
-        self.standard_error: float | None = 1.0
+        self.samples = 4
         self.gains = True  # else every model scores as the mini one
 
     def train(self, spec_path: Path, *_: Any) -> None:
@@ -80,13 +86,13 @@ class Runs:
             own.name: {
                 "metric": "EM",
                 "value": score(training if self.gains else "mini", own.name),
-                "standard_error": self.standard_error,
-                "samples": 4,
+                "standard_error": 1.0,  # of another kind, as an older version may have left it
+                "samples": self.samples,
             }
             for own in spec.sets
         }
         for own in spec.sets:
-            predictions = ["a" if right else "b" for right in answers(training, own.name)]
+            predictions = ["a" if right else "b" for right in answers(training, own.name)[: self.samples]]
             write_jsonl(spec.predictions(own), [{"references": ["a"], "prediction": text} for text in predictions])
         write_json(spec.output_dir / "metrics.json", metrics)
 
@@ -161,7 +167,8 @@ def test_rows_of_every_method_with_means_over_seeds(run: Callable[..., Path], ru
             each_seed = [score(f"{name}{mark}", task) for mark in ("", "@1", "@2")]
             mean, deviation = statistics.fmean(each_seed), statistics.stdev(each_seed)
             cell = row[header.index(label)].removesuffix("at chance")
-            assert cell == f"{mean:.1f} ± 1.0seeds ± {deviation:.1f}", label
+            error = statistics.fmean(score_error(f"{name}{mark}", task) for mark in ("", "@1", "@2"))
+            assert cell == f"{mean:.1f} ± {error:.1f}seeds ± {deviation:.1f}", label
     assert "those about one image together, and the standard deviation over 3 seeds; the best" in page.words
     assert "3 seeds." in page.words
     assert "from seed to seed it is" in page.words
@@ -174,13 +181,14 @@ def test_seeds_without_single_task_models(run: Callable[..., Path]) -> None:
     page = Page((run(comparisons=["ew"], seeds=2) / "report.html").read_text())
     first, second = score("ew", "colour"), score("ew@1", "colour")
     cell = page.row("test-scores", "colour")[page.tables["test-scores"][0].index("EW")].removesuffix("at chance")
-    assert cell == f"{(first + second) / 2:.1f} ± 1.0seeds ± {abs(first - second) / 2**0.5:.1f}"
+    error = (score_error("ew", "colour") + score_error("ew@1", "colour")) / 2
+    assert cell == f"{(first + second) / 2:.1f} ± {error:.1f}seeds ± {abs(first - second) / 2**0.5:.1f}"
     assert "2 seeds." in page.words
 
 
 def test_an_unknown_standard_error_is_null(run: Callable[..., Path], runs: Runs) -> None:
     """Of one test record, say. JSON has no NaN."""
-    runs.standard_error = None
+    runs.samples = 1
     text = (run(comparisons=["ew"]) / "results.json").read_text()
     results = json.loads(text, parse_constant=pytest.fail)
     assert results["standard_errors"]["EW"] == {task: {"EM": None} for task in BALANCED}

@@ -110,7 +110,7 @@ class Identity:
         """Of the table of results beside the evaluations: baselines that read the records."""
         metrics = {task.name: _metrics(task, "test") for task in self.tasks}
         records = self.records("train", "test")
-        return {"format": FORMAT, "columns": "with sampling errors", "metrics": metrics, "records": records}
+        return {"format": FORMAT, "columns": "errors of images", "metrics": metrics, "records": records}
 
     def _digests_of(self, task: TaskConfig, split: str) -> str | dict[str, str] | None:
         """Of a split's file, or of its named ones."""

@@ -76,21 +76,29 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     standard errors (of the test sampling) are means over seeds, and ``seeds`` has the values of each:
     ``{method: [task -> score -> value, ...]}``.
     """
+    assert not isinstance(config.tasks, str)
     by_seed: dict[str, list[Table]] = {}
     errors_by_seed: dict[str, list[Table]] = {}
+    by_name = {task.name: task for task in config.tasks}
     for training in finals:
         method = training_label(training.name)
         scores = scores_by_task(read_metrics(run_dir / "evaluations" / training.name / "test"))
-        for tables, key in ((by_seed, "value"), (errors_by_seed, "standard_error")):
-            rows = tables.setdefault(method, [{} for _ in range(config.seeds)])
-            rows[training.repetition] |= {
-                # An infinite perplexity, and the standard error of a single sample.
-                task: {name: math.nan if entry[key] is None else entry[key] for name, entry in own.items()}
-                for task, own in scores.items()
-            }
+        rows = by_seed.setdefault(method, [{} for _ in range(config.seeds)])
+        rows[training.repetition] |= {
+            # An infinite perplexity.
+            task: {name: math.nan if entry["value"] is None else entry["value"] for name, entry in own.items()}
+            for task, own in scores.items()
+        }
+        # Of the answers, not of metrics.json: an older version may have written that with errors of another kind.
+        rows = errors_by_seed.setdefault(method, [{} for _ in range(config.seeds)])
+        for own_task in (by_name[name] for name in training.tasks):
+            moved = rows[training.repetition].setdefault(own_task.name, {})
+            for part in own_task.record_files("test"):
+                found, of_samples = _scored(run_dir, training.name, "test", own_task, part)
+                for name, result in found.items():
+                    moved[score_name(part, name)] = result.of_groups(of_samples).standard_error
     values = {method: _known(mean_table(tables)) for method, tables in by_seed.items()}
     errors = {method: _known(mean_table(tables)) for method, tables in errors_by_seed.items()}
-    assert not isinstance(config.tasks, str)
     directions: dict[str, dict[str, str]] = {}
     baselines: dict[str, Table] = {"majority": {}, "question_only": {}}
     scored = [options for options in config.tasks if options.test and not options.auxiliary]
@@ -111,10 +119,9 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
         results["baseline"] = values.pop(SINGLE_TASK_LABEL)
     results |= {"methods": values, "standard_errors": errors, "baselines": baselines}
     if "baseline" in results:
-        tasks = {task.name: task for task in config.tasks}
         images = ImageNumbers()
         samples = {
-            method: _mean_samples(run_dir, tasks, [t for t in finals if training_label(t.name) == method], images)
+            method: _mean_samples(run_dir, by_name, [t for t in finals if training_label(t.name) == method], images)
             for method in by_seed
         }
         baseline = samples.pop(SINGLE_TASK_LABEL)

@@ -34,10 +34,20 @@ class _Commands(TyperGroup):
         """Runs a command; an interruption ends here, because typer makes it an exit code without a word."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
+        except BaseException as error:
+            interruption = _interruption_in(error)
+            if interruption is None:
+                raise
             more = "; the same command continues from here" if ctx.invoked_subcommand in _CONTINUE else ""
-            print(f"cotbal: interrupted{more}", file=sys.stderr)
-            raise typer.Exit(130) from error
+            print(f"cotbal: {interruption or 'interrupted'}{more}", file=sys.stderr)
+            raise typer.Exit(143 if interruption else 130) from error
+
+
+def _interruption_in(error: BaseException | None) -> str | None:
+    """The text of the interruption that an error is, or came of: amid an import, transformers makes it another one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return None if error is None else str(error)
 
 
 def _finite(value: float | None) -> float | None:
@@ -346,9 +356,10 @@ def main() -> None:
     """Console entry point: a user's mistake, or a path that cannot be used, is one line on stderr."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from trainer.launching import TrainingFailedError, save_on_signal
+    from trainer.launching import TrainingFailedError, save_on_signal, stop_on_signal
 
     save_on_signal()
+    stop_on_signal()
     try:
         app()
     except (UserError, TrainingFailedError) as error:

@@ -22,6 +22,7 @@ from trainer.options import Options
 
 ERROR_FILE = "error.txt"  # where a training process leaves the reason of its end
 SAVE_FILE = "save_now"  # in a training's folder: asks it for a checkpoint
+TERMINATED = "ended by SIGTERM"  # text of the interruption that this signal is
 PARENT = "COTBAL_PARENT"  # environment of a process that is to end with its parent: the parent's process id
 _PR_SET_PDEATHSIG = 1
 _saves_asked = 0  # how often this process was sent SIGUSR1
@@ -84,6 +85,18 @@ def save_on_signal() -> None:
         _saves_asked += 1
 
     signal.signal(signal.SIGUSR1, ask)
+
+
+def stop_on_signal() -> None:
+    """Makes SIGTERM, with which schedulers end a job, an interruption as Ctrl-C is: other machines are told of it.
+
+    As a container's first process, this one would not hear it at all without a handler.
+    """
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt(TERMINATED)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 @contextmanager

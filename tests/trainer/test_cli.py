@@ -393,8 +393,15 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert found.stderr == "cotbal: none.json does not exist\n"
 
 
-@pytest.mark.parametrize(("command", "more"), [("run", "; the same command continues from here"), ("weights", "")])
-def test_an_interruption_says_how_to_go_on(tmp_path: Path, command: str, more: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "by", "told"),
+    [
+        ("run", signal.SIGINT, "interrupted; the same command continues from here"),
+        ("run", signal.SIGTERM, "ended by SIGTERM; the same command continues from here"),
+        ("weights", signal.SIGINT, "interrupted"),
+    ],
+)
+def test_an_interruption_says_how_to_go_on(tmp_path: Path, command: str, by: signal.Signals, told: str) -> None:
     """Where there is something to go on with. The command waits for a pipe that nobody writes to; an inherited
     "ignore" of the signal is undone."""
     pipe = tmp_path / "scores.json"
@@ -408,7 +415,23 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path, command: str, more: s
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     with pipe.open("w"):  # returns when the command has opened it too
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert err == f"cotbal: interrupted{more}\n"
+    assert (process.returncode, out) == (128 + by, "")
+    assert err == f"cotbal: {told}\n"
+
+
+def test_an_interruption_that_came_out_as_another_error(
+    cotbal: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """transformers turns what fails amid its imports into a package that is missing."""
+
+    def interrupted(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'AutoProcessor'") from error
+
+    monkeypatch.setattr("trainer.config.load_config", interrupted)
+    found = cotbal("run", tmp_path / "config.yaml")
+    assert (found.code, found.err) == (130, "cotbal: interrupted; the same command continues from here\n")

@@ -19,7 +19,7 @@ import trainer.nodes.machine as machine_module
 from trainer.config import RunConfig, parse_config
 from trainer.errors import UserError
 from trainer.evaluation.spec import EvaluationSpec
-from trainer.launching import LaunchConfig, Meeting, TrainingFailedError
+from trainer.launching import TERMINATED, LaunchConfig, Meeting, TrainingFailedError
 from trainer.nodes import Cluster, Membership, follow
 from trainer.nodes.mailbox import Mailbox
 
@@ -30,7 +30,7 @@ class Followers:
     def __init__(self) -> None:
         self.port = free_port()
         self.threads: list[threading.Thread] = []
-        self.errors: dict[int, Exception] = {}
+        self.errors: dict[int, BaseException] = {}
 
     def node(self, rank: int, config: RunConfig) -> Membership:
         return Membership(rank, config.launch.nodes, "127.0.0.1", self.port)
@@ -43,7 +43,7 @@ class Followers:
     def _follow(self, config: RunConfig, rank: int) -> None:
         try:
             follow(config, self.node(rank, config))
-        except Exception as error:
+        except BaseException as error:
             self.errors[rank] = error
 
     def join(self) -> None:
@@ -198,12 +198,12 @@ class TestWhoMayTakePart:
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def work(*_: Any) -> None:
-            raise RuntimeError("interrupted")
+            raise KeyboardInterrupt(TERMINATED)
 
         monkeypatch.setattr(following, "_work", work)
         followers.start(config(nodes=3), 1)
         with (
-            pytest.raises(TrainingFailedError, match=r"^node 1 \(.*\) has left: RuntimeError: interrupted"),
+            pytest.raises(TrainingFailedError, match=r"^node 1 \(.*\) has left: ended by SIGTERM; start it again"),
             led(config(nodes=3), followers, tmp_path / "run"),
         ):
             pytest.fail("the run has begun")
@@ -322,7 +322,7 @@ class TestWork:
         with pytest.raises(KeyboardInterrupt), led(two, followers, tmp_path / "run") as cluster:
             cluster.train(spec, 1, spec.parent / "output.log", poll)
         followers.join()
-        assert str(followers.errors[1]) == "node 0 has ended the run: KeyboardInterrupt"
+        assert str(followers.errors[1]) == "node 0 has ended the run: interrupted"
 
     def test_what_another_machine_has_written_is_looked_for_again(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path,

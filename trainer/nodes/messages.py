@@ -115,6 +115,8 @@ class Notice(BaseModel):
 def reason_of(error: BaseException) -> str:
     """What to tell other machines of an error: its text, behind its kind where the text was not written to be read."""
     text = str(error).strip()
+    if isinstance(error, KeyboardInterrupt):
+        return text or "interrupted"
     if text and isinstance(error, (UserError, TrainingFailedError)):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -116,13 +116,14 @@ def die_with_parent(parent: int | None = None) -> None:
     """Asks the kernel to end this process when its parent ends, however that happens (Linux only).
 
     SIGUSR1 is the parent's to hear (:func:`save_on_signal`): where a scheduler sends it to all processes of a job, this
-    one goes on.
+    one goes on. Ctrl-C, which a terminal sends to all of them, ends this one without a traceback: the parent says it.
 
     Args:
         parent: its process id, for ending now if it is gone already: a process takes seconds to get here. None:
             what ``PARENT`` in the environment says, if anything.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if parent is None:

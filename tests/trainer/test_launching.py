@@ -50,6 +50,16 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
+def test_ctrl_c_ends_a_process_of_ours_without_a_traceback() -> None:
+    """A terminal sends it to every process; what there is to say, the one that has started them says."""
+    script = (
+        "import os, signal; from trainer.launching import die_with_parent; die_with_parent(); "
+        "os.kill(os.getpid(), signal.SIGINT)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (-signal.SIGINT, "")
+
+
 def test_a_training_of_one_machine_does_not_hear_of_the_others(
     monkeypatch: pytest.MonkeyPatch, started: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from trainer.options import Options
 
 ERROR_FILE = "error.txt"  # where a training process leaves the reason of its end
 SAVE_FILE = "save_now"  # in a training's folder: asks it for a checkpoint
+HANGS = "a process of the training hangs"  # begins the reason of a process that has waited for another too long
 TERMINATED = "ended by SIGTERM"  # text of the interruption that this signal is
 PARENT = "COTBAL_PARENT"  # environment of a process that is to end with its parent: the parent's process id
 _PR_SET_PDEATHSIG = 1
@@ -277,9 +278,11 @@ def _note_killed(reason: Path, exit_codes: dict[str, int]) -> None:
         reason: path of the training's ``ERROR_FILE``.
         exit_codes: of processes by name; negative ones are signals, of which SIGTERM is torchrun's to the others.
     """
+    # torchrun itself kills one that hangs.
+    hangs = reason.exists() and reason.read_text(errors="replace").startswith(HANGS)
     for name, code in exit_codes.items():
         if code < 0 and code != -signal.SIGTERM:
-            why = "; out of memory? The kernel does that when a machine or its share of it is full"
+            why = "" if hangs else "; out of memory? The kernel does that when a machine or its share of it is full"
             with reason.open("a") as file:
                 file.write(
                     f"\n{name} on {socket.gethostname()} was ended by signal {-code} ({signal.strsignal(-code)})"

@@ -40,7 +40,7 @@ from trainer.data.records import Record, Records
 from trainer.data.whole_batches import WholeBatches
 from trainer.errors import NO_SPACE, UserError
 from trainer.files import put_in_place, write_json
-from trainer.launching import ERROR_FILE, SAVE_FILE, connect_on_cpu, die_with_parent
+from trainer.launching import ERROR_FILE, HANGS, SAVE_FILE, connect_on_cpu, die_with_parent
 from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, SaveWhenAsked, StopWhenDiverged
 from trainer.loop.packing_probe import PackingProbe
 from trainer.loop.tracking import prepare_trackers
@@ -384,6 +384,11 @@ def explain(error: Exception, output: Path) -> str:
         )
     if "out of shared memory" in str(error):  # a process that encodes samples had a bus error, and torch guesses why
         return str(shared_memory_is_full())
+    if "Timed out waiting" in str(error):  # gloo; NCCL ends the process itself
+        return (
+            f"{HANGS}, or its machine or the network does: others have waited for it for too long; look for its last "
+            "words in the output, then the same command goes on from the newest checkpoint"
+        )
     for code in NO_SPACE:
         if os.strerror(code) in str(error):  # safetensors has no error with a number
             return f"{output}: {os.strerror(code)}; make room, and the same command goes on from the newest checkpoint"

@@ -18,7 +18,15 @@ from trainer.data.collator import Collator
 from trainer.data.encoding import Encoded, TooLongError
 from trainer.data.packing import PackedCollator
 from trainer.errors import UserError
-from trainer.launching import PARENT, SAVE_FILE, LaunchConfig, TrainingFailedError, run_training, threads_per_process
+from trainer.launching import (
+    PARENT,
+    SAVE_FILE,
+    LaunchConfig,
+    Meeting,
+    TrainingFailedError,
+    run_training,
+    threads_per_process,
+)
 from trainer.training import explain
 
 
@@ -66,8 +74,10 @@ def test_a_training_of_one_machine_does_not_hear_of_the_others(
     """torchrun would read how many machines there are from what has started this one."""
     for name, value in {"PET_NNODES": "4", "PET_NODE_RANK": "1", "PET_RDZV_BACKEND": "c10d"}.items():
         monkeypatch.setenv(name, value)
-    run_training(tmp_path / "t" / "spec.json", LaunchConfig(processes=2), "cpu", 0, tmp_path / "output.log")
+    run_training(tmp_path / "t" / "spec.json", LaunchConfig(processes=2, threads=3), "cpu", 0, tmp_path / "output.log")
     assert "--standalone" in started["command"]
+    assert started["env"][PARENT] == str(os.getpid())
+    assert started["env"]["OMP_NUM_THREADS"] == "3"
     assert not [name for name in started["env"] if name.startswith("PET_")]
 
 
@@ -166,19 +176,53 @@ def test_a_process_that_the_kernel_has_killed_is_named(
     assert ("Connection closed by peer" in str(caught.value)) == (processes > 1)
 
 
-def test_a_reason_that_a_full_disk_left_empty_is_looked_for_in_the_output(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_one_that_hangs_was_not_killed_for_memory(tmp_path: Path) -> None:
+    """What torchrun cannot end otherwise it kills."""
+    reason = tmp_path / launching.ERROR_FILE
+    reason.write_text(f"{launching.HANGS}, or its machine does")
+    launching._note_killed(reason, {"rank 1": -signal.SIGKILL})
+    assert reason.read_text().endswith("was ended by signal 9 (Killed)\n")
+
+
+@pytest.mark.parametrize(
+    ("meeting", "told"),
+    [
+        (None, [f"    line {number}" for number in range(5, 25)]),  # the last ones
+        (Meeting(1, 2, "127.0.0.1", 1), ["    what another machine has said"]),  # by now
+    ],
+)
+def test_the_reason_is_of_this_attempt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, meeting: Meeting | None, told: list[str]
 ) -> None:
+    """One that a full disk left empty is looked for in the output."""
     popen, reason = subprocess.Popen, tmp_path / "t" / launching.ERROR_FILE
 
     def start(command: list[str], **options: Any) -> Any:
-        return popen([sys.executable, "-c", "print('last words'); exit(3)"], **options)
+        return popen([sys.executable, "-c", "for i in range(25): print('line', i)\nexit(3)"], **options)
 
     monkeypatch.setattr(launching.subprocess, "Popen", start)
     monkeypatch.setattr(launching.time, "sleep", lambda _: reason.touch())
     reason.parent.mkdir()
-    with pytest.raises(launching.TrainingFailedError, match=r"^training t ended with code 3; .*:\n    last words$"):
-        run_training(reason.parent / "spec.json", LaunchConfig(), "cpu", 0, tmp_path / "output.log")
+    reason.write_text("what another machine has said" if meeting else "of the attempt before")
+    with pytest.raises(TrainingFailedError, match=r"^training t ended with code 3; ") as caught:
+        run_training(reason.parent / "spec.json", LaunchConfig(), "cpu", 0, tmp_path / "output.log", meeting=meeting)
+    assert str(caught.value).splitlines()[1:] == told
+
+
+def test_a_training_that_is_called_off_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    popen, started = subprocess.Popen, list[Any]()
+
+    def start(command: list[str], **options: Any) -> Any:
+        started.append(popen(["sleep", "60"], **options))
+        return started[0]
+
+    def poll() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launching.subprocess, "Popen", start)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path / "spec.json", LaunchConfig(), "cpu", 0, tmp_path / "output.log", poll)
+    assert started[0].returncode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(
@@ -200,6 +244,10 @@ def test_a_reason_that_a_full_disk_left_empty_is_looked_for_in_the_output(
                 "are out of shared memory. Please try to raise your shared memory limit."
             ),
             "/dev/shm is full, where processes that encode samples hand them over; make it larger (docker's --shm-size",
+        ),
+        (
+            RuntimeError("[unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete"),
+            f"{launching.HANGS}, or its machine or the network does: others have waited for it for too long; look for",
         ),
         (RuntimeError("a defect"), "Traceback (most recent call last):\n"),
     ],

@@ -240,7 +240,6 @@ def run_training(
         environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     command += ["-m", "trainer.training", str(spec)]
-    log.parent.mkdir(parents=True, exist_ok=True)
     reason = spec.parent / ERROR_FILE
     if meeting is None or meeting.rank == 0:
         reason.unlink(missing_ok=True)

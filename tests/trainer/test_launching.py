@@ -204,9 +204,12 @@ def test_the_reason_is_of_this_attempt(
     monkeypatch.setattr(launching.time, "sleep", lambda _: reason.touch())
     reason.parent.mkdir()
     reason.write_text("what another machine has said" if meeting else "of the attempt before")
+    log = tmp_path / "output.log"
+    log.write_text("of the attempt before\n")
     with pytest.raises(TrainingFailedError, match=r"^training t ended with code 3; ") as caught:
-        run_training(reason.parent / "spec.json", LaunchConfig(), "cpu", 0, tmp_path / "output.log", meeting=meeting)
+        run_training(reason.parent / "spec.json", LaunchConfig(), "cpu", 0, log, meeting=meeting)
     assert str(caught.value).splitlines()[1:] == told
+    assert log.read_text().startswith("of the attempt before\nline 0\n")  # the log is of all
 
 
 def test_a_training_that_is_called_off_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

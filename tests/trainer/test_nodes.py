@@ -236,7 +236,7 @@ class TestWork:
             rank = meeting.rank if meeting else 0
             if (spec.parent.name, rank) == ("slot-1", 1):
                 time.sleep(1.5)  # the last one to end, by more than node 0's looks are apart
-            found[spec.parent.name, rank] = (place, log.name, meeting)
+            found[spec.parent.name, rank] = (place, log.name, meeting, launch.threads)
             if spec.parent.name == f"fails-on-{rank}":
                 raise TrainingFailedError("out of memory")
             if spec.parent.name.startswith("fails-on") or spec.parent.name == "endless":
@@ -265,7 +265,7 @@ class TestWork:
                 spec = self.spec(tmp_path, f"slot-{slot}")
                 cluster.train(spec, slot, spec.parent / "output.log", lambda: None)
                 assert {(f"slot-{slot}", 0), (f"slot-{slot}", 1)} <= calls.keys()
-        assert {(name, rank): (place, log) for (name, rank), (place, log, _) in calls.items()} == {
+        assert {(name, rank): (place, log) for (name, rank), (place, log, *_) in calls.items()} == {
             (f"slot-{slot}", rank): (slot // 2, "output.node1.log" if rank else "output.log")
             for slot in range(4)
             for rank in range(2)
@@ -285,8 +285,10 @@ class TestWork:
         (tmp_path / "run").mkdir()
         spec = self.spec(tmp_path, "ew")
         with Cluster(two, "cpu", own, tmp_path / "run", lambda text: None) as cluster:
-            cluster.train(spec, 0, spec.parent / "output.log", lambda: None)
+            launch = two.launch.model_copy(update={"threads": 7})
+            cluster.train(spec, 0, spec.parent / "output.log", lambda: None, launch)
         assert [calls["ew", rank][2].host for rank in (0, 1)] == ["localhost", "127.0.0.1"]
+        assert [calls["ew", rank][3] for rank in (0, 1)] == [7, 7]
 
     @pytest.mark.parametrize("rank", [0, 1])
     @pytest.mark.parametrize("slot", [0, 1])
@@ -387,6 +389,27 @@ class TestWork:
             led(two, followers, tmp_path / "run") as cluster,
         ):
             cluster.train(spec, 1, spec.parent / "output.log", lambda: None)
+
+    def test_a_machine_that_is_not_heard_of(
+        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path,
+        calls: dict[tuple[str, int], Any], monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """As one that is switched off; nobody waits for its goodbye."""
+        monkeypatch.setattr(cluster_module, "SILENCE", 1.0)
+        monkeypatch.setattr(Mailbox, "beat", lambda *_: None)
+        two = config(nodes=2)
+        spec = self.spec(tmp_path, "endless")
+        followers.start(two, 1)
+        deadline = time.monotonic() + 30
+
+        def poll() -> None:
+            assert time.monotonic() < deadline
+
+        with (
+            pytest.raises(TrainingFailedError, match=r"^node 1 \(.*\) has not been heard of for 1 s; start it again"),
+            led(two, followers, tmp_path / "run") as cluster,
+        ):
+            cluster.train(spec, 1, spec.parent / "output.log", poll)
 
     def test_a_defect_on_node_0_is_told_with_its_kind(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path

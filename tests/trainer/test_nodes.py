@@ -101,17 +101,29 @@ class TestWhoMayTakePart:
         for rank in (1, 2):
             assert str(followers.errors[rank]) == f"node 0 has ended the run: {told.value}"
 
-    def test_one_with_too_few_gpus(
-        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def rank_devices(device: str, ranks: int) -> None:
-            raise UserError(f"{ranks} processes take a GPU each and torch sees 1 here")
+    @pytest.mark.parametrize(
+        ("problem", "told"),
+        [
+            ("2 processes take a GPU each and torch sees 1 here", "2 processes take a GPU each and torch sees 1 here"),
+            (None, r"launch\.device is cuda there and cpu here; say which one is meant"),
+        ],
+    )
+    def test_one_with_other_gpus(
+        self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, problem: str | None, told: str,
+    ) -> None:  # fmt: skip
+        """Where there are too few, that is all there is to say."""
 
+        def rank_devices(device: str, ranks: int) -> None:
+            if problem:
+                raise UserError(problem)
+
+        monkeypatch.setattr(following, "resolve_device", lambda device: "cuda")
         monkeypatch.setattr(following, "rank_devices", rank_devices)
         two = config(nodes=2, processes=2)
         followers.start(two, 1)
         with (
-            pytest.raises(UserError, match=r"^node 1 \(.*\): 2 processes take a GPU each and torch sees 1 here$"),
+            pytest.raises(UserError, match=rf"^node 1 \(.*\): {told}$"),
             led(two, followers, tmp_path / "run"),
         ):
             pytest.fail("the run has begun")
@@ -265,6 +277,7 @@ class TestWork:
                 spec = self.spec(tmp_path, f"slot-{slot}")
                 cluster.train(spec, slot, spec.parent / "output.log", lambda: None)
                 assert {(f"slot-{slot}", 0), (f"slot-{slot}", 1)} <= calls.keys()
+        assert not any((tmp_path / "run").iterdir())  # nothing of the machines is left
         assert {(name, rank): (place, log) for (name, rank), (place, log, *_) in calls.items()} == {
             (f"slot-{slot}", rank): (slot // 2, "output.node1.log" if rank else "output.log")
             for slot in range(4)

@@ -475,6 +475,30 @@ class TestWork:
                 cluster.evaluate(spec, 1, report)
         assert seen == [spec, spec]
 
+    @pytest.mark.parametrize(("device", "closed"), [("cpu", []), ("cuda", [1])])
+    def test_ranks_give_their_gpu_memory_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, closed: list[int]
+    ) -> None:
+        """To the trainings that come next in this place; on a CPU they stay, and need not start again."""
+        found: list[int] = []
+        monkeypatch.setattr(machine_module, "evaluate", lambda *_: None)
+        machine = machine_module.Machine(LaunchConfig(parallel=2), device)
+        for place, group in enumerate(machine._groups):
+            monkeypatch.setattr(group, "close", lambda place=place: found.append(place))
+        spec = EvaluationSpec(
+            model_path=tmp_path,
+            sets=(),
+            output_dir=tmp_path,
+            batch_size=1,
+            precision="fp32",
+            devices=(device,),
+            threads=1,
+        )
+        machine.evaluate(spec, 1, lambda done, total, note: None)
+        assert found == closed
+        machine.close()
+        assert found == [*closed, 0, 1]
+
     @pytest.mark.parametrize("output", ["/output", "/mnt/output"])
     def test_an_output_folder_near_the_root(
         self,

@@ -104,9 +104,10 @@ def stop_on_signal() -> None:
 def starting() -> Iterator[None]:
     """Around the start of a process: SIGUSR1 does not end it while it imports, until it comes to ignore it.
 
-    A scheduler sends it to every process of a job, and a signal that is blocked here is blocked in the process.
+    A scheduler sends it to every process of a job, and a signal that is blocked here is blocked in the process. So is
+    Ctrl-C, until :func:`die_with_parent`.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGINT])
     try:
         yield
     finally:
@@ -125,6 +126,7 @@ def die_with_parent(parent: int | None = None) -> None:
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if parent is None:

@@ -58,13 +58,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
-def test_ctrl_c_ends_a_process_of_ours_without_a_traceback() -> None:
+@pytest.mark.parametrize("early", [True, False])
+def test_ctrl_c_ends_a_process_of_ours_without_a_traceback(early: bool) -> None:
     """A terminal sends it to every process; what there is to say, the one that has started them says."""
-    script = (
-        "import os, signal; from trainer.launching import die_with_parent; die_with_parent(); "
-        "os.kill(os.getpid(), signal.SIGINT)"
-    )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    ready = "from trainer.launching import die_with_parent; die_with_parent()"
+    script = "; ".join([interrupt, ready] if early else [ready, interrupt])
+    with launching.starting():
+        found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (-signal.SIGINT, "")
 
 

@@ -279,8 +279,8 @@ def main() -> None:
     args = parser.parse_args()
     table = resource_table(args.capability, getattr(torch, args.dtype), args.features, args.workers)
     print(f"triton {triton.__version__}, {args.dtype}\n")
-    columns = ("sm", "kernel", "registers", "instructions", "spilled bytes", "in main loops", "narrow stores")
-    columns += ("shared bytes", "matrix instructions")
+    columns = ["sm", "kernel", "registers", "instructions", "spilled bytes", "in main loops", "narrow stores"]
+    columns += ["shared bytes", "matrix instructions"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for capability, name, used in table:
         row = (capability, name, *(getattr(used, field) for field in SHOWN_RESOURCES))

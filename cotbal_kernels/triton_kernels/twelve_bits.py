@@ -15,12 +15,13 @@ import triton.language as tl
 from .tiles import left_half, right_half
 
 _BELOW = tl.constexpr(0x3F80 - 4095)  # 0x3F80 is 1 in bfloat16; 4095 the largest code
+_TOP = tl.constexpr(-(1 << 28))  # the upper 4 of 32 bits
 
 
 @triton.jit
 def _encode(exp):
-    """Codes of float32 values in [0, 1], rounded to nearest. NaN becomes anything: its row is NaN by its sum."""
-    return tl.maximum(exp.to(tl.int32, bitcast=True) + (0x8000 - (_BELOW << 16)), 0) >> 16
+    """Codes of float32 values in [0, 1], rounded to nearest, from bit 16 on. NaN becomes anything: its sum is NaN."""
+    return tl.maximum(exp.to(tl.int32, bitcast=True) + (0x8000 - (_BELOW << 16)), 0)
 
 
 @triton.jit
@@ -36,10 +37,11 @@ def pack(exp, ROWS: tl.constexpr, COLS: tl.constexpr):
     left, right = left_half(code, ROWS, COLS), right_half(code, ROWS, COLS)
     first, second = left_half(left, ROWS, COLS // 2), right_half(left, ROWS, COLS // 2)
     third, fourth = left_half(right, ROWS, COLS // 2), right_half(right, ROWS, COLS // 2)
+    # In the upper halves until the end, where one instruction moves two words down.
     return (
-        (first | (fourth << 12)).to(tl.int16),
-        (second | ((fourth >> 4) << 12)).to(tl.int16),
-        (third | ((fourth >> 8) << 12)).to(tl.int16),
+        ((first | ((fourth << 12) & _TOP)) >> 16).to(tl.int16),
+        ((second | ((fourth << 8) & _TOP)) >> 16).to(tl.int16),
+        ((third | ((fourth << 4) & _TOP)) >> 16).to(tl.int16),
     )
 
 

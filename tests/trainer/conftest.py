@@ -209,3 +209,9 @@ def scores(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laying out a report's four figures takes seconds; tests of tables and messages do without."""
+    monkeypatch.setattr("trainer.report.plots.svg", lambda figure, label: f'<svg aria-label="{label}"></svg>')

@@ -20,12 +20,6 @@ def run(tmp_path):
     return make_run(tmp_path / "a run")
 
 
-@pytest.fixture
-def no_drawing(monkeypatch):
-    """Laying out four figures takes seconds; tests of tables and messages do without."""
-    monkeypatch.setattr(report_plots, "svg", lambda figure, label: f'<svg aria-label="{label}"></svg>')
-
-
 @pytest.mark.usefixtures("no_drawing")
 class TestPartialRuns:
     @pytest.mark.parametrize("piece", PIECES)

@@ -1,4 +1,4 @@
-"""A task with several test sets and metrics: Eq. 12 over all of them, files, errors and fingerprints by set.
+"""A task with several test sets and metrics: Eq. 12 over all of them, files and fingerprints by set.
 
 In whole runs trainings are replaced by what they leave behind, and the model's answers by ones whose scores are known
 by hand; metrics, results, Delta I and the report are made from them as always.
@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
+from several_sets import rows_of, with_test_sets
 from synthetic_run import Page
 
 import trainer.nodes.machine as machine
 from trainer.comparison import compare
-from trainer.config import RunConfig, load_config, parse_config
+from trainer.config import RunConfig, parse_config
 from trainer.data.records import Record, write_jsonl
 from trainer.errors import UserError
 from trainer.evaluation.progress import Meter
@@ -29,13 +29,9 @@ from trainer.evaluation.scoring import score_key, scores_by_task
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.files import write_json
 from trainer.metrics import get_metric
-from trainer.nodes.following import _missing_files
-from trainer.nodes.machine import record_sizes
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.evaluations import evaluation_sets
 from trainer.pipeline.outcome import score_table
-from trainer.pipeline.planned_data import planned_data
-from trainer.pipeline.preflight import check_config
 from trainer.pipeline.progress import Progress
 from trainer.report import build_report
 from trainer.task_config import TaskConfig
@@ -55,21 +51,9 @@ LOSSES = {
 }
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.fixture
 def data(run_data: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """The small run; "colour" with 2 test sets x 2 metrics, "box" with 2 x 1, a lower one being better."""
-    colour, box, _ = run_data["tasks"]
-    train = rows_of(Path(colour["train"]))
-    write_jsonl(tmp_path / "b.jsonl", [train[0], train[4], train[1]])  # red, red, green
-    colour["test"] = {"testA+": colour["test"], "testB": str(tmp_path / "b.jsonl")}
-    colour["test_metrics"] = ["span_f1", "exact_match"]
-    box["test"] = {"near": box["test"], "far": box["validation"]}
-    box |= {"metric": "exact_match", "test_metrics": ["perplexity"]}
-    return run_data | {"comparisons": ["stl", "ew"]}
+    return with_test_sets(run_data, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -302,50 +286,6 @@ def test_interrupted_it_goes_on_where_it_was(tiny_tasks: list[TaskConfig], pixel
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def more_turns(row: dict[str, Any]) -> None:
-    row["conversations"] += [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "No."}]
-
-
-def longer(row: dict[str, Any]) -> None:
-    row["conversations"][0]["value"] += 200 * " what"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda row: row.update(image="no.png"), "task 'colour', test set 'testB', record 'colour-train-4': image "),
-        (more_turns, "task 'colour', test set 'testB', record 'colour-train-4': scoring takes one question per record"),
-        (longer, "task 'colour', test set 'testB' {path}: record 'colour-train-4': its images and the text around"),
-        (None, "task 'colour': the test set 'testB' {path} has no records"),
-    ],
-)
-def test_errors_name_the_set(
-    data: dict[str, Any], tmp_path: Path, change: Callable[[dict[str, Any]], None] | None, message: str
-) -> None:
-    path = tmp_path / "b.jsonl"
-    rows = rows_of(path) if change else []
-    if change:
-        change(rows[1])
-    write_jsonl(path, rows)
-    data["tasks"][0]["test_metrics"] = ["bleu" if change is more_turns else "perplexity"]  # of prompts or of answers
-    config = parse_config(data, "x")
-    with pytest.raises(UserError) as caught:
-        check_config(config)
-    assert message.format(path=path) in str(caught.value)
-    if change is None or change.__name__ != "<lambda>":  # the plan opens no image
-        assert not isinstance(config.tasks, str)
-        with pytest.raises(UserError) as caught:
-            planned_data(config, config.tasks)
-        assert message.format(path=path) in str(caught.value)
-
-
-def test_other_machines_look_for_every_set(data: dict[str, Any], tmp_path: Path) -> None:
-    config = parse_config(data, "x")
-    assert _missing_files(config, record_sizes(config)) == []
-    (tmp_path / "b.jsonl").unlink()
-    assert _missing_files(config, record_sizes(config)) == [f"{tmp_path / 'b.jsonl'} does not exist there"]
-
-
 def test_finished_runs_of_plain_files_are_still_finished(run_config: RunConfig) -> None:
     """What identifies their scores is what it was before sets had names."""
     assert not isinstance(run_config.tasks, str)
@@ -360,80 +300,3 @@ def test_finished_runs_of_plain_files_are_still_finished(run_config: RunConfig) 
         assert isinstance(task.test, Path)
         assert row["test"] == hashlib.sha256(task.test.read_bytes()).hexdigest()[:16]
     assert pipeline.identity.results()["metrics"] == {"colour": "exact_match", "box": "accuracy_iou", "chat": None}
-
-
-class TestCommand:
-    def test_one_of_the_sets(
-        self, cotbal: Callable[..., Any], data: dict[str, Any], write_config: Callable[..., Path], pixel_model: Path,
-        tmp_path: Path,
-    ) -> None:  # fmt: skip
-        options = ("--config", write_config(data), "--task", "colour", "--output", tmp_path / "out", "--quiet")
-        outcome = cotbal("evaluate", pixel_model, *options, "--test-set", "testB", "--max-new-tokens", 2)
-        assert outcome.code == 0, outcome.err
-        found = json.loads(outcome.out)["metrics"]
-        assert {name: score["samples"] for name, score in found.items()} == {"span_f1": 3, "exact_match": 3}
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (("--task", "colour"), "task 'colour' has several test sets; name one with --test-set: testA+, testB"),
-            (
-                ("--task", "colour", "--test-set", "testA"),
-                "unknown test set 'testA' (did you mean 'testA+'?); valid: testA+, testB",
-            ),
-            (("--task", "chat", "--test-set", "x"), "task 'chat' has one test file, without a name; leave out --test-"),
-            (
-                ("--task", "box", "--split", "validation", "--test-set", "far"),
-                "needs --config, --task and --split test",
-            ),
-        ],
-    )
-    def test_errors(
-        self, cotbal: Callable[..., Any], data: dict[str, Any], write_config: Callable[..., Path], tmp_path: Path,
-        options: tuple[str, ...], message: str,
-    ) -> None:  # fmt: skip
-        outcome = cotbal("evaluate", tmp_path, "--config", write_config(data), "--output", tmp_path / "out", *options)
-        assert (outcome.code, outcome.out) == (2, "")
-        assert message in outcome.err
-
-
-class TestConfiguration:
-    @pytest.mark.parametrize(
-        ("task", "message"),
-        [
-            (
-                {"test": 5},
-                "test: must be a file of records, or files by name: {testA: a.jsonl, testB: b.jsonl} (got 5)",
-            ),
-            ({"test": {}}, "test: must be a file of records, or files by name"),
-            ({"test": ["a.jsonl"]}, "test: must be a file of records, or files by name"),
-            ({"test": {"a/b": "t"}}, "test: test set name 'a/b' must be letters, digits, '_', '-', '.', '+' only"),
-            ({"test": {"a": None}}, "test: test set 'a' must be a file of records, got None"),
-            ({"test_metrics": ["cidr"]}, "test_metrics: unknown metric 'cidr' (did you mean 'cider'?)"),
-            ({"test_metrics": ["bleu", "cider", "bleu"]}, "test_metrics: given twice: bleu"),
-            ({"test_metrics": ["bleu", "perplexity"]}, "test_metrics: perplexity scores the given answers, the others"),
-            ({"test_metrics": ["bleu"], "test": None}, "test_metrics: there is no 'test' to score with them"),
-        ],
-    )
-    def test_errors(self, task: dict[str, Any], message: str) -> None:
-        whole = {"name": "a", "train": "a", "validation": "v", "test": "t", "metric": "cider", **task}
-        with pytest.raises(UserError) as caught:
-            parse_config({"output_dir": "o", "tasks": [whole]}, "x")
-        (line,) = str(caught.value).splitlines()[1:]
-        assert line.strip().startswith(f"tasks.0.{message}")
-
-    def test_paths_of_sets(
-        self, data: dict[str, Any], write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        monkeypatch.setenv("RECORDS", "/records")
-        data["tasks"][0]["test"] = {"testA+": "${RECORDS}/a.jsonl", 2017: "b.jsonl"}
-        path = write_config(data)
-        config = load_config(path)
-        assert not isinstance(config.tasks, str)
-        assert config.tasks[0].test == {"testA+": Path("/records/a.jsonl"), "2017": tmp_path / "b.jsonl"}
-        path.write_text(config.to_yaml())
-        assert load_config(path) == config
-        assert yaml.safe_load(config.to_yaml())["tasks"][2]["test"] == data["tasks"][2]["test"]
-        monkeypatch.delenv("RECORDS")
-        with pytest.raises(UserError, match=r"tasks\.0\.test\.testA\+ needs the environment variable RECORDS"):
-            load_config(write_config(data))

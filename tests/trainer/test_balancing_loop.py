@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
-import os
-import random
 import subprocess
 import sys
 from functools import partial
@@ -24,6 +21,7 @@ from tiny_training import (
     OVER_RANKS,
     VOCABULARY,
     collate,
+    collate_all,
     make_trainer,
     read_csv,
     resume,
@@ -35,7 +33,6 @@ from tiny_training import (
 from cotbal_kernels.huggingface import set_task_weights
 from trainer.balancing.method import StepReport, TaskLosses
 from trainer.balancing.registry import METHODS, is_cotbal
-from trainer.data.ahead import made_ahead
 from trainer.errors import UserError
 from trainer.loop.callbacks import COMPLETE
 from trainer.loop.measuring import forward_only, summed
@@ -215,10 +212,6 @@ def test_validation_batches_are_measured_at_their_steps(
     assert weights[0] == weights[1] != weights[2] == weights[3] != weights[4] == weights[5]
 
 
-def collate_all(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
 @pytest.mark.parametrize("aggregation", ["token", "task", "task_sum"])
 def test_the_step_descends_the_stated_aggregation(aggregation: str, tmp_path: Path) -> None:
     """Loss of the first step, and the parameters after it, against the formula on the unpatched model; SGD."""
@@ -311,95 +304,6 @@ def test_losses_that_are_no_numbers_are_called_divergence(name: str, tmp_path: P
     trainer = make_trainer(name, tmp_path, MOVING[name], learning_rate=1e30, logging_steps=100)
     with pytest.raises(UserError, match=r"has diverged: the weights are \[nan, nan, 1.0\] at step \d of 6; lower"):
         trainer.train()
-
-
-class TestValidationBatches:
-    def test_every_record_once_per_pass_and_every_task_in_every_update(self) -> None:
-        batches = validation_batches(per_task=3)  # 8 records a task: passes do not end with an update
-        drawn = [batches.drawn(u) for u in range(8)]
-        for task in (0, 1):
-            records = [record for update in drawn for k, record in update if k == task]
-            assert all(sum(k == task for k, _ in update) == 3 for update in drawn)
-            for turn in range(3):
-                assert sorted(records[8 * turn : 8 * turn + 8]) == list(range(8))
-            assert records[:8] != records[8:16]
-        assert batches.batches_per_pass == 3
-        assert ValidationBatches([2, 8, 3], None, None, per_task=3, batch_size=1, seed=0).batches_per_pass == 3  # type: ignore[arg-type]
-
-    def test_depends_on_the_seed_and_the_update_only(self) -> None:
-        forward, backward = validation_batches(), validation_batches()
-        expected = [forward.drawn(u) for u in range(12)]
-        assert [backward.drawn(u) for u in reversed(range(12))] == expected[::-1]
-        assert validation_batches(rank=1, world=2).drawn(7) == expected[7]
-
-    def test_orders_are_made_once_and_kept_no_longer_than_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        made: list[int] = []
-        shuffle = random.Random.shuffle
-        monkeypatch.setattr(random.Random, "shuffle", lambda own, x: made.append(len(x)) or shuffle(own, x))
-        batches = ValidationBatches([2, 8], None, None, per_task=2, batch_size=1, seed=0)  # type: ignore[arg-type]
-        for update in range(20):
-            batches.drawn(update)
-            batches.drawn(max(0, update - 1))  # as where losses are measured again
-        assert sorted(made) == [2] * 20 + [8] * 5
-        assert len(batches._orders) <= 2 * 2
-
-    def test_another_process_makes_those_to_come(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In any order that they are asked for; what is random in a training stays as it was."""
-        begun: list[int] = []
-
-        def noted_start(make: Any, updates: Any, *options: Any) -> Any:
-            begun.append(updates[0])
-            return made_ahead(make, updates, *options)
-
-        monkeypatch.setattr("trainer.loop.validation.made_ahead", noted_start)
-        here, calls = os.getpid(), []
-
-        def noted(rows: Any) -> dict[str, torch.Tensor]:
-            calls.append(rows)
-            return collate(rows) | {"process": torch.tensor(os.getpid())}
-
-        expected, ahead = validation_batches(), validation_batches(ahead=True)
-        ahead._collate = noted
-        state = torch.get_rng_state()
-        for update in (0, 0, 1, 2, 5, 6):
-            for found, wanted in zip(ahead(update), expected(update), strict=True):
-                assert found.pop("process") != here
-                assert found.keys() == wanted.keys()
-                assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-                found["process"] = torch.tensor(-1)  # it comes again from memory
-        assert torch.equal(torch.get_rng_state(), state)
-        assert not calls
-        assert begun == [0, 5]  # one process for as long as updates follow each other
-        ahead.close()
-        assert not multiprocessing.active_children()
-        plain = validation_batches()
-        assert plain(3) is plain(3)  # FAMO* asks again
-
-    @pytest.mark.parametrize("initial", [False, True])
-    @pytest.mark.parametrize("world", [1, 2, 3, 7])
-    def test_ranks_share_a_batch_without_gaps_and_are_equally_long(
-        self, world: int, initial: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """An update, and the five first records of each task (of 256 that are wanted, eight are there)."""
-
-        def batches(**ranks: int) -> list[dict[str, torch.Tensor]]:
-            drawing = validation_batches(per_task=2, **ranks)
-            return list(drawing.initial()) if initial else drawing(3)
-
-        assert sum(len(batch["labels"]) for batch in validation_batches().initial()) == 16
-        monkeypatch.setattr("trainer.loop.validation.INITIAL_RECORDS", 5)
-        shares = [batches(rank=rank, world=world) for rank in range(world)]
-        assert len({tuple(len(batch["labels"]) for batch in share) for share in shares}) == 1
-        rows = [
-            (tokens.tolist(), labels.tolist())
-            for share in shares
-            for batch in share
-            for tokens, labels in zip(batch["input_ids"], batch["labels"], strict=True)
-            if (labels != -100).any()
-        ]
-        whole = collate_all(validation_batches(per_task=5)(0) if initial else validation_batches(per_task=2)(3))
-        expected = zip(whole["input_ids"].tolist(), whole["labels"].tolist(), strict=True)
-        assert sorted(rows) == sorted((tokens, labels) for tokens, labels in expected)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from several_sets import rows_of, with_test_sets
+from stand_ins import Quiet
 from synthetic_run import Page
 
 import trainer.nodes.machine as machine
@@ -32,7 +33,6 @@ from trainer.metrics import get_metric
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.evaluations import evaluation_sets
 from trainer.pipeline.outcome import score_table
-from trainer.pipeline.progress import Progress
 from trainer.report import build_report
 from trainer.task_config import TaskConfig
 from trainer.training import TrainingSpec
@@ -73,10 +73,6 @@ def test_every_score_has_a_key_of_its_own(
     assert list(table) == list(keys)
     found = scores_by_task(table)
     assert [(task, name) for task, own in found.items() for name in own] == list(keys.values())
-
-
-class Quiet(Progress):
-    def say(self, text: str) -> None: ...
 
 
 def answer(training: str, chosen: EvaluationSet, number: int, record: Record) -> dict[str, Any]:

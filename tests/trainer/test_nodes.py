@@ -72,6 +72,16 @@ def led(config: RunConfig, followers: Followers, folder: Path) -> Cluster:
     return Cluster(config, "cpu", followers.node(0, config), folder, lambda text: None)
 
 
+def at_most(seconds: float) -> Callable[[], None]:
+    """What a training's leader calls while it waits: fails instead of waiting for longer."""
+    end = time.monotonic() + seconds
+
+    def poll() -> None:
+        assert time.monotonic() < end
+
+    return poll
+
+
 class TestWhoMayTakePart:
     def test_everything_that_differs_is_told_at_once(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -370,16 +380,11 @@ class TestWork:
         two = config(nodes=2)
         followers.start(two, 1)
         spec = self.spec(tmp_path, "ew")
-        deadline = time.monotonic() + 20
-
-        def poll() -> None:
-            assert time.monotonic() < deadline
-
         with (
             pytest.raises(TrainingFailedError, match=r"photo-\?\.png is broken"),
             led(two, followers, tmp_path / "run") as cluster,
         ):
-            cluster.train(spec, 1, spec.parent / "output.log", poll)
+            cluster.train(spec, 1, spec.parent / "output.log", at_most(20))
 
     def test_a_machine_that_is_interrupted_at_work(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path,
@@ -413,16 +418,11 @@ class TestWork:
         two = config(nodes=2)
         spec = self.spec(tmp_path, "endless")
         followers.start(two, 1)
-        deadline = time.monotonic() + 30
-
-        def poll() -> None:
-            assert time.monotonic() < deadline
-
         with (
             pytest.raises(TrainingFailedError, match=r"^node 1 \(.*\) has not been heard of for 1 s; start it again"),
             led(two, followers, tmp_path / "run") as cluster,
         ):
-            cluster.train(spec, 1, spec.parent / "output.log", poll)
+            cluster.train(spec, 1, spec.parent / "output.log", at_most(30))
 
     def test_a_defect_on_node_0_is_told_with_its_kind(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path

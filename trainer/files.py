@@ -7,8 +7,13 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from trainer.errors import UserError, listed
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -20,6 +25,21 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Refuses files that are not there but for what Git LFS writes in place of them, as a clone without it has.
+
+    Raises:
+        UserError: the first of them by name.
+    """
+    found = []
+    for path in paths:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                found.append(str(path))
+    if found:
+        raise UserError(f"{listed(found)}: only Git LFS's pointer is there, not the file; fetch it with 'git lfs pull'")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,14 @@ def misspelt_freeze(data: dict[str, Any], folder: Path) -> None:
     data["model"]["freeze"] = ["visoin"]
 
 
+def weights_of_another_model(data: dict[str, Any], folder: Path) -> None:
+    model = Path(shutil.copytree(data["model"]["path"], folder / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"] |= {"num_hidden_layers": config["text_config"]["num_hidden_layers"] + 1, "layer_types": None}
+    (model / "config.json").write_text(json.dumps(config))
+    data["model"]["path"] = str(model)
+
+
 def freeze_of_everything(data: dict[str, Any], folder: Path) -> None:
     data["model"]["freeze"] = ["model.", "lm_head"]
 
@@ -183,6 +192,7 @@ BAD = [
     (long_test_under_perplexity, ["task 'colour', test set ", "colour_test.jsonl: record 'colour-test-1': its images"]),
     (long_validation_for_a_method_that_trains_on_it, ["task 'colour', validation set ", "'colour-validation-2': its "]),
     (more_tokens_than_positions, ["model.max_length = 512 is more than the 256 positions that '", "lower it"]),
+    (weights_of_another_model, ["model': its files have no weights for model.language_model.layers."]),
     (misspelt_freeze, ["model.freeze: no parameter of ", " has 'visoin' in its name"]),
     (freeze_of_everything, ["nothing would be trained: model.freeze and model.lora leave no parameter"]),
     (rate_of_a_frozen_part, ["training.learning_rates: no parameter that is trained has 'vision_tower' in its name"]),

@@ -21,8 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 import trainer.models.efficientnet_lite  # noqa: F401  registers the built-in model's vision tower
 from trainer.config import ModelConfig
 from trainer.errors import UserError
+from trainer.files import refuse_pointers
 from trainer.models.config import ImageConfig
 from trainer.models.images import pad_to_square, set_image_options
+from trainer.models.weights import refuse_missing
 
 # Settings of generation that only matter while sampling, and with several beams.
 _OF_SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
@@ -39,6 +41,7 @@ def load_processor(path: str, images: ImageConfig | None = None, *, local_only: 
     Raises:
         UserError: nothing loadable is there, or its images cannot be treated so.
     """
+    _refuse_pointers(path)
     try:
         processor = AutoProcessor.from_pretrained(path, local_files_only=local_only)
     except (OSError, ValueError, ImportError) as error:  # the last: torchvision, which many processors need
@@ -59,10 +62,16 @@ def load_config(path: str, *, local_only: bool = False) -> Any:
     Raises:
         UserError: none is there, or transformers does not know the model.
     """
+    _refuse_pointers(path)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=local_only)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path '{path}': no config.json could be loaded ({error})") from error
+
+
+def _refuse_pointers(path: str) -> None:
+    if Path(path).is_dir():
+        refuse_pointers(file for file in sorted(Path(path).iterdir()) if file.is_file())
 
 
 def positions(config: Any) -> int | None:
@@ -135,9 +144,10 @@ def load_model(path: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     loader: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
     try:
         options = {} if config.attention is None else {"attn_implementation": config.attention}
-        model = loader.from_pretrained(path, dtype=dtype, **options)
+        model, loaded = loader.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.path '{path}': no model could be loaded ({error})") from error
+    refuse_missing(path, loaded)
     freeze(model, config, path, images)
     _make_savable(model)
     return model

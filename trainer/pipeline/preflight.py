@@ -32,12 +32,14 @@ from trainer.models.loading import (
     empty_model,
     load_config,
     load_processor,
+    model_class,
     positions,
     refuse_attention,
     table_of_positions,
 )
 from trainer.models.lora import check_lora
 from trainer.models.packable import refuse_unpackable
+from trainer.models.weights import check_weights
 from trainer.pipeline.evaluations import check_scoring, evaluation_sets
 from trainer.pipeline.planned_data import spread
 from trainer.pipeline.trainings import list_trainings
@@ -110,12 +112,13 @@ def check_tokens(
 
 
 def check_model(config: RunConfig, model_path: str) -> None:
-    """Checks that the model can be trained as configured, from its config.json.
+    """Checks that the model can be trained as configured, from its config.json and what its weights are called.
 
     Raises:
         UserError: it cannot have the loss of Eq. 2, or not the attention that is asked for; ``max_length`` is more than
             its positions; it cannot be packed although ``training.packing`` is on; ``freeze``, LoRA or
-            ``training.learning_rates`` names nothing in it, or nothing is left to train.
+            ``training.learning_rates`` names nothing in it, or nothing is left to train; its weights are not there,
+            damaged, or another model's.
     """
     found = load_config(model_path)
     refuse_attention(found, config.model)
@@ -139,6 +142,8 @@ def check_model(config: RunConfig, model_path: str) -> None:
             f"model.max_length = {config.model.max_length} is more than the {most} positions that '{model_path}' "
             "was made for (max_position_embeddings of its config.json); lower it"
         )
+    if Path(model_path).is_dir():  # a hub's are downloaded by the first training
+        check_weights(Path(model_path), found, model_class(found))
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ def test_files(tmp_path: Path) -> None:
         find_file(tmp_path, ["x", "y"], "thing")
     (tmp_path / "table.parquet").touch()
     for source in (tmp_path, tmp_path / "table.parquet"):
-        with pytest.raises(UserError, match=r"table\.parquet is not read, as Parquet; make JSON Lines of it"):
+        with pytest.raises(UserError, match=r"parquet is Parquet, which 'messages' reads, and not thing \(\.tsv\)"):
             files_below(source, (".tsv",), "thing")
+    assert files_below(tmp_path, (".json", ".parquet"), "x")[-1] == tmp_path / "table.parquet"
     assert files_below(tmp_path, (".jsonl",), "x") == [tmp_path / "a/d.jsonl"]

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from record_files import GPT, HUMAN, LLAVA, record, written
 
+from trainer.data.checking import check_files
 from trainer.data.records import RecordError, read_records
+from trainer.errors import UserError
 
 DAMAGED = [
     ([1], "expected an object, got list"),
@@ -147,6 +149,18 @@ def test_missing_file(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(RecordError, match=rf"record file {path} does not exist"):
             read_records(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_pointer_to_a_file(tmp_path: Path, name: str) -> None:
+    """What a clone without Git LFS has of a data set."""
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+    message = f"^{path}: only Git LFS's pointer is there, not the file"
+    with pytest.raises(RecordError, match=message):
+        read_records(path)
+    with pytest.raises(UserError, match=message):
+        check_files([path])
 
 
 # Half a character, a NUL and characters of one to four bytes.

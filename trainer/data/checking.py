@@ -22,6 +22,7 @@ from trainer.data.oddities import oddities
 from trainer.data.raw_json import Damage, elements
 from trainer.data.records import Record, RecordError, _parse
 from trainer.errors import UserError, one_of
+from trainer.files import refuse_pointers
 from trainer.tasks import ImageLook, look_at_image
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def check_files(
     for path in paths:
         if not path.is_file():
             raise UserError(f"record file {path} does not exist")
+        refuse_pointers([path])
         file = FileCheck(path)
         result.files.append(file)
         seen: set[bytes] = set()  # digests of ids and of whole records

@@ -21,7 +21,7 @@ from typing import Any, overload
 
 from trainer.data.raw_json import Damage, elements
 from trainer.errors import UserError, first, listed
-from trainer.files import write_whole
+from trainer.files import refuse_pointers, write_whole
 
 IMAGE_PLACEHOLDER = "<image>"
 _MESSAGES = "`cotbal convert messages` makes records, which have 'conversations', of other chats and instructions"
@@ -186,6 +186,10 @@ def _raw_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Values of a list, or lines that are yet to be read as JSON: a broken one does not hide those behind it."""
     if not path.is_file():
         raise RecordError(f"record file {path} does not exist")
+    try:
+        refuse_pointers([path])
+    except UserError as error:
+        raise RecordError(str(error)) from error
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):

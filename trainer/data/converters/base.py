@@ -138,7 +138,7 @@ class Source:
 
     path: Path
     pool: str
-    container: Container | Literal["pickle"] = "lines"
+    container: Container | Literal["parquet", "pickle"] = "lines"
     member: str | None = None
     sides: tuple[Side, ...] = ()
     label: str = ""
@@ -246,6 +246,10 @@ class Converter(ABC):
             from trainer.data.converters.pickles import pickled_list
 
             return pickled_list(source.path)
+        if source.container == "parquet":
+            from trainer.data.converters.parquet import table_rows  # what it needs takes a while to load
+
+            return table_rows(source.path)
         return elements(source.path, source.container, source.member)
 
     def side_rows(self, side: Side, value: Any) -> Iterator[tuple[str, Any]]:

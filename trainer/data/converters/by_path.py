@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trainer.data.converters.base import Context, Converter, Options, Part, Pool, Source
-from trainer.data.converters.fields import files_below, split_of
+from trainer.data.converters.fields import PARQUET, files_below, split_of
 from trainer.data.raw_json import LARGEST_ELEMENT, Element
 
 
 def container(path: Path) -> Any:
-    """JSON Lines by the name of a file, or by an object that is the whole of its first line, as exports have it."""
-    if path.suffix == ".jsonl":
-        return "lines"
+    """By the name of a file; JSON Lines also by an object that is the whole of its first line, as exports have it."""
+    if path.suffix in (".jsonl", PARQUET):
+        return "lines" if path.suffix == ".jsonl" else "parquet"
     with path.open("rb") as file:
         if not file.read(64).decode("utf-8-sig", "replace").lstrip().startswith("{"):  # a list may be one long line
             return "list"

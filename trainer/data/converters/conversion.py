@@ -28,6 +28,7 @@ from trainer.data.converters.staging import (
 )  # fmt: skip
 from trainer.data.converters.writing import OutputFile, Writer
 from trainer.errors import UserError
+from trainer.files import refuse_pointers
 from trainer.locks import holding
 
 FORMAT = 1
@@ -103,6 +104,7 @@ def convert(
     if not sources:
         raise UserError(f"{output} holds the raw data of '{name}'; records need a folder of their own")
     _splits_are_there(converter, [found.pool for found in sources], options or {}, chosen)
+    refuse_pointers(path for found in sources for path in (found.path, *(side.path for side in found.sides)))
     conversion = _Conversion(converter, sources, source, output, chosen, preset, workers, progress)
     output.mkdir(parents=True, exist_ok=True)
     with holding(output / ".lock", f"another process is converting into {output}"):

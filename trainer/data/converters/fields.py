@@ -10,6 +10,10 @@ from typing import Any
 from trainer.data.converters.base import Rejected
 from trainer.errors import UserError
 
+PARQUET = ".parquet"
+# What the library `datasets` writes beside tables.
+_ABOUT_TABLES = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"})
+
 
 def as_object(value: Any) -> dict[str, Any]:
     """The value, if it is an object; else `Rejected`."""
@@ -84,22 +88,25 @@ def files_below(source: Path, suffixes: Iterable[str], what: str) -> list[Path]:
     """`source` itself if it is a file, else every file below it with one of the suffixes, sorted.
 
     Raises:
-        UserError: there is none, or only Parquet.
+        UserError: there is none, or only Parquet where it is not wanted.
     """
-    if source.is_file() and source.suffix != _PARQUET:
-        return [source]
     wanted = set(suffixes)
+    if source.is_file() and (source.suffix != PARQUET or PARQUET in wanted):
+        return [source]
     paths = [source] if source.is_file() else source.rglob("*")
-    there = sorted(path for path in paths if path.suffix in wanted | {_PARQUET} and path.is_file())
+    there = sorted(
+        path
+        for path in paths
+        if path.suffix in wanted | {PARQUET} and path.name not in _ABOUT_TABLES and path.is_file()
+    )
     found = [path for path in there if path.suffix in wanted]
     if there and not found:
-        raise UserError(f"{there[0]} is not read, as Parquet; make JSON Lines of it, see 'Parquet' in docs/data.md")
+        raise UserError(f"{there[0]} is Parquet, which 'messages' reads, and not {what} ({', '.join(sorted(wanted))})")
     if not found:
         raise UserError(f"{source} has no {what} ({', '.join(sorted(wanted))})")
     return found
 
 
-_PARQUET = ".parquet"
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",

@@ -62,11 +62,11 @@ def check_header(file: Path | object) -> str:
     return kind
 
 
-def write_image(encoded: str, output: Path) -> str:
+def write_image(image: str | bytes, output: Path) -> str:
     """Writes an image below ``images`` of `output`, named by what is in it, if it is not there yet.
 
     Args:
-        encoded: base64, with white space or without.
+        image: content of a file; as text in base64, with white space or without.
 
     Returns:
         its path below `output`.
@@ -75,7 +75,7 @@ def write_image(encoded: str, output: Path) -> str:
         Rejected: not base64, not an image, or too many pixels.
     """
     try:
-        content = base64.b64decode("".join(encoded.split()), validate=True)
+        content = image if isinstance(image, bytes) else base64.b64decode("".join(image.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise Rejected("unreadable image", f"not base64: {error}") from error
     kind = check_header(io.BytesIO(content))

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.data.converters.base import Context, Item, Options, Rejected
 from trainer.data.converters.by_path import SplitByPath
 from trainer.data.converters.chats import alternating, said
-from trainer.data.converters.fields import as_object, get_id, get_text, image_path, shown
+from trainer.data.converters.fields import PARQUET, as_object, get_id, get_text, image_path, shown
 from trainer.data.converters.images import write_image
 from trainer.data.converters.spellings import messages_of
 from trainer.data.raw_json import Element
@@ -42,10 +42,10 @@ class Messages(SplitByPath):
     name = "messages"
     summary = "chats of role and content (OpenAI, TRL, Axolotl, LLaMA-Factory, ms-swift), and Alpaca's instructions"
     files = (
-        "JSON or JSONL of {messages: [{role, content}, ...], images: [path, ...]}, {instruction, input, output} or "
-        "{prompt, completion}, or a folder, the split in a path"
+        "JSON, JSONL or Parquet of {messages: [{role, content}, ...], images: [path, ...]}, {instruction, input, "
+        "output} or {prompt, completion}, or a folder, the split in a path"
     )
-    suffixes = (".json", ".jsonl")
+    suffixes = (".json", ".jsonl", PARQUET)
     what = "file of chats"
     option_names = ("train", "validation", "test", "system")
     rename_duplicates = True
@@ -84,12 +84,12 @@ class Messages(SplitByPath):
 class _Chat:
     """The messages of a record so far: their turns, and where images go."""
 
-    def __init__(self, listed: list[str]) -> None:
+    def __init__(self, listed: list[str | bytes]) -> None:
         self.listed, self.used = listed, 0
         self.turns: list[tuple[str, str]] = []
         self.system = ""
         self.in_parts = False
-        self.images: list[str] = []
+        self.images: list[str | bytes] = []
 
     def add(self, raw: dict[str, Any]) -> None:
         """Adds a message.
@@ -113,8 +113,8 @@ class _Chat:
         else:
             self.turns.append((side, text))
 
-    def placed(self) -> list[str]:
-        """Paths of the images in the order of their places.
+    def placed(self) -> list[str | bytes]:
+        """Paths of the images, or their content, in the order of their places.
 
         Raises:
             Rejected: images are listed beside parts that have paths of their own.
@@ -144,11 +144,13 @@ class _Chat:
             after_image = kind != "text"
         return text
 
-    def _path(self, part: dict[str, Any], where: str) -> str:
+    def _path(self, part: dict[str, Any], where: str) -> str | bytes:
         """Of a part: its own, or the next of the list."""
         places = ("image", "image_url", "path", "url", "value")
         given = next((part[key] for key in places if part.get(key) is not None), None)
         if given is None:
+            if part.get("index") not in (None, self.used):
+                raise Rejected("not read", f"{where}an image is number {part['index']} of the list, out of order")
             if self.used == len(self.listed):
                 raise Rejected("malformed", f"{where}an image has no path, and 'images' lists no more")
             self.used += 1
@@ -165,41 +167,45 @@ def _refuse(raw: dict[str, Any], names: Mapping[str, str], where: str) -> None:
             raise Rejected("not read", f"{where}'{key}' is not read; {remedy}")
 
 
-def _listed_images(raw: dict[str, Any]) -> list[str]:
-    """Paths beside the messages."""
+def _listed_images(raw: dict[str, Any]) -> list[str | bytes]:
+    """Paths beside the messages, or what is in the files."""
     given = raw.get("images") if raw.get("images") else raw.get("image")
     given = [] if given in (None, "") else given if isinstance(given, list) else [given]
-    paths: list[str] = []
+    images: list[str | bytes] = []
     for value in given:
-        path = value
+        image = value
         if isinstance(value, dict):  # datasets' own form of an image
-            path = f"data:;base64,{value['bytes']}" if value.get("bytes") else value.get("path")
-        if not isinstance(path, str):
-            raise Rejected("malformed", f"'images' must be a list of paths, got one of {shown(path)}")
-        paths.append(path)
-    return paths
+            image = value.get("bytes") or value.get("path")
+            if isinstance(image, str) and value.get("bytes"):
+                image = f"data:;base64,{image}"
+        if not isinstance(image, (str, bytes)):
+            raise Rejected("malformed", f"'images' must be a list of paths, got one of {shown(image)}")
+        images.append(image)
+    return images
 
 
-def _place(path: str, context: Context) -> str:
+def _place(path: str | bytes, context: Context) -> str:
     """The path below the image root; an image that is part of the file is written below the output."""
+    if isinstance(path, bytes):
+        return _embedded(path, context)
     scheme, colon, rest = path.partition(":")
     if colon and scheme.lower() == "data":
-        return _embedded(rest, context)
+        kind, _, encoded = rest.partition(",")
+        if not kind.endswith(";base64"):
+            raise Rejected("unreadable image", f"image {shown(path)} is not base64")
+        return _embedded(encoded, context)
     if colon and scheme.lower() in ("http", "https"):
         raise Rejected("no file", f"image {shown(path)} is an address; save it, and give its path")
     return _below(path.removeprefix("file://"), context.options)
 
 
-def _embedded(data: str, context: Context) -> str:
-    kind, _, encoded = data.partition(",")
-    if not kind.endswith(";base64"):
-        raise Rejected("unreadable image", f"image {shown(f'data:{data}')} is not base64")
+def _embedded(image: str | bytes, context: Context) -> str:
     output = context.output.resolve()
     root = Path(context.options.image_root).resolve() if context.options.image_root else output
     if not output.is_relative_to(root):
         reason = f"an image is part of the file, and {context.output}, where it would be written, is not below {root}"
         raise Rejected("outside the image root", reason)
-    return str(output.relative_to(root) / write_image(encoded, output))
+    return str(output.relative_to(root) / write_image(image, output))
 
 
 def _below(path: str, options: Options) -> str:

@@ -138,3 +138,11 @@ def test_a_processor_that_is_a_pointer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(POINTER)
     with pytest.raises(UserError, match=r"tokenizer\.json: only Git LFS's pointer is there"):
         load_processor(str(folder))
+
+
+def test_an_adapter_is_no_model(folder: Path) -> None:
+    """Beside the weights, transformers would load it into them."""
+    (folder / "adapter_config.json").write_text("{}")
+    for load in (load_config, load_processor):
+        with pytest.raises(UserError, match="it holds an adapter of PEFT, which is trained with its model; merge them"):
+            load(str(folder))

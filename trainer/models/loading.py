@@ -41,7 +41,7 @@ def load_processor(path: str, images: ImageConfig | None = None, *, local_only: 
     Raises:
         UserError: nothing loadable is there, or its images cannot be treated so.
     """
-    _refuse_pointers(path)
+    _refuse_folder(path)
     try:
         processor = AutoProcessor.from_pretrained(path, local_files_only=local_only)
     except (OSError, ValueError, ImportError) as error:  # the last: torchvision, which many processors need
@@ -62,16 +62,22 @@ def load_config(path: str, *, local_only: bool = False) -> Any:
     Raises:
         UserError: none is there, or transformers does not know the model.
     """
-    _refuse_pointers(path)
+    _refuse_folder(path)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=local_only)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path '{path}': no config.json could be loaded ({error})") from error
 
 
-def _refuse_pointers(path: str) -> None:
-    if Path(path).is_dir():
-        refuse_pointers(file for file in sorted(Path(path).iterdir()) if file.is_file())
+def _refuse_folder(path: str) -> None:
+    """Refuses a folder that holds no model, but what others make one of."""
+    files = [file for file in sorted(Path(path).iterdir()) if file.is_file()] if Path(path).is_dir() else []
+    refuse_pointers(files)
+    if any(file.name == "adapter_config.json" for file in files):
+        raise UserError(
+            f"model.path '{path}': it holds an adapter of PEFT, which is trained with its model; merge them "
+            "(merge_and_unload, then save_pretrained of the model and of its processor) and give that folder"
+        )
 
 
 def positions(config: Any) -> int | None:

@@ -16,6 +16,7 @@ from transformers import BlipConfig
 
 from trainer.config import parse_config
 from trainer.errors import UserError
+from trainer.models.loading import load_processor
 from trainer.pipeline import preflight
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.preflight import check_config, check_model
@@ -107,6 +108,35 @@ def weights_of_another_model(data: dict[str, Any], folder: Path) -> None:
     data["model"]["path"] = str(model)
 
 
+def token_without_embedding(data: dict[str, Any], folder: Path) -> None:
+    _retokenized(data, folder, "add_tokens")
+    _ask(folder / "colour_train.jsonl", "<new>")
+
+
+def token_without_embedding_in_a_test(data: dict[str, Any], folder: Path) -> None:
+    _retokenized(data, folder, "add_tokens")
+    _ask(folder / "box_test.jsonl", "<new>")
+
+
+def padding_without_embedding(data: dict[str, Any], folder: Path) -> None:
+    _retokenized(data, folder, "add_special_tokens")
+
+
+def _ask(path: Path, more: str) -> None:
+    first, *rest = path.read_text().splitlines(keepends=True)
+    row = json.loads(first)
+    row["conversations"][0]["value"] += more
+    path.write_text("".join([json.dumps(row) + "\n", *rest]))
+
+
+def _retokenized(data: dict[str, Any], folder: Path, method: str) -> None:
+    model = Path(shutil.copytree(data["model"]["path"], folder / "model"))
+    processor = load_processor(str(model))
+    getattr(processor.tokenizer, method)(["<new>"] if method == "add_tokens" else {"pad_token": "<pad more>"})
+    processor.save_pretrained(model)
+    data["model"]["path"] = str(model)
+
+
 def freeze_of_everything(data: dict[str, Any], folder: Path) -> None:
     data["model"]["freeze"] = ["model.", "lm_head"]
 
@@ -193,6 +223,12 @@ BAD = [
     (long_validation_for_a_method_that_trains_on_it, ["task 'colour', validation set ", "'colour-validation-2': its "]),
     (more_tokens_than_positions, ["model.max_length = 512 is more than the 256 positions that '", "lower it"]),
     (weights_of_another_model, ["model': its files have no weights for model.language_model.layers."]),
+    (
+        token_without_embedding,
+        ["'colour-train-0': the tokenizer gives '<new>' (", "), and the model has embeddings of "],
+    ),
+    (token_without_embedding_in_a_test, ["box_test.jsonl: record 'box-test-0': the tokenizer gives '<new>' ("]),
+    (padding_without_embedding, ["the padding of batches: the tokenizer gives '<pad more>' ("]),
     (misspelt_freeze, ["model.freeze: no parameter of ", " has 'visoin' in its name"]),
     (freeze_of_everything, ["nothing would be trained: model.freeze and model.lora leave no parameter"]),
     (rate_of_a_frozen_part, ["training.learning_rates: no parameter that is trained has 'vision_tower' in its name"]),

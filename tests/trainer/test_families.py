@@ -27,7 +27,7 @@ from trainer.errors import UserError
 from trainer.evaluation.generation import BatchScorer
 from trainer.evaluation.spec import EvaluationSet
 from trainer.models.images import vision_input
-from trainer.models.loading import load_model, sees_images_both_ways
+from trainer.models.loading import embedded_tokens, load_model, sees_images_both_ways
 
 SIZES = {"a": (60, 40), "b": (200, 50), "c": (48, 130)}  # of the images in pixels
 WIDE = Record("wide", ("a",), (Turn("<image>\nWhat colour is it?", "red"),), ())
@@ -52,7 +52,7 @@ class Family:
 
     @property
     def encoder(self) -> ConversationEncoder:
-        return ConversationEncoder(self.processor, 4096)
+        return ConversationEncoder(self.processor, 4096, vocabulary=embedded_tokens(self.model.config))
 
     def image(self, name: str) -> Path:
         return self.folder / f"{name}.png"
@@ -176,6 +176,21 @@ def test_tokens_are_counted_without_decoding_an_image(family: Family, tmp_path: 
         counted = counter.training_sample(record, replace(family, folder=tmp_path).image)
         encoded = family.encoder.training_sample(record, family.image)
         assert (len(counted.input_ids), counted.supervised) == (len(encoded.input_ids), encoded.supervised), record.id
+
+
+def test_tokens_need_an_embedding_but_for_an_images(family: Family) -> None:
+    """As many as the largest token of a record needs, and one less; an image's own never meets the table."""
+    ids = family.encoder.training_sample(TWO, family.image).input_ids
+    tokenizer = family.processor.tokenizer
+    image = tokenizer.convert_tokens_to_ids(family.processor.image_token)
+    largest = max(token for token in ids if token != image)
+    enough = ConversationEncoder(family.processor, 4096, vocabulary=largest + 1)
+    assert enough.training_sample(TWO, family.image).input_ids == ids
+    spelt = tokenizer.convert_ids_to_tokens(largest)
+    with pytest.raises(UserError) as caught:
+        ConversationEncoder(family.processor, 4096, vocabulary=largest).training_sample(TWO, family.image)
+    wanted = f"record '{TWO.id}': the tokenizer gives '{spelt}' ({largest}), and the model has embeddings of {largest} "
+    assert str(caught.value).startswith(wanted)
 
 
 def test_patches_of_images_are_counted_for_the_dry_run(family: Family) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from trainer.data.chat import ChatTemplate, Part
 from trainer.data.pictures import open_image
 from trainer.data.records import IMAGE_PLACEHOLDER, Record
-from trainer.errors import UserError
+from trainer.errors import UserError, listed
 
 IGNORE_INDEX = -100
 _TOKEN_TYPES = "token_type_ids"  # ends the names of inputs that tell tokens apart, one number for each
@@ -129,16 +129,26 @@ class ConversationEncoder:
         max_length: longest sample in tokens; what is past it is cut from the end.
         features: precomputed features of a frozen vision tower, used in place of pixels when given.
         table: positions that the model has, where a prompt and its answer must end; None is no limit.
+        vocabulary: tokens that the model has embeddings of; None leaves them unchecked.
+
+    Raises:
+        UserError: batches would be filled up with a token that the model has no embedding of.
     """
 
     def __init__(
-        self, processor: Any, max_length: int, features: ImageFeatures | None = None, table: int | None = None
+        self,
+        processor: Any,
+        max_length: int,
+        features: ImageFeatures | None = None,
+        table: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.max_length = max_length
         self.features = features
-        self.table = table
+        self.table, self.vocabulary = table, vocabulary
+        self._check_ids("the padding of batches", [padding_token(self.tokenizer) or 0])
         self.chat = ChatTemplate(processor, self.image_token)
 
     def training_sample(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
@@ -195,7 +205,22 @@ class ConversationEncoder:
                     f"record '{record.id}': its images and the text around them need {len(encoded.input_ids)} "
                     f"tokens, more than model.max_length = {limit}; raise max_length"
                 )
+        self._check_ids(f"record '{record.id}'", encoded.input_ids)
         return encoded
+
+    def _check_ids(self, what: str, ids: list[int]) -> None:
+        """On a GPU a token without an embedding is an error of the device that names nothing."""
+        if self.vocabulary is None or max(ids) < self.vocabulary:
+            return
+        image = self.tokenizer.convert_tokens_to_ids(self.image_token)  # its embedding is the image's, not the table's
+        if unknown := sorted({token for token in ids if token >= self.vocabulary} - {image}):
+            spelt = self.tokenizer.convert_ids_to_tokens(unknown)
+            names = [f"'{name}' ({token})" for token, name in zip(unknown, spelt, strict=True)]
+            raise UserError(
+                f"{what}: the tokenizer gives {listed(names)}, and the model has embeddings of {self.vocabulary} "
+                "tokens; take the tokenizer that belongs to the model, or load the model with transformers, "
+                "resize_token_embeddings to the length of the tokenizer, and save both"
+            )
 
     def blank_image(self, sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> Encoded:
         """Tokens and inputs of a black image, for a batch that would otherwise not call the vision tower.

@@ -88,10 +88,14 @@ def _size(path: Path) -> tuple[int, int]:
         return _SIZES[0]
 
 
-def token_counter(processor: Any, max_length: int, table: int | None = None) -> ConversationEncoder:
+def token_counter(
+    processor: Any, max_length: int, table: int | None = None, vocabulary: int | None = None
+) -> ConversationEncoder:
     """An encoder that lays out tokens and labels, as many as of the processor's own, without decoding an image."""
-    plain = ConversationEncoder(processor, max_length, table=table)
-    return ConversationEncoder(processor, max_length, ImageLengths(plain), table) if plain.reads_images else plain
+    plain = ConversationEncoder(processor, max_length, None, table, vocabulary)
+    if not plain.reads_images:
+        return plain
+    return ConversationEncoder(processor, max_length, ImageLengths(plain), table, vocabulary)
 
 
 def image_values(encoder: ConversationEncoder, record: Record, image_path: Callable[[str], Path]) -> int:
@@ -104,7 +108,7 @@ def counter_of(encoder: ConversationEncoder) -> ConversationEncoder:
     """The cheapest encoder whose lengths are those of `encoder`."""
     if encoder.features is not None:
         return encoder
-    return token_counter(encoder.processor, encoder.max_length, encoder.table)
+    return token_counter(encoder.processor, encoder.max_length, encoder.table, encoder.vocabulary)
 
 
 def sample_length(

@@ -24,7 +24,14 @@ from trainer.evaluation.planning import prompt_sizes, read_plan
 from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import die_with_parent, starting
 from trainer.models.features import FeatureStore
-from trainer.models.loading import load_config, load_model, load_processor, positions, table_of_positions
+from trainer.models.loading import (
+    embedded_tokens,
+    load_config,
+    load_model,
+    load_processor,
+    positions,
+    table_of_positions,
+)
 
 Result = TypeVar("Result")
 
@@ -60,7 +67,8 @@ def load_encoder(spec: EvaluationSpec) -> ConversationEncoder:
     processor = load_processor(str(spec.model_path), spec.images)
     config = load_config(str(spec.model_path))
     most = positions(config) or spec.max_length
-    return ConversationEncoder(processor, min(spec.max_length, most), features, table_of_positions(config))
+    limits = table_of_positions(config), embedded_tokens(config)
+    return ConversationEncoder(processor, min(spec.max_length, most), features, *limits)
 
 
 def measure(spec: EvaluationSpec, rank: int, ranks: int) -> list[list[int]]:

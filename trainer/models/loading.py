@@ -98,6 +98,11 @@ def table_of_positions(config: Any) -> int | None:
     return None if getattr(config.get_text_config(), "rope_parameters", None) else positions(config)
 
 
+def embedded_tokens(config: Any) -> int | None:
+    """The number of tokens that a model with this configuration has embeddings of; None where it does not say."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def reads_images(config: Any) -> bool:
     """Whether a model with this configuration takes images beside text."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

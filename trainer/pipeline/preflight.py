@@ -29,6 +29,7 @@ from trainer.loop.tracking import check_trackers
 from trainer.metrics import AccuracyIoU, get_metric
 from trainer.models.images import refuse_cropped_boxes
 from trainer.models.loading import (
+    embedded_tokens,
     empty_model,
     load_config,
     load_processor,
@@ -259,7 +260,8 @@ def _answers_boxes(task: TaskConfig) -> bool:
 
 def _token_counter(config: RunConfig, model_path: str) -> ConversationEncoder:
     processor = load_processor(model_path, config.model.images)
-    return token_counter(processor, config.model.max_length, table_of_positions(load_config(model_path)))
+    found = load_config(model_path)
+    return token_counter(processor, config.model.max_length, table_of_positions(found), embedded_tokens(found))
 
 
 def _validates(config: RunConfig) -> bool:

@@ -313,3 +313,21 @@ def test_a_tokenizer_without_a_token_for_padding() -> None:
         out = model.generate(torch.tensor([prompt.input_ids]), max_new_tokens=8, do_sample=False)
         answer = tokenizer.decode(out[0, len(prompt.input_ids) :], skip_special_tokens=True)
         assert result["prediction"] == answer
+
+
+def test_a_tokenizer_without_an_end_of_text() -> None:
+    """It is needed where the template ends answers with no special token, and where nothing else fills batches up."""
+    tokenizer = make_tokenizer(SPECIAL, {})
+    tokenizer.chat_template, tokenizer.eos_token = KINDS["ChatML"].template, None
+    encoder = ConversationEncoder(tokenizer, 500)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert (encoder.chat.end_marks, padding_token(tokenizer)) == ([end], tokenizer.convert_tokens_to_ids("<pad>"))
+    assert encoder.training_sample(ONE, Path).labels.count(end) == 1
+    tokenizer.chat_template = LOOP + "{{ m.role + ': ' + m.content + ' ' }}{% endfor %}"
+    with pytest.raises(
+        UserError, match="the tokenizer has no token for the end of a text, so that nothing would end an"
+    ):
+        ConversationEncoder(tokenizer, 500).training_sample(ONE, Path)
+    tokenizer.pad_token = None
+    with pytest.raises(UserError, match="the tokenizer has no token for the end of a text"):
+        ConversationEncoder(tokenizer, 500)

@@ -29,6 +29,20 @@ class Part(NamedTuple):
     kind: Literal["prompt", "opening", "answer"]
 
 
+def end_of_text(tokenizer: Any) -> int:
+    """The token that ends an answer where the template writes no mark of its own.
+
+    Raises:
+        UserError: there is none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no token for the end of a text, so that nothing would end an answer, or fill batches up "
+            "where there is no token for padding; set its eos_token, and save it to the model's folder"
+        )
+    return int(tokenizer.eos_token_id)
+
+
 class ChatTemplate:
     """The chat template of a processor.
 
@@ -86,7 +100,7 @@ class ChatTemplate:
         """Tokens that end an answer, where generation is to stop."""
         mark = self._mark.match(self._probe[1])
         ids = self.tokenizer(mark[0], add_special_tokens=False)["input_ids"] if mark else []
-        return [token for token in ids if token in self.special_ids] or [self.tokenizer.eos_token_id]
+        return [token for token in ids if token in self.special_ids] or [end_of_text(self.tokenizer)]
 
     def _appended(self, record: Record) -> list[Part] | None:
         """By rendering up to each question and each answer; None if the template does not only append."""

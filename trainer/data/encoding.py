@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.data.chat import ChatTemplate, Part
+from trainer.data.chat import ChatTemplate, Part, end_of_text
 from trainer.data.pictures import open_image
 from trainer.data.records import IMAGE_PLACEHOLDER, Record
 from trainer.errors import UserError, listed
@@ -99,8 +99,11 @@ def padding_token(tokenizer: Any) -> int:
     """What fills batches up: the end of a text where a tokenizer has no token for it (Llama 3, Mistral).
 
     Any would do, since padding is masked and has no loss.
+
+    Raises:
+        UserError: it has neither.
     """
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return end_of_text(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
@@ -132,7 +135,7 @@ class ConversationEncoder:
         vocabulary: tokens that the model has embeddings of; None leaves them unchecked.
 
     Raises:
-        UserError: batches would be filled up with a token that the model has no embedding of.
+        UserError: there is no token to fill batches up with, or the model has no embedding of it.
     """
 
     def __init__(
@@ -148,7 +151,7 @@ class ConversationEncoder:
         self.max_length = max_length
         self.features = features
         self.table, self.vocabulary = table, vocabulary
-        self._check_ids("the padding of batches", [padding_token(self.tokenizer) or 0])
+        self._check_ids("the padding of batches", [padding_token(self.tokenizer)])
         self.chat = ChatTemplate(processor, self.image_token)
 
     def training_sample(self, record: Record, image_path: Callable[[str], Path]) -> Encoded:
@@ -192,7 +195,7 @@ class ConversationEncoder:
         for part, piece in zip(parts, self._tokenize([part.text for part in parts], used), strict=True):
             ids = piece.ids
             if part.kind == "answer" and not self.chat.ends_turn(part.text):
-                ids = [*ids, self.tokenizer.eos_token_id]  # a template without an end mark never teaches stopping
+                ids = [*ids, end_of_text(self.tokenizer)]  # a template without an end mark never teaches stopping
             encoded.input_ids += ids
             encoded.labels += [IGNORE_INDEX] * len(ids) if part.kind == "prompt" else ids
             for name, types in encoded.token_types.items():

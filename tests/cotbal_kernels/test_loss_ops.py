@@ -2,6 +2,7 @@
 
 import functools
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -183,6 +184,33 @@ def test_compile_with_a_number_that_changes_from_step_to_step() -> None:
         assert error(found, wanted.loss) <= FP32
         (actual,) = torch.autograd.grad(found, p.hidden)
         assert error(actual, torch.autograd.grad(wanted.loss, p.hidden)[0]) <= FP32
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 7}, {"recompute": True}, {"differentiable_tasks": True}, None])
+def test_compile_with_batches_of_other_shapes(options: dict[str, Any] | None) -> None:
+    """As of a collator that pads to the longest sample: the second shape makes sizes symbols, no other compiles again.
+
+    ``None`` stands for logits that exist.
+    """
+    torch._dynamo.reset()
+
+    def loss(hidden, weight, labels, tasks, lam):
+        if options is None:
+            return task_cross_entropy(hidden @ weight.t(), labels, tasks, lam, shift=True).loss
+        return linear_task_cross_entropy(hidden, weight, labels, tasks, lam, shift=True, **options).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for step, shape in enumerate([(3, 17), (2, 9), (5, 33), (4, 6), (7, 9)]):
+        p = make_problem(shape)
+        with torch._dynamo.config.patch(error_on_recompile=step > 1):
+            found = compiled(*p.tensors)
+        wanted = reference_linear_task_cross_entropy(*p.tensors, shift=True).loss
+        eager = loss(*p.tensors)
+        assert error(found, wanted) <= FP32
+        inputs = (p.hidden, p.weight, p.task_weights)
+        found, wanted, eager = (torch.autograd.grad(value, inputs) for value in (found, wanted, eager))
+        assert all(error(a, b) <= FP32 for a, b in zip(found[:2], wanted[:2], strict=True))
+        assert torch.equal(found[2], eager[2])  # a difference of sums, of which float32 leaves fewer digits
 
 
 def test_compile_of_existing_logits() -> None:

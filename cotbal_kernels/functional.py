@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import ops, task_ops, validation
+from . import logits_ops, ops, task_ops, validation
 from .backends import resolve_backend
 from .interface import Targets, TokenLoss
 from .per_task import spread_to_tokens
@@ -281,7 +281,7 @@ def task_cross_entropy(
         labels, task_ids, task_weights, vocab_size, ignore_index, shift, differentiable_tasks, check, None, backend
     )
     logits_MV = logits.reshape(-1, vocab_size)
-    rows = ops.task_ce_rows(
+    rows = logits_ops.task_ce_rows(
         logits_MV,
         targets.targets_M,
         _token_loss(vocab_size, **token_loss),

@@ -7,7 +7,7 @@ from cuda_on_cpu import WideningProducts, cpu_kernels, kernels_for
 from loss_problems import FP32, error, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cotbal_kernels import backends, cuda_backend, ops
+from cotbal_kernels import backends, cuda_backend, logits_ops, ops
 from cotbal_kernels.cuda_backend import CudaBackend
 from cotbal_kernels.cuda_kernels import gradients as cuda_gradients
 from cotbal_kernels.cuda_kernels import products as cuda_products
@@ -90,9 +90,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
         (ops.scale_gradient_, (weight.detach().clone(), torch.tensor(3.0), "cuda_on_cpu")),
         (ops.linear_task_ce_rows_backward, (*backward, None, every, spec, *end, torch.float32)),
         (ops.linear_task_ce_rows_backward, (*backward, torch.zeros(11, 8), every, spec, *end, dtype)),
-        (ops.task_ce_rows, (logits, where, spec, *end, False)),
-        (ops.task_ce_rows_backward, (grad, logits.detach(), where, stats, spec, *end)),
-        (ops.task_ce_rows_backward_, (grad, logits.detach().clone(), where, stats, spec, *end)),
+        (logits_ops.task_ce_rows, (logits, where, spec, *end, False)),
+        (logits_ops.task_ce_rows_backward, (grad, logits.detach(), where, stats, spec, *end)),
+        (logits_ops.task_ce_rows_backward_, (grad, logits.detach().clone(), where, stats, spec, *end)),
     ):
         torch.library.opcheck(op, args)
 

@@ -23,7 +23,7 @@ from gpu_case import (
 from loss_problems import Problem, error
 from torch import Tensor
 
-from cotbal_kernels import linear_task_cross_entropy, ops, task_cross_entropy, task_ops
+from cotbal_kernels import linear_task_cross_entropy, logits_ops, ops, task_cross_entropy, task_ops
 
 pytestmark = pytest.mark.gpu
 
@@ -165,9 +165,9 @@ def test_opcheck(backend: str) -> None:
         (ops.linear_task_ce_rows, (p.hidden, p.weight, p.bias, *common, None, spec, *end)),
         (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end, torch.float32)),
         (ops.linear_task_ce_rows_backward, (*backward, buffer, (True, True, False), spec, *end, torch.bfloat16)),
-        (ops.task_ce_rows, (logits, targets, spec, *end, False)),
-        (ops.task_ce_rows_backward, (backward[0], logits.detach(), targets, stats, spec, *end)),
-        (ops.task_ce_rows_backward_, (backward[0], logits.detach().clone(), targets, stats, spec, *end)),
+        (logits_ops.task_ce_rows, (logits, targets, spec, *end, False)),
+        (logits_ops.task_ce_rows_backward, (backward[0], logits.detach(), targets, stats, spec, *end)),
+        (logits_ops.task_ce_rows_backward_, (backward[0], logits.detach().clone(), targets, stats, spec, *end)),
     ]
     for op, arguments in samples:
         torch.library.opcheck(op, arguments)

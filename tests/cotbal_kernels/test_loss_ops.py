@@ -14,6 +14,7 @@ from cotbal_kernels import (
     TaskLoss,
     backends,
     linear_task_cross_entropy,
+    logits_ops,
     ops,
     portable,
     task_cross_entropy,
@@ -61,9 +62,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
         (ops.linear_task_ce_rows, (hidden, weight, bias, targets, *rows, None, spec, *end)),
         (ops.linear_task_ce_rows_backward, (*backward, None, (True, False, True), spec, *end, torch.float32)),
         (ops.linear_task_ce_rows_backward, (*backward, torch.zeros(11, 8), (True,) * 3, spec, *end, dtype)),
-        (ops.task_ce_rows, (logits, targets, spec, *end, False)),
-        (ops.task_ce_rows_backward, (grad, logits.detach(), targets, stats, spec, *end)),
-        (ops.task_ce_rows_backward_, (grad, logits.detach().clone(), targets, stats, spec, *end)),
+        (logits_ops.task_ce_rows, (logits, targets, spec, *end, False)),
+        (logits_ops.task_ce_rows_backward, (grad, logits.detach(), targets, stats, spec, *end)),
+        (logits_ops.task_ce_rows_backward_, (grad, logits.detach().clone(), targets, stats, spec, *end)),
     ]
     for op, arguments in samples:
         torch.library.opcheck(op, arguments)

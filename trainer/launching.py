@@ -186,12 +186,14 @@ class Meeting:
         rank: of this machine in the training; machine 0 has the processes from rank 0 on.
         nodes: machines of the training.
         host, port: of machine 0.
+        interface: of the network to the others, by name; None if it is not known.
     """
 
     rank: int
     nodes: int
     host: str
     port: int
+    interface: str | None = None
 
 
 def run_training(
@@ -234,6 +236,8 @@ def run_training(
         visible = given.split(",") if given else [str(index) for index in range(launch.processes * launch.parallel)]
         first = place * launch.processes
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + launch.processes])
+    if meeting and meeting.interface:  # gloo would take what this machine's name stands for, often its own loopback
+        environment.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
     command = [sys.executable]
     if launch.processes > 1 or meeting:
         command += ["-m", "trainer.launching", f"--nproc_per_node={launch.processes}"]

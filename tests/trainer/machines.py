@@ -42,7 +42,7 @@ class Machines:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
 
     def wait(self, timeout: float = 600) -> list[tuple[int, str]]:

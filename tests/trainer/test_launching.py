@@ -213,6 +213,28 @@ def test_the_reason_is_of_this_attempt(
     assert log.read_text().startswith("of the attempt before\nline 0\n")  # the log is of all
 
 
+@pytest.mark.parametrize(
+    ("given", "found", "used"), [(None, "eth1", "eth1"), ("ib0", "eth1", "ib0"), (None, None, None)]
+)
+def test_machines_of_a_training_meet_on_the_network_that_they_share(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None, found: str | None, used: str | None
+) -> None:
+    """Not where a machine's own name leads, to its loopback in many a hosts file; what the user says comes first."""
+    popen, seen = subprocess.Popen, list[str | None]()
+
+    def start(command: list[str], **options: Any) -> Any:
+        seen.append(options["env"].get("GLOO_SOCKET_IFNAME"))
+        return popen(["true"], **options)
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    if given:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)
+    monkeypatch.setattr(launching.subprocess, "Popen", start)
+    meeting = Meeting(1, 2, "127.0.0.1", 1, found)
+    run_training(tmp_path / "spec.json", LaunchConfig(), "cpu", 0, tmp_path / "output.log", meeting=meeting)
+    assert seen == [used]
+
+
 def test_a_training_that_is_called_off_is_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     popen, started = subprocess.Popen, list[Any]()
 

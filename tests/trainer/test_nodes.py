@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import TERMINATED, LaunchConfig, Meeting, TrainingFailedError
 from trainer.nodes import Cluster, Membership, follow
 from trainer.nodes.mailbox import Mailbox
+
+LOOPBACK = socket.if_indextoname(1)  # the first network interface that a system has
 
 
 class Followers:
@@ -298,6 +301,7 @@ class TestWork:
             assert (here.rank, there.rank) == (0, 1)
             assert (here.nodes, here.host, here.port) == (there.nodes, there.host, there.port)
             assert (here.nodes, here.host) == (2, "127.0.0.1")
+            assert (here.interface, there.interface) == (LOOPBACK, LOOPBACK)
 
     def test_every_machine_meets_node_0_where_it_has_found_it(
         self, config: Callable[..., RunConfig], followers: Followers, tmp_path: Path, calls: dict[tuple[str, int], Any]

@@ -103,14 +103,15 @@ class Cluster:
         """
         span = self._launch.nodes_per_training
         first = slot % self._launch.groups * span
+        nodes = tuple(range(first, first + span))
         job = TrainingJob(
             number=next(self._jobs),
             spec=spec,
             log=log,
             launch=launch or self._launch,
             place=self.place(slot),
-            nodes=tuple(range(first, first + span)),
-            address="" if first == 0 else self._hellos[first].address,
+            nodes=nodes,
+            addresses=tuple(self._hellos[rank].address if rank else "" for rank in nodes),
         )
         if job.nodes == (0,):
             self._machine.train(job, poll)

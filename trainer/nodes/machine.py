@@ -6,8 +6,11 @@ import platform
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+
+import psutil
 
 from trainer.config import RunConfig
 from trainer.evaluation.ranks import RankProcesses
@@ -15,6 +18,7 @@ from trainer.evaluation.running import evaluate
 from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import LaunchConfig, Meeting, run_training
 from trainer.nodes.mailbox import POLL, Mailbox
+from trainer.nodes.membership import PORT
 from trainer.nodes.messages import Port, TrainingJob
 from trainer.tasks import SPLITS
 
@@ -83,8 +87,21 @@ def _meet(job: TrainingJob, node: int, mailbox: Mailbox, poll: Callable[[], None
         poll()
         time.sleep(POLL)
     # What node 0 calls itself may be another machine's loopback there: "localhost", or a name of its own hosts file.
-    host = mailbox.host if job.nodes[0] == 0 else job.address
-    return Meeting(rank, len(job.nodes), host, found.port)
+    host = mailbox.host if job.nodes[0] == 0 else job.addresses[0]
+    return Meeting(rank, len(job.nodes), host, found.port, interface_towards(host if rank else job.addresses[1]))
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface of this machine on the way to another one; None if there is no way."""
+    own: set[str] = set()
+    with suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(host, PORT, type=socket.SOCK_DGRAM):
+            with suppress(OSError), socket.socket(family, kind) as probe:
+                probe.connect(address)  # sends nothing
+                own.add(probe.getsockname()[0])
+                break
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if any(one.address in own for one in found)), None)
 
 
 def _free_port() -> int:

@@ -53,7 +53,7 @@ class TrainingJob(BaseModel):
         launch: processes and threads.
         place: which group of GPUs it takes on each of its machines.
         nodes: ranks of its machines; the first one has rank 0 of the training.
-        address: of the first one, if that is not node 0, whose address each machine knows.
+        addresses: of its machines, as node 0 reaches them; empty for node 0, whose address each machine knows.
     """
 
     number: int
@@ -62,7 +62,7 @@ class TrainingJob(BaseModel):
     launch: LaunchConfig
     place: int
     nodes: tuple[int, ...]
-    address: str
+    addresses: tuple[str, ...]
 
 
 class EvaluationJob(BaseModel):

@@ -161,7 +161,22 @@ class TestFeatures:
 
     def test_the_index_comes_last_and_is_whole(self, written: Path, images: list[Path]) -> None:
         assert sorted(path.name for path in written.iterdir()) == ["features.npy", "images.json"]
-        assert json.loads((written / "images.json").read_text()) == [str(path) for path in images]
+        assert json.loads((written / "images.json").read_text()) == [path.name for path in images]
+
+    def test_images_of_the_folder_around_are_moved_with_it(
+        self, tmp_path: Path, images: list[Path], feature_model: Path, tower: EfficientNetLiteModel
+    ) -> None:
+        """A run's own folder; those elsewhere stay where they are."""
+        run = tmp_path / "run"
+        run.mkdir()
+        images[0] = images[0].rename(run / "own.png")
+        write_features(run / "features", images, tower, load_processor(str(feature_model)).image_processor)
+        before = FeatureStore(run / "features")
+        own, other = (before[path] for path in images[:2])
+        run.rename(tmp_path / "moved")
+        after = FeatureStore(tmp_path / "moved" / "features")
+        assert torch.equal(after[tmp_path / "moved" / "own.png"], own)
+        assert torch.equal(after[images[1]], other)
 
     def test_an_unknown_image_is_named(self, written: Path) -> None:
         with pytest.raises(UserError, match=r"no cached features for image .*other\.png"):

@@ -262,6 +262,8 @@ def test_what_predictions_depend_on(
     records = [[Record("1", ("a.png",), (Turn("<image>q", "x"),), ())]]
     before, after = manifest.describe(spec, records), manifest.describe(other, records)
     assert [key for key in {**before, **after} if before.get(key) != after.get(key)] == differs
+    if spec.features != other.features:
+        assert manifest.describe(replace(other, features=Path("moved/f")), records) == after
 
 
 def test_part_lines_hold_everything(tmp_path: Path) -> None:

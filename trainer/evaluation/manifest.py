@@ -29,7 +29,7 @@ def describe(spec: EvaluationSpec, records: Sequence[Sequence[Record]]) -> dict[
         "precision": spec.precision,
         "device": spec.devices[0].partition(":")[0],
         "attention": spec.attention,
-        "features": str(spec.features) if spec.features else None,
+        "features": True if spec.features else None,  # the model tells which ones, and they may have been moved
         "torch": version("torch"),
         "transformers": version("transformers"),
     }

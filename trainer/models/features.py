@@ -28,7 +28,8 @@ class FeatureStore:
     one_by_one = True
 
     def __init__(self, directory: Path) -> None:
-        self._row = {path: row for row, path in enumerate(json.loads((directory / "images.json").read_text()))}
+        images = json.loads((directory / "images.json").read_text())
+        self._row = {str(directory.parent / path): row for row, path in enumerate(images)}
         self._features = np.load(directory / "features.npy", mmap_mode="r")
 
     def __getitem__(self, path: Path) -> Tensor:
@@ -88,5 +89,8 @@ def write_features(
     if store is not None:
         store.flush()
     partial = directory / "images.json.partial"
-    partial.write_text(json.dumps([str(path) for path in images]))
+    # Images of the run's own folder are moved with it.
+    run = directory.parent
+    paths = [path.relative_to(run) if path.is_relative_to(run) else path for path in images]
+    partial.write_text(json.dumps(list(map(str, paths))))
     partial.replace(directory / "images.json")

@@ -82,7 +82,8 @@ NodeRank = Annotated[
     typer.Option(help="which of launch.nodes machines this is, from 0; default: as SLURM says"),
 ]
 Master = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="where node 0 listens; default: as for --node-rank, port 29400")
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="where node 0 listens, port 29400 if not said; default: as SLURM says"),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="delete work already done that the configuration or data no longer fits")

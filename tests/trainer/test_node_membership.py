@@ -15,13 +15,17 @@ from trainer.nodes import Membership, find_membership
 from trainer.nodes.membership import first_host
 
 FROM_OUTSIDE = ("PET_NODE_RANK", "NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT", "MASTER_ADDR", "MASTER_PORT")
-SLURM = {"SLURM_NODEID": "2", "SLURM_NNODES": "4", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "gpu[07-09,12]"}
+SLURM = {
+    "SLURM_NODEID": "2", "SLURM_STEP_NUM_NODES": "4", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "gpu[07-09,12]",
+}  # fmt: skip
+# The variables of a job's script, which one of its machines runs alone.
+OF_A_SCRIPT = {"SLURM_NODEID": "0", "SLURM_NNODES": "4", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "gpu[07-09,12]"}
 FOUR = LaunchConfig(nodes=4)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*FROM_OUTSIDE, *SLURM, "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST"):
+    for name in (*FROM_OUTSIDE, *SLURM, "SLURM_NNODES", "SLURM_JOB_ID", "SLURM_STEP_NODELIST"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -33,12 +37,15 @@ class TestMembership:
             ({}, (0, "10.0.0.7:1234"), Membership(0, 4, "10.0.0.7", 1234)),
             ({}, (0, "[fd00::1]:1"), Membership(0, 4, "fd00::1", 1)),
             ({}, (0, "a:65535"), Membership(0, 4, "a", 65535)),
-            ({"SLURM_NODEID": "2", "SLURM_JOB_NODELIST": "gpu07"}, (None, None), Membership(2, 4, "gpu07", 29400)),
+            (SLURM | {"SLURM_JOB_NODELIST": "gpu07"}, (None, None), Membership(2, 4, "gpu07", 29400)),
             (SLURM, (None, None), Membership(2, 4, "gpu07", 29400)),
+            # Jobs that share machines must not share a port.
+            (SLURM | {"SLURM_JOB_ID": "170042"}, (None, None), Membership(2, 4, "gpu07", 20042)),
+            (SLURM | {"SLURM_JOB_ID": "9999"}, (None, "gpu07"), Membership(2, 4, "gpu07", 29400)),
             (SLURM, (None, "gpu07-ib:5000"), Membership(2, 4, "gpu07-ib", 5000)),
             # A step on some of a job's machines has a list and numbers of its own.
             (
-                SLURM | {"SLURM_NNODES": "9", "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NODELIST": "gpu[08-11]"},
+                SLURM | {"SLURM_NNODES": "9", "SLURM_STEP_NODELIST": "gpu[08-11]"},
                 (None, None),
                 Membership(2, 4, "gpu08", 29400),
             ),
@@ -73,7 +80,8 @@ class TestMembership:
             ({}, (1, "a:0"), "port of node 0 must be 1 to 65535, got 0"),
             ({"MASTER_ADDR": "a", "MASTER_PORT": "65536"}, (1, None), "must be 1 to 65535, got 65536"),
             ({"NODE_RANK": "one", "MASTER_ADDR": "a"}, (None, None), "NODE_RANK must be a number, got 'one'"),
-            (SLURM | {"SLURM_NNODES": "3"}, (None, None), "SLURM has started this on 3 machine"),
+            (SLURM | {"SLURM_STEP_NUM_NODES": "3"}, (None, None), "SLURM has started this on 3 machine"),
+            (OF_A_SCRIPT, (None, None), "nothing says which of them this one is.*, or with srun --ntasks-per-node=1"),
             (SLURM | {"SLURM_LOCALID": "1"}, (None, None), "--ntasks-per-node=1"),
         ],
     )
@@ -86,7 +94,7 @@ class TestMembership:
             find_membership(FOUR, *options)
 
     def test_one_machine_asks_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, value in SLURM.items():
+        for name, value in OF_A_SCRIPT.items():
             monkeypatch.setenv(name, value)
         assert find_membership(LaunchConfig()) == Membership()
         monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")  # of a job of four

@@ -10,6 +10,7 @@ from trainer.errors import UserError
 from trainer.launching import LaunchConfig
 
 PORT = 29400  # of node 0, where none is given
+_OF_JOBS = (20_000, 10_000)  # under SLURM: the first port, and how many; below those that systems give out themselves
 # What launchers of one process per machine set: torchrun's own names (Kubeflow), then the common ones.
 _RANKS = ("PET_NODE_RANK", "NODE_RANK")
 _ADDRESSES = (("PET_MASTER_ADDR", "PET_MASTER_PORT"), ("MASTER_ADDR", "MASTER_PORT"))
@@ -71,9 +72,9 @@ def _rank(nodes: int) -> int:
     for name in _RANKS:
         if name in os.environ:
             return _number(name)
-    if "SLURM_NODEID" not in os.environ:
+    started = os.environ.get("SLURM_STEP_NUM_NODES")
+    if started is None or "SLURM_NODEID" not in os.environ:  # a job's script has a number, of its machine alone
         raise _unknown("which of them this one is", "--node-rank R, 0 to N - 1")
-    started = os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES", str(nodes)))
     if started != str(nodes):
         raise UserError(f"launch.nodes is {nodes} and SLURM has started this on {started} machine(s); make them equal")
     if os.environ.get("SLURM_LOCALID", "0") != "0":
@@ -89,7 +90,7 @@ def _address(master: str | None) -> tuple[str, int]:
         listed = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST"))
         if listed is None:
             raise _unknown("where node 0 is", "--master HOST:PORT")
-        return first_host(listed), PORT
+        return first_host(listed), _port_of_job()
     # HOST, HOST:PORT, and an IPv6 address in brackets with either
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[^:\[\]\s]+)(?::(\d+))?", master)
     if found is None:
@@ -100,6 +101,12 @@ def _address(master: str | None) -> tuple[str, int]:
 def first_host(listed: str) -> str:
     """The first name of SLURM's short form of a list of hosts: ``gpu[03-05,9],login1`` starts with ``gpu03``."""
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", listed, maxsplit=1)[0])
+
+
+def _port_of_job() -> int:
+    """The same on every machine of a job, and another one for another job, which may share machines with it."""
+    first, count = _OF_JOBS
+    return first + _number("SLURM_JOB_ID") % count if "SLURM_JOB_ID" in os.environ else PORT
 
 
 def _number(name: str) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import os
 import pickle
+import signal
 import struct
 import tempfile
+import time
 import tracemalloc
 import zlib
 from functools import cache
@@ -19,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from raw_data import RAW, convert_raw, encoded, llava, png, questions, rows, write_raw
 
-from trainer.data.converters import staging
+from trainer.data.converters import conversion, staging
 from trainer.data.converters.conversion import convert
 from trainer.data.converters.pickles import load_plain
 from trainer.data.records import read_records
@@ -278,6 +281,15 @@ def _bomb(width, height, text=b"x"):
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
 
 
+def endless_but_the_first(reading):
+    """In place of ``read_source``, in a process of its own: which signal it gets when its parent ends."""
+    if reading.number:
+        time.sleep(20)
+    sent = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(sent))  # PR_GET_PDEATHSIG
+    return sent.value
+
+
 class TestInterrupted:
     def test_reading_goes_on_where_it_was(self, tmp_path, monkeypatch):
         source = write_raw(tmp_path / "raw", {"m.json": llava(count=40)})
@@ -306,6 +318,22 @@ class TestInterrupted:
         assert taken[25:] == [f"record {i}" for i in range(20, 40)]  # the last commit was after 20
         assert resumed.content == whole.content
         assert not (tmp_path / "out" / ".staging").exists()
+
+    def test_processes_that_read_end_at_once_and_with_their_parent(self, tmp_path, monkeypatch):
+        source = write_raw(tmp_path / "raw", RAW["chartqa"]())
+        found = []
+
+        def interrupted(futures):
+            found.extend(future.result() for future, number in futures.items() if number == 0)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(conversion, "read_source", endless_but_the_first)
+        monkeypatch.setattr(conversion, "as_completed", interrupted)
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            convert("chartqa", source, tmp_path / "out", workers=2)
+        assert time.monotonic() - started < 15
+        assert found == [signal.SIGTERM]  # what the kernel sends to one whose parent is killed
 
     def test_writing_starts_over_without_repeating_rejections(self, tmp_path, monkeypatch):
         from trainer.data.converters.writing import OutputFile

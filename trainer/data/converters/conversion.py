@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,6 +30,7 @@ from trainer.data.converters.staging import (
 from trainer.data.converters.writing import OutputFile, Writer
 from trainer.errors import UserError
 from trainer.files import refuse_pointers
+from trainer.launching import die_with_parent, starting
 from trainer.locks import holding
 
 FORMAT = 1
@@ -281,8 +283,16 @@ class _Conversion:
                     bar.update(before - bar.n)
                 return
             context = multiprocessing.get_context("spawn")  # a fork would copy whatever threads the caller has
-            with ProcessPoolExecutor(min(self.workers, len(work)), mp_context=context) as pool:
-                futures = {pool.submit(read_source, reading): reading.number for reading in work}
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update(sizes[futures[future]])
+            others = multiprocessing.active_children()
+            with ProcessPoolExecutor(min(self.workers, len(work)), context, die_with_parent, (os.getpid(),)) as pool:
+                try:
+                    with starting():
+                        futures = {pool.submit(read_source, reading): reading.number for reading in work}
+                    for future in as_completed(futures):
+                        future.result()
+                        bar.update(sizes[futures[future]])
+                except BaseException:  # each would read its file to the end, and what is read is kept
+                    for process in multiprocessing.active_children():
+                        if process not in others:
+                            process.terminate()
+                    raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,8 +40,11 @@ class _Commands(TyperGroup):
             if interruption is None:
                 raise
             more = "; the same command continues from here" if ctx.invoked_subcommand in _CONTINUE else ""
+            code = 143 if interruption else 130
+            for again in (signal.SIGINT, signal.SIGTERM):  # one more, while threads end, has nothing to add
+                signal.signal(again, lambda *_: os._exit(code))
             print(f"cotbal: {interruption or 'interrupted'}{more}", file=sys.stderr)
-            raise typer.Exit(143 if interruption else 130) from error
+            raise typer.Exit(code) from error
 
 
 def _interruption_in(error: BaseException | None) -> str | None:

@@ -421,6 +421,29 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path, command: str, by: sig
     assert err == f"cotbal: {told}\n"
 
 
+def test_an_impatient_interruption_ends_what_is_still_at_work(tmp_path: Path) -> None:
+    """A thread that would hold the process up, as one that waits for a training to end; no traceback of it."""
+    code = (
+        "import signal, threading, time; from pathlib import Path; from trainer import cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def compare(*_):\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    raise KeyboardInterrupt\n"
+        "cli._read_json = compare\n"
+        "cli.main()"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "compare", "results.json"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stderr.readline() == "cotbal: interrupted\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 130
+
+
 def test_an_interruption_that_came_out_as_another_error(
     cotbal: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from .scaling import calls_loss_function, configured_scaling
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_TASK_FIELDS = ("task_loss", "task_tokens", "task_correct")
+TASK_FIELDS = ("task_loss", "task_tokens", "task_correct")
 _FOREIGN_LOSSES = ("liger_kernel", "cut_cross_entropy", "unsloth")
 _STATE = "cotbal_fused_loss"  # key in vars(model): not a parameter, a buffer or a submodule
 _REPLACED = ("forward", "_loss_function", "accepts_loss_kwargs")  # keys in vars(model), which may have its own there
@@ -292,7 +292,7 @@ def _with_task_loss(out: Any, result: TaskLoss | None, name: str) -> Any:
     if result is None:
         raise ValueError(f"model {name} did not call its loss function: it computes its loss in a way of its own")
     values = {key: value for key, value in out.items() if key != "logits"}
-    tasks = {field: getattr(result, field) for field in _TASK_FIELDS}
+    tasks = {field: getattr(result, field) for field in TASK_FIELDS}
     return _output_class(type(out))(**values, **tasks)
 
 
@@ -302,7 +302,7 @@ _OUTPUT_CLASSES: dict[type, Any] = {}
 def _output_class(base: type) -> Any:
     """The model's output class with real task fields, since DDP and FSDP rebuild outputs from their fields."""
     if base not in _OUTPUT_CLASSES:
-        extra = [(name, Any, dataclasses.field(default=None)) for name in _TASK_FIELDS]
+        extra = [(name, Any, dataclasses.field(default=None)) for name in TASK_FIELDS]
         own = {"__reduce__": lambda out: (_rebuilt_output, (base, dict(out.items())))}
         _OUTPUT_CLASSES[base] = dataclasses.make_dataclass(
             f"{base.__name__}WithTasks", extra, bases=(base,), namespace=own

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..distributed import global_task_tokens
 from ..per_task import task_normalizer
 from .head import FusedLoss, Uncast, as_passed, no_task_ids
-from .patching import carries_patched_forward, fused_loss, replaced_forward, set_task_weights, unwrapped
+from .patching import TASK_FIELDS, carries_patched_forward, fused_loss, replaced_forward, set_task_weights, unwrapped
 from .repeats import without_repeated_labels
 
 _CHECKPOINT = "TaskWeights"  # name among what callbacks save in a checkpoint
@@ -154,13 +154,18 @@ class TaskWeightedTrainerMixin:
         return super().get_batch_samples(batches, num_batches, device)  # type: ignore[misc]
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss is the mean over ranks: where ``Trainer`` gathers it, it cuts the last ranks off."""
+        """The loss is the mean over ranks: where ``Trainer`` gathers it, it cuts the last ranks off.
+
+        Predictions are the sums per task alone: ``Trainer`` would gather features of images and router logits too.
+        """
         inputs = self._without_repeats(inputs)
         state = fused_loss(model)
         state.task_sums = None
         share = self._router_share  # of the step, within which a callback may evaluate
         loss, sums, labels = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         self._router_share = share
+        if state.task_sums is not None and isinstance(sums, tuple):
+            sums = sums[-len(TASK_FIELDS) :]
         self._count(state, training=False)
         if loss is not None and dist.is_initialized() and dist.get_world_size() > 1:
             loss = loss / dist.get_world_size()

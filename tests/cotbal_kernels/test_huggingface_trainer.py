@@ -13,7 +13,7 @@ from loss_problems import FP32, error
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")  # Trainer needs it
 
-from hf_models import build, one_thread  # noqa: E402, F401
+from hf_models import batch_for, build, labels_for, one_thread  # noqa: E402, F401
 
 from cotbal_kernels import global_normalizer  # noqa: E402
 from cotbal_kernels.huggingface import TaskWeightedTrainerMixin, apply_fused_loss, set_task_weights  # noqa: E402
@@ -322,6 +322,28 @@ def test_evaluation(mixin: bool, tmp_path: Path) -> None:
     (prediction,) = seen
     assert prediction.predictions[0].shape == (6,)
     assert error(torch.tensor(prediction.predictions[0]), torch.cat([task_loss for _, task_loss in expected])) <= FP32
+
+
+@pytest.mark.parametrize("kind", ["llava", "mixtral"])
+def test_predictions_are_sums_per_task_alone(kind: str, tmp_path: Path) -> None:
+    """Without features of images and router logits, which come with a model's output too."""
+    changes: dict[str, Any] = {"output_router_logits": True} if kind == "mixtral" else {}
+    batch, ids = batch_for(kind), torch.tensor([2, 0, 2])
+    labels = labels_for(batch)
+    expected = reference_task_cross_entropy(build(kind)(**batch).logits, labels, ids, torch.tensor(LAM), shift=True)
+    seen = []
+    trainer = WeightedTrainer(
+        model=apply_fused_loss(build(kind, **changes), LAM),
+        args=arguments(tmp_path, 2, 1, per_device_eval_batch_size=3),
+        eval_dataset=records(6),
+        data_collator=lambda _: batch | {"labels": labels, "loss_task_ids": ids},
+        compute_metrics=lambda prediction: seen.append(prediction) or {},
+    )
+    trainer.evaluate()
+    task_loss, task_tokens, task_correct = map(torch.tensor, seen[0].predictions)
+    assert error(task_loss, expected.task_loss.repeat(2)) <= FP32
+    assert task_tokens.tolist() == expected.task_tokens.tolist() * 2
+    assert task_correct.tolist() == expected.task_correct.tolist() * 2
 
 
 def test_weights_change_between_steps(tmp_path: Path) -> None:

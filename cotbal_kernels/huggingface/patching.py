@@ -222,7 +222,8 @@ def _patched_forward(model: Any) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = vars(self)[_STATE]
-        kwargs.update(zip(names, args, strict=False))
+        # A dict of its own: torch.compile refuses models that look at signatures after one it was given has changed.
+        kwargs = kwargs | dict(zip(names, args, strict=False))
         call = functools.partial(original, self) if overridden is None else original
         if "task_ids" in kwargs and "task_ids" not in names:
             raise ValueError("a patched model takes the tasks as loss_task_ids, got task_ids")

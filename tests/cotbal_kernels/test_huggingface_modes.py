@@ -54,7 +54,7 @@ def step(model: nn.Module, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Te
 # --- torch.compile ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "warm"), [("llama", True), ("gemma2", False)])
+@pytest.mark.parametrize(("kind", "warm"), [("internvl", True), ("gemma2", False)])
 def test_compiled_whole(kind: str, warm: bool) -> None:
     """One graph, compiled once: neither the loss nor new weights break it."""
     torch._dynamo.reset()

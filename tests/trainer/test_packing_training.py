@@ -161,7 +161,7 @@ def _config(name: str, **options: Any) -> Any:
         (_config("Mllama"), "outside the sequence"), (_config("Bloom"), "position_ids"), (_config("Falcon", alibi=True),
          "alibi"), (_config("Llama4Text"), "cut into chunks"), (_config("T5"), None),
         (_config("Bart"), "an encoder-decoder$"), (_config("Rwkv"), "a state from token to token$"),
-        (_config("GPTJ"), "common masks"), (_config("Gemma3Text", rope_parameters={
+        (_config("GPTNeo"), "common masks"), (_config("Gemma3Text", rope_parameters={
             "sliding_attention": ROPE, "full_attention": {**ROPE, "mrope_section": [1, 1, 2]}}), "mrope"),
     ],
     ids=lambda value: value.model_type if hasattr(value, "model_type") else "",

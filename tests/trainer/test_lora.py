@@ -213,6 +213,12 @@ class TestAdapters:
         with pytest.raises(UserError, match=message):
             add_lora(llama(), config(**lora))
 
+    def test_frozen_layers_are_not_offered(self) -> None:
+        """fc1 is in the frozen vision tower alone, and the head is none to adapt."""
+        offered = "down_proj, gate_proj, k_proj, linear_1, linear_2, o_proj, q_proj, up_proj, v_proj"
+        with pytest.raises(UserError, match=rf"is named 'fc1'; there are: {offered}$"):
+            add_lora(llava(), config(target_modules=["fc1"]))
+
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     def test_merged_folder(self, precision: str, text_model: Path, tmp_path: Path) -> None:
         """W + alpha / r B A by hand, rounded once; parameters trained whole as they are, all else untouched."""

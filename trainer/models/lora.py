@@ -77,27 +77,24 @@ def adapted_layers(model: nn.Module, config: ModelConfig) -> list[str]:
     """
     assert config.lora is not None
     head = model.get_output_embeddings()  # type: ignore[operator]  # a transformers model
-    found: dict[str, list[str]] = {target: [] for target in config.lora.target_modules}
+    targets = dict.fromkeys(config.lora.target_modules)
+    adaptable: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
-        if last not in found or not isinstance(module, nn.Linear):
-            continue
-        if module is head:
+        if module is head and last in targets:
             raise UserError(
                 f"model.lora.target_modules: '{last}' is the model's head; to train it, name it in train_whole"
             )
-        if not any(part in f"{name}.weight" for part in config.freeze):
-            found[last].append(name)
-    for target, names in found.items():
-        if not names:
-            linear = {
-                name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
-            }
+        frozen = any(part in f"{name}.weight" for part in config.freeze)
+        if isinstance(module, nn.Linear) and module is not head and not frozen:
+            adaptable.setdefault(last, []).append(name)
+    for target in targets:
+        if target not in adaptable:
             raise UserError(
                 f"model.lora.target_modules: no linear layer that is not frozen is named '{target}'; "
-                f"there are: {', '.join(sorted(linear))}"
+                f"there are: {', '.join(sorted(adaptable))}"
             )
-    return [name for names in found.values() for name in names]
+    return [name for target in targets for name in adaptable[target]]
 
 
 def save_merged(adapted: Any, path: str, config: RunConfig, directory: Path) -> None:

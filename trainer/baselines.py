@@ -15,7 +15,16 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from trainer.errors import UserError
-from trainer.metrics import Cider, CiderCorpus, Metric, MetricResult, get_metric, normalize_answer, parse_box
+from trainer.metrics import (
+    Cider,
+    CiderCorpus,
+    Metric,
+    MetricResult,
+    get_metric,
+    normalize_answer,
+    parse_box,
+    process_vqa_answer,
+)
 
 Pair = tuple[str, Sequence[str]]
 T = TypeVar("T")
@@ -26,6 +35,10 @@ FORMAT_INSTRUCTIONS = (
     "Provide a short description for this region.",
     "Provide the bounding box coordinate of the region this sentence describes.",
 )
+
+# Metrics that compare answers in a form of their own: there the most frequent one is the best constant. VQA accuracy
+# could not be computed either, since a training record has one answer and not ten.
+_FORMS = {"exact_match": normalize_answer, "vqa_accuracy": process_vqa_answer}
 
 # Constants tried, and training samples they are tried on: a bound on the time that CIDEr takes.
 MAX_CANDIDATES = 48
@@ -76,7 +89,7 @@ class ConstantAnswers:
     def best(self, samples: Sequence[int]) -> str:
         """The constant with the best score on these training records; ties go to the more frequent one."""
         frequent = self._by_frequency(samples)
-        if self.metric.name == "exact_match":
+        if self.metric.name in _FORMS:
             return frequent[0]
         if self.metric.name == "accuracy_iou":
             candidates = [*self._median_box(samples), frequent[0]]
@@ -96,11 +109,12 @@ class ConstantAnswers:
 
     def _by_frequency(self, samples: Iterable[int]) -> list[str]:
         """Distinct answers, most frequent first, then in order of appearance; spelled as first seen."""
+        form = _FORMS.get(self.metric.name, str)
         spelling: dict[str, str] = {}
         counts: Counter[str] = Counter()
         for sample in samples:
             for answer in self.answers[sample]:
-                key = normalize_answer(answer) if self.metric.name == "exact_match" else answer
+                key = form(answer)
                 spelling.setdefault(key, answer)
                 counts[key] += 1
         return [spelling[key] for key, _ in counts.most_common()]

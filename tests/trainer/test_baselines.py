@@ -52,6 +52,16 @@ class TestExactMatch:
         assert question_only(pairs(*train), pairs(*train), "exact_match").value == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("baseline", [majority_answer, question_only])
+def test_annotators_of_an_evaluation_set_beside_single_answers_of_training(baseline):
+    """The most frequent one, however spelt, is 2. Where two annotators say so, to the eight others two are 2/3, and to
+    each of the two the other is 1/3."""
+    train = pairs(("?", "Two"), ("?", "yes"), ("?", "2"), ("?", "yes"), ("?", "two."))
+    evaluation = pairs(("?", ["2"] * 10), ("?", ["2", "two", *["yes"] * 8]), ("?", ["yes"] * 10))
+    found = baseline(train, evaluation, "vqa_accuracy").per_sample
+    assert found == pytest.approx([100, 100 * (8 * 2 / 3 + 2 * 1 / 3) / 10, 0])
+
+
 class TestBoxes:
     def test_median_beats_the_most_frequent_box(self):
         train = pairs(

@@ -181,6 +181,10 @@ def test_what_is_never_or_always_right_has_an_error(metric: str, right: int, sca
     assert 2 * result.of_groups([number // 2 for number in range(92)]).standard_error == pytest.approx(scale * share)
 
 
+def test_what_is_no_mean_of_samples_has_none_where_they_are_alike() -> None:
+    assert get_metric("bleu").compute(["x"] * 3, [["a"]] * 3).standard_error == 0
+
+
 def test_delta_i_of_what_is_never_right_has_an_error() -> None:
     """I = (0 - M_b) / M_b moves with M_e alone, and nothing is known of what both methods would get right."""
     images = {"vqa": {"": np.arange(46)}}

@@ -44,8 +44,9 @@ class MetricResult:
         Samples that are all alike have no spread, and yet others may be otherwise. Twice this error reaches from the
         end of the scale as far as two standard errors of Wilson's interval do (Wilson, 1927): 4 / (n + 4) of it.
         """
-        ends = () if self.most is None else (0.0, self.most)
-        return 2 * (self.most or 0.0) / (len(self.influences) + 4) if self.value in ends else 0.0
+        if self.most is None or self.value not in (0.0, self.most):
+            return 0.0
+        return 2 * self.most / (len(self.influences) + 4)
 
     def of_groups(self, groups: Sequence[Hashable]) -> MetricResult:
         """The result with groups of samples, such as the questions about an image, in place of samples that count as

@@ -10,12 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import baselines
-from trainer.baselines import ConstantAnswers, majority_answer, normalize_question, question_only
+from trainer.baselines import ConstantAnswers, normalize_question
 from trainer.metrics import MetricResult, get_metric
 
 
 def pairs(*items):
     return [(question, [answers] if isinstance(answers, str) else answers) for question, answers in items]
+
+
+def majority_answer(train, evaluation, metric):
+    return ConstantAnswers(train, get_metric(metric)).majority(evaluation)
+
+
+def question_only(train, evaluation, metric):
+    return ConstantAnswers(train, get_metric(metric)).question_only(evaluation)
 
 
 COLOURS = pairs(("colour?", "Red"), ("colour?", "red."), ("colour?", "blue"), ("shape?", "box"), ("shape?", "box"))
@@ -116,6 +124,10 @@ class TestCaptions:
         assert len(calls) == 4
         assert calls[0][0] == "caption 7"  # the most frequent one is always among the candidates
         assert {len(samples) for _, samples in calls} == {5}
+        monkeypatch.setattr(baselines, "MAX_CAPTIONS", 17)
+        few = ConstantAnswers(train, get_metric("cider"))
+        assert few.answers == [[f"caption {3 * k}"] for k in range(17)], "evenly spaced"
+        few.question_only(pairs(("q", "caption 1"), ("new", "caption 2")))
 
 
 def test_the_best_constant_where_lower_is_better():
@@ -159,5 +171,3 @@ def test_bad_input(baseline):
         baseline([], pairs(("q", "a")), "exact_match")
     with pytest.raises(ValueError, match="no samples"):
         baseline(pairs(("q", "a")), [], "exact_match")
-    with pytest.raises(ValueError, match="unknown metric 'exact'"):
-        baseline(pairs(("q", "a")), pairs(("q", "a")), "exact")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from trainer.balancing.registry import METHODS, SINGLE_TASK_LABEL, training_label
 from trainer.balancing.resampling import Influences, resampled
 from trainer.balancing.scores import Scores
-from trainer.baselines import majority_answer, question_only
+from trainer.baselines import ConstantAnswers
 from trainer.config import CotbalConfig, RunConfig
 from trainer.errors import UserError
 from trainer.evaluation.scoring import compute, images_of, read_predictions, score_name, scores_by_task
@@ -29,6 +29,7 @@ from trainer.task_config import TaskConfig
 from trainer.tasks import load_task
 
 Table = dict[str, dict[str, float]]  # task -> score, of a test set by a metric -> value
+SampledOfSeeds = dict[tuple[str, str, str], list[Sampled]]  # (task, test set, score) -> of every seed
 
 
 def read_metrics(directory: Path) -> dict[str, dict[str, Any]]:
@@ -79,6 +80,8 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     assert not isinstance(config.tasks, str)
     by_seed: dict[str, list[Table]] = {}
     errors_by_seed: dict[str, list[Table]] = {}
+    of_seeds: dict[str, SampledOfSeeds] = {}
+    images = ImageNumbers()
     by_name = {task.name: task for task in config.tasks}
     for training in finals:
         method = training_label(training.name)
@@ -95,8 +98,12 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
             moved = rows[training.repetition].setdefault(own_task.name, {})
             for part in own_task.record_files("test"):
                 found, of_samples = _scored(run_dir, training.name, "test", own_task, part)
+                images.add(own_task, part, of_samples)
                 for name, result in found.items():
-                    moved[score_name(part, name)] = result.of_groups(of_samples).standard_error
+                    score, grouped = score_name(part, name), result.of_groups(of_samples)
+                    moved[score] = grouped.standard_error
+                    own = Sampled(np.array(result.influences), grouped.unseen)
+                    of_seeds.setdefault(method, {}).setdefault((own_task.name, part, score), []).append(own)
     values = {method: _known(mean_table(tables)) for method, tables in by_seed.items()}
     errors = {method: _known(mean_table(tables)) for method, tables in errors_by_seed.items()}
     directions: dict[str, dict[str, str]] = {}
@@ -104,26 +111,23 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     scored = [options for options in config.tasks if options.test and not options.auxiliary]
     for task in (load_task(options, ("train", "test")) for options in scored):
         seen = [(turn.question, [turn.answer]) for record in task.train for turn in record.turns]
+        metrics = [get_metric(name) for name in task.config.scored_with("test")]
+        # A constant answer has no perplexity.
+        constants = {own.name: ConstantAnswers(seen, own) for own in metrics if not takes_losses(own.name)}
         for part, records in task.test_sets.items():
             asked = [(record.turns[-1].question, record.answers) for record in records]
-            for metric in map(get_metric, task.config.scored_with("test")):
+            for metric in metrics:
                 name = score_name(part, metric.name)
                 directions.setdefault(task.name, {})[name] = "higher" if metric.higher_is_better else "lower"
-                if takes_losses(metric.name):  # a constant answer has no perplexity
-                    continue
-                majority, blind = majority_answer(seen, asked, metric), question_only(seen, asked, metric)
-                baselines["majority"].setdefault(task.name, {})[name] = majority.value
-                baselines["question_only"].setdefault(task.name, {})[name] = blind.value
+                if constant := constants.get(metric.name):
+                    baselines["majority"].setdefault(task.name, {})[name] = constant.majority(asked).value
+                    baselines["question_only"].setdefault(task.name, {})[name] = constant.question_only(asked).value
     results: dict[str, Any] = {"tasks": directions}
     if SINGLE_TASK_LABEL in values:
         results["baseline"] = values.pop(SINGLE_TASK_LABEL)
     results |= {"methods": values, "standard_errors": errors, "baselines": baselines}
     if "baseline" in results:
-        images = ImageNumbers()
-        samples = {
-            method: _mean_samples(run_dir, by_name, [t for t in finals if training_label(t.name) == method], images)
-            for method in by_seed
-        }
+        samples = {method: _mean_samples(own) for method, own in of_seeds.items()}
         baseline = samples.pop(SINGLE_TASK_LABEL)
         final = METHODS["cotbal"].label
         results["sampling_errors"] = sampling_errors(results, samples, baseline, images.of_sets, final)
@@ -180,23 +184,12 @@ def _scored(
     return {metric: compute(metric, rows) for metric in metrics}, images_of(rows)
 
 
-def _mean_samples(
-    run_dir: Path, tasks: Mapping[str, TaskConfig], trainings: Sequence[Training], images: ImageNumbers
-) -> dict[str, dict[str, dict[str, Sampled]]]:
-    """What is known of a method's test samples, by task, test set and score; means over seeds. Numbers their images."""
-    each: dict[tuple[str, str, str], list[tuple[list[float], float]]] = {}
-    for training in trainings:
-        for task in (tasks[name] for name in training.tasks):
-            for part in task.record_files("test"):
-                results, of_samples = _scored(run_dir, training.name, "test", task, part)
-                images.add(task, part, of_samples)
-                for metric, result in results.items():
-                    own = result.influences, result.of_groups(of_samples).unseen
-                    each.setdefault((task.name, part, score_name(part, metric)), []).append(own)
+def _mean_samples(of_seeds: SampledOfSeeds) -> dict[str, dict[str, dict[str, Sampled]]]:
+    """What is known of a method's test samples, by task, test set and score; means over seeds."""
     found: dict[str, dict[str, dict[str, Sampled]]] = {}
-    for (name, part, score), seeds in each.items():
-        influences, unseen = zip(*seeds, strict=True)
-        found.setdefault(name, {}).setdefault(part, {})[score] = Sampled(np.mean(influences, axis=0), np.mean(unseen))
+    for (task, part, score), seeds in of_seeds.items():
+        mean = Sampled(np.mean([one.influences for one in seeds], axis=0), fmean(one.unseen for one in seeds))
+        found.setdefault(task, {}).setdefault(part, {})[score] = mean
     return found
 
 
@@ -207,6 +200,6 @@ def _known(table: Table) -> dict[str, dict[str, float | None]]:
 def mean_table(tables: Sequence[Table]) -> Table:
     """The mean of tables with the same tasks and metrics."""
     return {
-        task: {metric: statistics.fmean(table[task][metric] for table in tables) for metric in metrics}
+        task: {metric: fmean(table[task][metric] for table in tables) for metric in metrics}
         for task, metrics in tables[0].items()
     }

@@ -169,20 +169,28 @@ class TestAccuracyIoU:
     def test_never_crashes(self, text):
         assert get_metric("accuracy_iou").compute([text], [[text]]).value in (0.0, 100.0)
 
-    grid = st.integers(0, 12)
+    sides = st.lists(st.integers(0, 12), min_size=2, max_size=2, unique=True).map(sorted)
+    boxes = st.tuples(sides, sides).map(lambda found: (found[0][0], found[1][0], found[0][1], found[1][1]))
 
-    @given(*[st.tuples(grid, grid, grid, grid)] * 2)
+    @given(boxes, boxes)
     def test_iou_counts_grid_cells(self, a, b):
-        if not all(box[0] < box[2] and box[1] < box[3] for box in (a, b)):
-            assert any(parse_box(str(list(box))) is None for box in (a, b))
-            return
-
         def cells(box):
             return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
 
         assert intersection_over_union(parse_box(str(list(a))), parse_box(str(list(b)))) == pytest.approx(
             len(cells(a) & cells(b)) / len(cells(a) | cells(b)), abs=1e-12
         )
+
+    @given(boxes)
+    def test_a_box_without_an_area_is_none(self, box):
+        x1, y1, x2, y2 = box
+        assert parse_box(f"[{x1},{y1},{x2},{y2}]") == box
+        for wrong in ((x2, y1, x1, y2), (x1, y2, x2, y1), (x1, y1, x1, y2), (x1, y1, x2, y1)):
+            assert parse_box(str(list(wrong))) is None
+
+    @pytest.mark.parametrize("size", [1e-200, 1e200])
+    def test_an_area_that_no_float_has_is_no_hit(self, size):
+        assert intersection_over_union((0, 0, size, size), (0, 0, size, size)) == 0
 
 
 class TestRegistry:

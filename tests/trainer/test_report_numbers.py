@@ -23,6 +23,7 @@ from synthetic_run import (
 from trainer.balancing.cotbal import cotbal_weights
 from trainer.balancing.scores import Scores
 from trainer.report import plots as report_plots
+from trainer.report.tables import format_value
 
 
 @pytest.fixture
@@ -202,16 +203,23 @@ class TestNumbers:
         assert found.row("lambdas", "λ all2one")[1] == "0.700 ± 0.151"
         assert found.row("lambdas", "λ CoTBal")[1] == "0.850"
 
-    def test_clipping_is_said(self, run):
+    def test_clipping_is_said(self, run, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(report_plots, "svg", lambda figure, label: drawn.append(figure) or "<svg></svg>")
         table = json.loads((run / "weights.json").read_text())
         entry = {"quantity": "contribution", "tasks": ["captions", "boxes"], "original": -40.0, "value": -2.0}
-        table |= {"clipped": [entry], "warnings": ["task 'boxes': too small"]}
-        table["contribution"][0][2] = -2.0
+        other = {"quantity": "difficulty", "tasks": ["questions"], "original": None, "value": 0.0}
+        table |= {"clipped": [entry, other], "warnings": ["task 'boxes': too small"]}
+        table["contribution"][0][2], table["difficulty"][1] = -2.0, 0.0
         write(run / "weights.json", table)
         found = page(run)
         assert found.row("contributions", "captions")[3] == "-2.00*± 0.13"
         assert "contribution captions → boxes: -40 became -2" in found.words
+        assert found.row("lambdas", "difficulty")[1:] == ["0.500 ± 0.041", "0.000* ± 0.042", "0.667 ± 0.043"]
+        bars = next(figure.axes[0] for figure in drawn if "D = " in figure.axes[0].get_xlabel())
+        assert [text.get_text() for text in bars.texts] == ["0.50", "0.00*", "0.67"]
         assert "task 'boxes': too small" in found.words
+        assert "what other validation samples would change. 2 of the contributions and difficulties" in found.words
 
     def test_stages(self, run):
         found = page(run)
@@ -259,3 +267,26 @@ class TestNumbers:
         assert drawn["CoTBal"] == pytest.approx([2.0, 50 / 40, 25 / 20])
         assert "divided by it where higher is better, its inverse where lower is better" in words
         assert "more than 100 % is always better than the single-task model" in words
+
+    def test_what_has_no_place_in_the_radar_is_named(self, run, monkeypatch):
+        """Nothing can be divided by a single-task score of 0; of two scores the other one stays."""
+        assert "Not shown" not in page(run).words
+        drawn = []
+        monkeypatch.setattr(report_plots, "grouped_bars", lambda tasks, *rest: drawn.append((tasks, *rest)) or "<svg/>")
+        table = json.loads((run / "results.json").read_text())
+        for place in (table["tasks"], table["baseline"], *table["methods"].values()):
+            place["boxes"]["F1"] = "higher" if place is table["tasks"] else 0.0
+        table["baseline"]["captions"]["CIDEr"] = 0.0
+        write(run / "results.json", table)
+        words = page(run).words
+        assert "the single-task model scores 0 or a score is missing: captions, boxes (F1)." in words
+        assert "No ΔI and ΔE. They cannot be computed: baseline['captions']['CIDEr'] is 0" in words
+        ((tasks, percent),) = [(tasks, series) for tasks, series, _, reference, *_ in drawn if reference == 100]
+        assert tasks == ["questions", "boxes"]
+        assert percent["CoTBal"] == pytest.approx([125, 125])
+
+    @pytest.mark.parametrize(
+        ("score", "shown"), [("VQA acc.", "77.7"), ("dev F1", "77.7"), ("perplexity", "77.73"), ("CIDEr", "77.731")]
+    )
+    def test_digits_of_a_score(self, score, shown):
+        assert format_value(77.7312, score) == shown

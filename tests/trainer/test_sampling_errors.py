@@ -25,7 +25,7 @@ SETS = {
 }
 # Three questions about each of the images 0 to 39, one about 20 to 59 and about 55 to 99: sets and tasks share images.
 IMAGES = {("vqa", "near"): np.arange(120) // 3, ("vqa", "far"): np.arange(20, 60), ("text", ""): np.arange(55, 100)}
-RESULTS = {"tasks": {"vqa": {"near EM": "higher", "near error": "lower", "far EM": "higher"}, "text": {"ppl": "lower"}}}
+RESULTS = {"tasks": {"text": {"ppl": "lower"}, "vqa": {"near EM": "higher", "near error": "lower", "far EM": "higher"}}}
 
 
 def measured() -> dict[str, dict[tuple[str, str], Any]]:
@@ -185,21 +185,30 @@ def test_what_is_no_mean_of_samples_has_none_where_they_are_alike() -> None:
     assert get_metric("bleu").compute(["x"] * 3, [["a"]] * 3).standard_error == 0
 
 
-def test_delta_i_of_what_is_never_right_has_an_error() -> None:
-    """I = (0 - M_b) / M_b moves with M_e alone, and nothing is known of what both methods would get right."""
+@pytest.mark.parametrize(
+    ("base", "method", "error", "behind"),
+    [
+        ([100.0, 0.0] * 23, [0.0] * 46, 100 * 4 / 50, math.sqrt(2) * 8),
+        ([100.0] * 46, [100.0] * 46, math.sqrt(2) * 4, math.sqrt(2) * 4),
+    ],
+)
+def test_delta_i_of_what_is_never_or_always_right_has_an_error(
+    base: list[float], method: list[float], error: float, behind: float
+) -> None:
+    """I = (0 - M_b) / M_b moves with M_e alone, and nothing is known of what both methods would get right or wrong."""
     images = {"vqa": {"": np.arange(46)}}
-    base = MetricResult.from_samples([100.0, 0.0] * 23)
-    never = MetricResult.from_samples([0.0] * 46)
-    samples = {"vqa": {"": {"EM": Sampled(np.array(never.influences), never.unseen)}}}
+    single, own = MetricResult.from_samples(base), MetricResult.from_samples(method)
     results = {
         "tasks": {"vqa": {"EM": "higher"}},
-        "baseline": {"vqa": {"EM": 50.0}},
-        "methods": {name: {"vqa": {"EM": 0.0}} for name in ("EW", "CoTBal")},
+        "baseline": {"vqa": {"EM": single.value}},
+        "methods": {name: {"vqa": {"EM": own.value}} for name in ("EW", "CoTBal")},
     }
-    own = {"vqa": {"": {"EM": Sampled(np.array(base.influences))}}}
-    found = sampling_errors(results, {"EW": samples, "CoTBal": samples}, own, images, "CoTBal")
-    assert found["EW"]["delta_i"] == found["CoTBal"]["per_task"]["vqa"] == pytest.approx(100 * 4 / 50)
-    assert found["EW"]["behind_final"] == pytest.approx(math.sqrt(2) * 8)
+    single_samples, samples = (
+        {"vqa": {"": {"EM": Sampled(np.array(one.influences), one.unseen)}}} for one in (single, own)
+    )
+    found = sampling_errors(results, {"EW": samples, "CoTBal": samples}, single_samples, images, "CoTBal")
+    assert found["EW"]["delta_i"] == found["CoTBal"]["per_task"]["vqa"] == pytest.approx(error)
+    assert found["EW"]["behind_final"] == pytest.approx(behind)
 
 
 def test_a_file_is_the_same_image_in_every_set() -> None:
@@ -229,18 +238,18 @@ def test_without_a_delta_i_there_is_no_error(place: str) -> None:
     assert all("behind_final" not in own for own in found.values())
 
 
-def test_of_a_single_sample_nothing_is_known() -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_of_a_single_sample_nothing_is_known(count: int) -> None:
     data = {
-        method: {key: own[key][:1] if key[1] == "far" else own[key] for key in SETS}
+        method: {key: own[key][:count] if key[1] == "far" else own[key] for key in SETS}
         for method, own in measured().items()
     }
     for own in data.values():
-        own["vqa", "far"] = np.array([[50.0]])
+        own["vqa", "far"] = np.array([[50.0], [30.0]][:count])
     images = {key: own[: len(data["EW"][key])] for key, own in IMAGES.items()}
     found, _ = errors(data, images)
-    assert found["EW"]["delta_i"] is None
-    assert found["EW"]["behind_final"] is None
-    assert found["EW"]["per_task"]["vqa"] is None
+    known = [found["EW"][key] for key in ("delta_i", "behind_final")] + [found["EW"]["per_task"]["vqa"]]
+    assert [value is None for value in known] == [count == 1] * 3
     assert found["EW"]["per_task"]["text"] > 0
 
 

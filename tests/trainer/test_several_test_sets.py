@@ -197,7 +197,7 @@ def test_eq_12_averages_over_test_sets_and_metrics(data: dict[str, Any], run: Ca
     (em,) = [row for row in table if row[0].startswith("colourtestB EM")]
     assert [cell.split(" ± ")[0] for cell in em[1:]] == ["66.7", "66.7", "33.3", "66.7", "33.3"]
     assert page.row("deltas", "CoTBal")[1] == f"{found['CoTBal'].delta_i:+.2f} ± {errors['delta_i']:.2f}"
-    assert "colour testA+, F1 91.67, 4 of 4 answers" in page.words
+    assert "colour testA+, F1 91.7, 4 of 4 answers" in page.words
     assert page.row("tasks", "colour")[-2] == "7"
 
     (run_dir / "results.json").unlink()  # a report on the way shows the same scores under the same names

@@ -41,8 +41,7 @@ def intersection_over_union(a: Box, b: Box) -> float:
         return 0.0
     intersection = width * height
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
-    # Absurdly large coordinates overflow to inf / inf.
-    return intersection / union if math.isfinite(union) and union > 0 else 0.0
+    return intersection / union if union > 0 else 0.0  # 0 or NaN where coordinates are absurdly small or large
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ def weights(run: RunDirectory) -> dict[str, Any] | None:
     off_diagonal = [abs(v) for i, row in enumerate(contribution) for j, v in enumerate(row) if i != j]
     # An own contribution is 1 by definition, so 1 is the least that full colour stands for.
     largest = max([1.0, *off_diagonal])
-    clipped = [entry.get("tasks") for entry in table.get("clipped") or [] if entry.get("quantity") == "contribution"]
+    changed = table.get("clipped") or []
+    clipped = [entry.get("tasks") for entry in changed if entry.get("quantity") == "contribution"]
+    bounded = [task for entry in changed if entry.get("quantity") == "difficulty" for task in entry["tasks"]]
     errors = table.get("sampling_errors") or {}
     noise = errors.get("contribution")
     heatmap = [
@@ -68,6 +70,7 @@ def weights(run: RunDirectory) -> dict[str, Any] | None:
     def told(task: int) -> str:
         return f"{tasks[task]} ({applied[task]:.2f}{f' ± {spreads[task]:.2f}' if spreads else ''})"
 
+    caution = f" {len(changed)} of the contributions and difficulties behind them were bounded." if changed else ""
     named = "CoTBal" if strategy == "cotbal" else f"CoTBal ({strategy} strategy)"
     strategies = {key: label for key, (label, _) in STRATEGIES.items()}
     directions = (run.scores or {}).get("higher_is_better") or {}
@@ -75,8 +78,9 @@ def weights(run: RunDirectory) -> dict[str, Any] | None:
     return {
         "tasks": tasks,
         "heatmap": heatmap,
-        "difficulty": Markup(plots.difficulty_bars(tasks, table["difficulty"], lower)),
+        "difficulty": Markup(plots.difficulty_bars(tasks, table["difficulty"], lower, bounded)),
         "lower": lower,
+        "bounded": bounded,
         "bars": Markup(
             plots.grouped_bars(
                 tasks,
@@ -97,10 +101,10 @@ def weights(run: RunDirectory) -> dict[str, Any] | None:
         "alpha": table["alpha"],
         "strategy": strategy,
         "warnings": table.get("warnings") or [],
-        "clipped": table.get("clipped") or [],
+        "clipped": changed,
         "sentence": (
             f"{named} gives the most weight to {told(high)} and the least to {told(low)}; equal weighting is 1 for "
-            f"every task{', and ± what other validation samples would change' if spreads else ''}."
+            f"every task{', and ± what other validation samples would change' if spreads else ''}.{caution}"
             if len(tasks) > 1
             else f"There is one balanced task, {tasks[0]}, so its weight is {applied[0]:.2f}."
         ),

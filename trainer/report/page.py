@@ -177,8 +177,9 @@ def _facts(run: RunDirectory) -> list[str]:
     return facts
 
 
-def _radar(scores: ScoreTable) -> Markup | None:
-    """Fig. 2. Lower-is-better metrics enter as STL / method, several metrics of a task as their mean."""
+def _radar(scores: ScoreTable) -> dict[str, Any] | None:
+    """Fig. 2, and what has no place in it. Lower-is-better metrics enter as STL / method, several metrics of a task as
+    their mean."""
     single = scores.values.get(SINGLE, {})
     methods = [name for name in (EQUAL, FINAL) if name in scores.values]
     usable = [
@@ -187,6 +188,8 @@ def _radar(scores: ScoreTable) -> Markup | None:
     tasks = list(dict.fromkeys(task for task, _ in usable))
     if not methods or not tasks:
         return None
+    unusable = [key for key in scores.directions if key not in usable]
+    left_out = list(dict.fromkeys(f"{task} ({label})" if task in tasks else task for task, label in unusable))
     ratios: dict[str, list[float]] = {}
     for method in methods:
         ratios[method] = []
@@ -199,9 +202,12 @@ def _radar(scores: ScoreTable) -> Markup | None:
                     found.append(value / single[key] if higher else single[key] / value if value else 0.0)
             ratios[method].append(sum(found) / len(found))
     if len(tasks) >= 3:
-        return Markup(plots.radar(tasks, ratios))
-    label = "Bar chart of scores relative to single-task models"
-    return Markup(plots.grouped_bars(tasks, ratios, plots.METHOD_COLORS, 1.0, "relative to STL", label))
+        figure = plots.radar(tasks, ratios)
+    else:
+        percent = {method: [100 * ratio for ratio in row] for method, row in ratios.items()}
+        label = "Bar chart of scores relative to single-task models"
+        figure = plots.grouped_bars(tasks, percent, plots.METHOD_COLORS, 100.0, "% of STL", label)
+    return {"figure": Markup(figure), "left_out": left_out}
 
 
 def _stages(run: RunDirectory) -> dict[str, Any]:

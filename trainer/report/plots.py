@@ -108,16 +108,23 @@ def svg(figure: Figure, label: str) -> str:
     return re.sub(r"font:( [0-9.]+px) inherit", r"font-size:\1", text)
 
 
-def difficulty_bars(tasks: Sequence[str], difficulty: Sequence[float], lower: Collection[str] = ()) -> str:
-    """Fig. 3b: intra-task difficulty D_i of Eq. 9, one bar per task; `lower`: tasks where lower scores are better."""
+def difficulty_bars(
+    tasks: Sequence[str], difficulty: Sequence[float], lower: Collection[str] = (), bounded: Collection[str] = ()
+) -> str:
+    """Fig. 3b: intra-task difficulty D_i of Eq. 9, one bar per task.
+
+    Args:
+        lower: tasks where lower scores are better.
+        bounded: tasks whose value is not what Eq. 9 gives.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 0.5 + 0.3 * len(tasks)), layout="constrained")
         axes = figure.subplots()
         rows = range(len(tasks))
         axes.barh(rows, difficulty, height=0.62, color=PLACEHOLDERS["blue"])
-        for row, value in zip(rows, difficulty, strict=True):
+        for row, (task, value) in enumerate(zip(tasks, difficulty, strict=True)):
             axes.annotate(
-                f"{value:.2f}",
+                f"{value:.2f}{'*' if task in bounded else ''}",
                 (max(value, 0), row),
                 (4, 0),
                 textcoords="offset points",

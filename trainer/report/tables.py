@@ -13,10 +13,11 @@ from trainer.balancing.registry import training_label
 from trainer.comparison import Comparison, compare, mean_comparison
 from trainer.errors import UserError, listed
 from trainer.evaluation.scoring import scores_by_task
-from trainer.metrics import METRICS
+from trainer.metrics import METRICS, Cider, Perplexity
 from trainer.parsing import number
 from trainer.report.run_directory import RunDirectory
 
+PERCENT = {metric.label for metric in METRICS.values() if not isinstance(metric, (Cider, Perplexity))}
 BASELINES = {"majority": "majority answer", "question_only": "question only"}
 FINAL, EQUAL, SINGLE = "CoTBal", "EW", "STL"
 
@@ -41,7 +42,7 @@ def format_value(value: float | None, score: str) -> str:
     _, label = set_and_metric(score)
     if label.startswith("CIDEr"):
         return f"{value:.3f}"
-    return f"{value:.1f}" if label.startswith(("EM", "IoU")) else f"{value:.4g}"
+    return f"{value:.1f}" if label in PERCENT else f"{value:.4g}"
 
 
 @dataclass

@@ -98,6 +98,17 @@ def test_what_is_never_or_always_right_is_not_certain() -> None:
         assert covered.min() > 0.88, key  # 500 draws tell a share to 1.3 %
 
 
+@pytest.mark.parametrize(("mini", "full", "ends"), [(0.0, 80.0, [1.0, 1 - 8 / 80]), (50.0, 100.0, [0.5, 1 - 50 / 92])])
+def test_a_score_of_like_samples_is_drawn_from_the_ends_of_wilsons_interval(
+    mini: float, full: float, ends: list[float]
+) -> None:
+    """46 samples: 0 to 8 %, or 92 to 100 %. A half of 400 draws is one to within a tenth: the spread to 1 %."""
+    unseen = np.array([4.0 * (score in (0, 100)) for score in (mini, full)])
+    own = [Influences(np.zeros((2, 46)), unseen)]
+    found = resampled(Scores(("a",), np.array([mini]), np.array([[full]]), np.array([True])), own)
+    assert found["difficulty"] == pytest.approx([np.std(ends)], rel=0.01)
+
+
 def test_where_lower_is_better_draws_are_of_losses() -> None:
     """Resampled records against the ratio of their sums; degenerate draws are bounded instead of an error."""
     generator = np.random.default_rng(2)

@@ -26,7 +26,7 @@ _DASH_AFTER_DIGIT = re.compile(r"([0-9])-")
 
 def tokenize_13a(text: str) -> list[str]:
     """Tokens of the WMT scorer mteval-v13a."""
-    text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    text = text.replace("<skipped>", "").replace("-\n", "")
     for entity in _ENTITIES:
         text = text.replace(entity, html.unescape(entity))
     text = _SYMBOL.sub(r" \1 ", f" {text} ")
@@ -118,11 +118,9 @@ class Bleu:
         for sample in counts[1:]:
             total += sample
         n = len(counts)
-        influences = [0.0]
-        if n > 1:
-            left_out = [_bleu(total - sample, every_order=True) for sample in counts]
-            mean = math.fsum(left_out) / n
-            influences = [(n - 1) * (mean - score) for score in left_out]
+        left_out = [_bleu(total - sample, every_order=True) for sample in counts]
+        mean = math.fsum(left_out) / n
+        influences = [(n - 1) * (mean - score) for score in left_out]
         return MetricResult(
             _bleu(total, every_order=True), [_bleu(sample, every_order=False) for sample in counts], influences
         )

@@ -68,6 +68,15 @@ class TestNumbers:
         assert "question-only baseline by more than two standard errors on 2 of 3" in found.words
         assert "; not on boxes." in found.words
 
+    def test_a_task_that_beats_chance_by_one_of_its_scores_is_not_at_chance_as_a_whole(self, run):
+        table = json.loads((run / "results.json").read_text())
+        table["tasks"]["questions"]["F1"] = "higher"
+        table["methods"]["CoTBal"]["questions"]["F1"] = 90.0
+        table["baselines"]["majority"]["questions"]["F1"] = 20.0
+        table["standard_errors"]["CoTBal"]["questions"]["F1"] = 5.0
+        write(run / "results.json", table)
+        assert "on 2 of 4 test scores; at chance on captions, questions (EM)." in page(run).words
+
     def test_deltas_with_the_errors_of_the_test_sampling(self, run):
         found, gains = page(run), {}
         for name in ("EW", "CoTBal"):
@@ -166,6 +175,11 @@ class TestNumbers:
         assert found.row("lambdas", "λ CoTBal")[1:] == [f"{value:.3f}" for value in LAMBDAS["weights"]]
         assert "boxes (1.12) and the least to captions (0.85); equal weighting is 1 for every task." in found.words
         assert "resampled" not in found.words
+
+    def test_weights_that_are_all_alike(self, run):
+        table = json.loads((run / "weights.json").read_text())
+        write(run / "weights.json", table | {"applied": [1.0, 1.0, 1.0]})
+        assert "CoTBal gives all tasks the same weight." in page(run).words
 
     def test_difficulty_of_a_metric_where_lower_is_better(self, run, monkeypatch):
         """Perplexities of 5 and 1.25: what Eq. 9 gives for them is not what its axis says."""

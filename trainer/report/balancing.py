@@ -72,6 +72,15 @@ def weights(run: RunDirectory) -> dict[str, Any] | None:
 
     caution = f" {len(changed)} of the contributions and difficulties behind them were bounded." if changed else ""
     named = "CoTBal" if strategy == "cotbal" else f"CoTBal ({strategy} strategy)"
+    if len(tasks) == 1:
+        sentence = f"There is one balanced task, {tasks[0]}, so its weight is {applied[0]:.2f}."
+    elif applied[high] == applied[low]:
+        sentence = f"{named} gives all tasks the same weight."
+    else:
+        sentence = (
+            f"{named} gives the most weight to {told(high)} and the least to {told(low)}; equal weighting is 1 for "
+            f"every task{', and ± what other validation samples would change' if spreads else ''}."
+        )
     strategies = {key: label for key, (label, _) in STRATEGIES.items()}
     directions = (run.scores or {}).get("higher_is_better") or {}
     lower = [task for task in tasks if directions.get(task) is False]
@@ -102,12 +111,7 @@ def weights(run: RunDirectory) -> dict[str, Any] | None:
         "strategy": strategy,
         "warnings": table.get("warnings") or [],
         "clipped": changed,
-        "sentence": (
-            f"{named} gives the most weight to {told(high)} and the least to {told(low)}; equal weighting is 1 for "
-            f"every task{', and ± what other validation samples would change' if spreads else ''}.{caution}"
-            if len(tasks) > 1
-            else f"There is one balanced task, {tasks[0]}, so its weight is {applied[0]:.2f}."
-        ),
+        "sentence": sentence + caution,
     }
 
 

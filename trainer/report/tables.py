@@ -358,8 +358,9 @@ def learned(scores: ScoreTable) -> list[str]:
             f"{method} beats the {label.replace(' ', '-')} baseline by more than two standard errors on "
             f"{len(known) - len(behind)} of {len(known)} test scores"
         )
-        names = ", ".join(dict.fromkeys(key[0] for key in behind))
+        partly = {key[0] for key in known.keys() - {*behind}}
+        names = dict.fromkeys(f"{task} ({score})" if task in partly else task for task, score in behind)
         if behind:
-            text += f"; {'at chance' if baseline == 'majority' else 'not'} on {names}"
+            text += f"; {'at chance' if baseline == 'majority' else 'not'} on {', '.join(names)}"
         sentences.append(text + ".")
     return sentences

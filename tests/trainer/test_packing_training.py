@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +18,16 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 from cotbal_kernels.huggingface import apply_fused_loss
-from trainer.balancing.method import MethodContext
+from trainer.balancing.method import MethodContext, TaskLosses
 from trainer.balancing.registry import method_class, read_options
 from trainer.config import LoraConfig, ModelConfig, parse_config
 from trainer.data.collator import Collator
-from trainer.data.encoding import ConversationEncoder, Encoded
+from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder, Encoded
 from trainer.data.packing import PackedCollator, PackedDataset, pack
 from trainer.errors import UserError
 from trainer.files import write_json
 from trainer.launching import LaunchConfig, run_training
+from trainer.loop import packing_probe
 from trainer.loop.packing_probe import PackingProbe
 from trainer.loop.trainer import TaskWeightedTrainer
 from trainer.loop.validation import ValidationBatches
@@ -140,6 +142,60 @@ def test_a_model_whose_samples_meet_is_refused_when_training_starts(tmp_path: Pa
     message = r"training\.packing: in this Forgetful with sdpa attention a sample's loss depends on the sample before"
     with pytest.raises(UserError, match=message):
         train(tmp_path / "packed", "ew", packing=True, model=model)
+
+
+def look(
+    monkeypatch: pytest.MonkeyPatch, labels: list[int], losses: tuple[float, float], half: bool, experts: int
+) -> list[list[Encoded]]:
+    """The probe of a model that has these losses; returns the samples of its two rows."""
+    rows: list[list[Encoded]] = []
+    found = iter(losses)
+
+    def measured(trainer: Any, batches: list[list[Encoded]], num_tasks: int) -> TaskLosses:
+        rows.extend(batches)
+        loss = torch.tensor([next(found)], dtype=torch.float64)
+        return TaskLosses(loss, torch.full_like(loss, 8))
+
+    text = SimpleNamespace(_attn_implementation="sdpa", num_local_experts=experts)
+    dtype = torch.bfloat16 if half else torch.float32
+    model = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: text), parameters=lambda: iter([torch.zeros(1, dtype=dtype)])
+    )
+    trainer: Any = SimpleNamespace(model=model, weighting=SimpleNamespace(weights=torch.ones(1)))
+    dataset: Any = [[{"encoded": Encoded(list(range(len(labels))), labels)}]]
+    collator: Any = lambda packed: [item["encoded"] for item in packed[0]]  # noqa: E731
+    monkeypatch.setattr(packing_probe, "forward_only", measured)
+    arguments: Any = None
+    PackingProbe(trainer, collator, dataset).on_train_begin(arguments, arguments, arguments)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("labels", "words", "others"),
+    [
+        ([IGNORE_INDEX, 7, 8, 9], [7, 8, 9] * 2 + [7, 8], [8, 7] + [9, 8, 7] * 2),
+        ([IGNORE_INDEX, 5], [5] * 8, [0] * 8), ([0, 0], [0] * 8, [1] * 8),
+        (list(range(3, 20)), list(range(3, 11)), list(range(10, 2, -1))),
+    ],
+)  # fmt: skip
+def test_the_probe_changes_the_sample_before_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, labels: list[int], words: list[int], others: list[int]
+) -> None:
+    rows = look(monkeypatch, labels, (1.0, 1.0), half=False, experts=0)
+    silent = [IGNORE_INDEX] * 8
+    assert rows == [[Encoded(before, silent), Encoded(words, words)] for before in (words, others)]
+
+
+@pytest.mark.parametrize(
+    ("half", "experts", "rounding"), [(False, 0, 1e-6), (True, 0, 1e-3), (False, 4, 1e-4), (True, 4, 1e-2)]
+)
+def test_the_probe_allows_for_rounding_of_the_loss_s_size(
+    monkeypatch: pytest.MonkeyPatch, half: bool, experts: int, rounding: float
+) -> None:
+    for loss in (0.5, 50.0):
+        look(monkeypatch, [1, 2], (loss, loss * (1 - 0.9 * rounding)), half, experts)
+        with pytest.raises(UserError, match="depends on the sample before it"):
+            look(monkeypatch, [1, 2], (loss, loss * (1 + 1.1 * rounding)), half, experts)
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}

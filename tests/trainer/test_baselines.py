@@ -128,6 +128,7 @@ class TestCaptions:
         few = ConstantAnswers(train, get_metric("cider"))
         assert few.answers == [[f"caption {3 * k}"] for k in range(17)], "evenly spaced"
         few.question_only(pairs(("q", "caption 1"), ("new", "caption 2")))
+        assert len(ConstantAnswers(train, get_metric("exact_match")).answers) == 51
 
 
 def test_the_best_constant_where_lower_is_better():
@@ -158,6 +159,7 @@ class TestQuestions:
         [
             ("<image>\nWhat  is it?\nAnswer the question using a single word or phrase.", "what is it?"),
             ("[0.1,0.2,0.3,0.4] Provide a short description for this region.", ""),
+            ("A dog\nProvide the bounding box coordinate of the region this sentence describes.", "a dog"),
             ("Region [0.1, 0.2, 0.3, 0.4]: what?", "region : what?"),
         ],
     )

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from synthetic_run import HOSTILE, LAMBDAS, TASKS, V_FULL, V_MINI, make_run, page, prediction, write
 
+from trainer.metrics import METRICS
 from trainer.report import build_report
 from trainer.report.plots import smooth
 from trainer.report.samples import choose
@@ -119,6 +120,18 @@ class TestPage:
         assert cards.count("Referenceanswer") == 4
         assert "Prediction" not in cards
 
+    @pytest.mark.usefixtures("no_drawing")
+    @pytest.mark.parametrize("metric", ["vqa_accuracy", "span_f1", "bleu"])
+    def test_an_answer_that_a_metric_grades_is_not_right_for_a_score_above_0(self, run, metric):
+        rows = [prediction(k, "questions") | {"prediction": "z", "score": 30.0} for k in range(8)]
+        write(run / "evaluations/cotbal/test/questions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        table = json.loads((run / "tasks.json").read_text())
+        table["tasks"][1]["metric"] = metric
+        write(run / "tasks.json", table)
+        found = page(run)
+        assert found.words.count(f"{METRICS[metric].label} 30.0 Question") == 4
+        assert found.words.count("✓ right") == found.words.count("✗ wrong") == 2  # the boxes' alone
+
     def test_sources(self, full):
         assert full.row("attributions", "Shared set") == [
             "Shared set", "A & B", "CC0", "captions, questions, boxes",
@@ -190,7 +203,9 @@ def test_advantage_in_standard_errors(value, floor, error, direction, expected):
         ([100, 100, 0, 100, 100, 0, 100, 100], "EM", [1, 6, 2, 5]),
         ([100] * 8, "EM", [1, 3, 5, 7]),
         ([0, 100], "EM", [1, 0]),
+        ([100, 100, 0, 100, 100, 0, 100, 100], "GQA acc.", [1, 6, 2, 5]),
         ([3, 0, 7, 1, 6, 2, 5, 4], "CIDEr", [4, 7, 5, 1]),  # of 7, 6, ..., 0 the middles of four quarters
+        ([30, 0, 90, 10, 60, 20, 50, 40], "VQA acc.", [4, 7, 5, 1]),
     ],
 )
 def test_samples_are_spread_over_right_and_wrong_answers(scores, label, chosen):

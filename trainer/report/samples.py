@@ -18,6 +18,10 @@ from trainer.report.tables import format_value, metric_label
 PER_TASK = 4
 LONGEST_TEXT = 400
 LONGEST_SIDE = 320
+# By these an answer is right or wrong; other metrics grade it, as VQA accuracy does by how many annotators agree.
+RIGHT_OR_WRONG = {
+    METRICS[name].label for name in ("exact_match", "accuracy_iou", "gqa_accuracy", "chartqa_strict", "chartqa_relaxed")
+}
 LOSSES = METRICS["perplexity"].label  # of given answers: there is no prediction, and no right or wrong
 
 
@@ -61,7 +65,7 @@ def choose(rows: list[dict[str, Any]], label: str) -> list[dict[str, Any]]:
 
 
 def _graded(label: str) -> bool:
-    return label.startswith("CIDEr") or label == LOSSES
+    return label not in RIGHT_OR_WRONG
 
 
 def _spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

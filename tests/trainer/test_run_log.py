@@ -52,9 +52,9 @@ def test_a_number_that_is_not_finite_is_null(tmp_path: Path, number: float) -> N
     }  # fmt: skip
 
 
-def log_of_a_training(folder: Path, **training: Any) -> list[dict[str, Any]]:
+def log_of_a_training(folder: Path, name: str = "ew", **training: Any) -> list[dict[str, Any]]:
     path = folder / "log.jsonl"
-    make_trainer("ew", folder, callbacks=[RunLog(path, NAMES)], **training).train()
+    make_trainer(name, folder, callbacks=[RunLog(path, NAMES)], **training).train()
     return strict(path.read_text())
 
 
@@ -64,6 +64,17 @@ def test_the_last_step_is_logged(tmp_path: Path) -> None:
     some = log_of_a_training(tmp_path / "some", max_steps=6, logging_steps=4)
     assert [line["step"] for line in some] == [4, 6]
     assert some[-1]["loss"] == pytest.approx((every[4]["loss"] + every[5]["loss"]) / 2, rel=1e-5)
+
+
+def test_a_line_has_the_weights_that_its_step_used(tmp_path: Path) -> None:
+    """Not those that validation records are measured with after the step."""
+    lines = log_of_a_training(tmp_path, "lbtw_star", max_steps=4, learning_rate=0.1)
+    used = {int(step): dict(zip(NAMES, weights, strict=True)) for step, *weights in read_csv(tmp_path)}
+    for line in lines:
+        logged = {name: own["weight"] for name, own in line["tasks"].items() if "weight" in own}
+        assert logged == pytest.approx({name: used[line["step"]][name] for name in logged})
+    assert len(lines) == 4
+    assert abs(used[4]["sums"] - 1) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from tiny_training import make_trainer
 from torch.utils.data import DataLoader
 
 from trainer.data.encoding import Encoded
@@ -51,3 +53,17 @@ def test_a_step_has_the_same_samples_however_it_is_spread(world: int, batch: int
         assert steps(loaders, epoch, micro_batches) == expected
     resumed = [skip_first_batches(loader(world, rank, batch), micro_batches) for rank in range(world)]
     assert steps(resumed, 1, micro_batches) == expected[1:]
+
+
+def test_a_trainer_takes_its_seed_s_order(tmp_path: Path) -> None:
+    """Of its own data set, or of one that it is given; what is behind the samples stays behind them."""
+    trainer = make_trainer("ew", tmp_path, seed=SEED)
+    data = WholeBatches(trainer.train_dataset, 7)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(SEED)).tolist()
+    sampler = trainer._get_train_sampler(data)
+    assert sampler is not None
+    assert list(sampler) == [*order, 24, 25, 26, 27]
+    trainer.train_dataset = data
+    own = trainer._get_train_sampler()
+    assert own is not None
+    assert list(own) == [*order, 24, 25, 26, 27]

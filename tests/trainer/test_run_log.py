@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trainer.errors import UserError
 from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, SaveWhenAsked
 from trainer.loop.learning_rates import set_own_rates
+from trainer.loop.weighting import STATE_FILE
 
 
 def strict(text: str) -> list[Any]:
@@ -129,6 +130,18 @@ def test_a_checkpoint_is_saved_when_it_is_asked_for(tmp_path: Path) -> None:
     found = {path.parent.name for path in (tmp_path / "checkpoints").glob(f"*/{COMPLETE}")}
     assert found == {"checkpoint-4", "checkpoint-9"}
     assert trainer.state.global_step == 9
+
+
+def test_a_checkpoint_has_the_method_s_state_before_it_is_complete(tmp_path: Path) -> None:
+    """Whoever kills the training in between."""
+    found = []
+
+    class Look(TrainerCallback):
+        def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+            found.append((tmp_path / "checkpoints" / f"checkpoint-{state.global_step}" / STATE_FILE).is_file())
+
+    make_trainer("ew", tmp_path, callbacks=[Look()], max_steps=2).train()
+    assert found == [True]
 
 
 @pytest.mark.parametrize("asked", [0, 1])

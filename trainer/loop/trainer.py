@@ -79,10 +79,8 @@ class TaskWeightedTrainer(TaskWeightedTrainerMixin, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the method has seen of validation records."""
-        if "loss" in logs:
-            found = self.weighting.take_validation_losses()
-            logs |= {f"task_validation_loss/{name}": loss for name, loss in found.items()}
-        super().log(logs, start_time)
+        found = self.weighting.take_validation_losses()
+        super().log(logs | {f"task_validation_loss/{name}": loss for name, loss in found.items()}, start_time)
 
     def logged_task_weights(self) -> Tensor:
         """Not those of the model, which may be measuring with others."""

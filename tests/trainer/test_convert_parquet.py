@@ -164,6 +164,13 @@ def test_damage_is_no_exception(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"a": pa.array([], pa.int64())}), path)
     assert list(table_rows(path)) == []
+    texts = pa.array([b"a", b"\xff", b"c"]).view(pa.string())  # of which one is not UTF-8
+    parquet.write_table(pa.table({"a": texts}), path)
+    (element,) = table_rows(path)
+    assert "is not valid Parquet: 'utf-8' codec can't decode byte 0xff" in element.value.reason
+    parquet.write_table(pa.table({"a": [1, 2, 3, 4]}), path)
+    size = path.stat().st_size
+    assert [element.offset for element in table_rows(path)] == [size // 4, size // 2, size * 3 // 4, size]
     path.write_bytes(path.read_bytes()[:-1])
     (element,) = table_rows(path)
     assert isinstance(element.value, Damage)

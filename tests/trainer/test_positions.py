@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from families import make_tokenizer
 from transformers import BloomConfig, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen2Config
 
+from trainer.data.lengths import counter_of
 from trainer.data.records import write_jsonl
 from trainer.errors import UserError
 from trainer.evaluation.ranks import load_encoder
@@ -42,6 +44,20 @@ def test_an_answer_beyond_a_table_of_them_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(UserError, match=rf"record 'long': its prompt of {prompt} tokens and up to {most + 1} new "):
         evaluate(make_spec(tmp_path, max_new_tokens=most + 1))
+
+
+def test_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
+    """Before it is asked anything, by lengths and by prompts alike."""
+    spec = make_spec(tmp_path, max_new_tokens=1)
+    (chosen,) = spec.sets
+    record = chosen.load()[0]
+    path = tmp_path / "model" / "config.json"
+    most = max(load_encoder(spec).prompt(record, chosen.image_path).input_ids)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": most}))
+    encoder = load_encoder(spec)
+    for encode in (encoder.prompt, counter_of(encoder).prompt):
+        with pytest.raises(UserError, match=rf"record 'long': the tokenizer gives '.*' \({most}\), and the model has"):
+            encode(record, chosen.image_path)
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,7 @@ def check_weights(folder: Path, config: Any, model: Any) -> None:
             ) from error
     options = {"device_map": "meta", "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        with torch.device("meta"):
-            _, found = model.from_pretrained(None, config=config, state_dict=weights, **options)
+        _, found = model.from_pretrained(None, config=config, state_dict=weights, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"model.path '{folder}': no model could be loaded ({' '.join(str(error).split())})") from error
     refuse_missing(str(folder), found)

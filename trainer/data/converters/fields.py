@@ -90,9 +90,9 @@ def files_below(source: Path, suffixes: Iterable[str], what: str) -> list[Path]:
     Raises:
         UserError: there is none, or only Parquet where it is not wanted.
     """
-    wanted = set(suffixes)
-    if source.is_file() and (source.suffix != PARQUET or PARQUET in wanted):
+    if source.is_file() and source.suffix != PARQUET:
         return [source]
+    wanted = set(suffixes)
     paths = [source] if source.is_file() else source.rglob("*")
     there = sorted(
         path

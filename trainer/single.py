@@ -15,6 +15,7 @@ from trainer.data.mixtures import Mixture, optimizer_steps
 from trainer.errors import UserError, unknown_name
 from trainer.files import write_json
 from trainer.launching import ERROR_FILE, SAVE_FILE, LaunchConfig, resolve_device
+from trainer.loop.checkpoints import complete_checkpoints
 from trainer.loop.tracking import RUN_ID_FILE
 from trainer.nodes import Cluster, Membership
 from trainer.nodes.machine import log_of
@@ -25,7 +26,7 @@ from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
 from trainer.pipeline.trainings import Training, counted_sequences, still_methods
-from trainer.training import TrainingSpec, complete_checkpoints
+from trainer.training import TrainingSpec
 
 # What a training leaves beside its model.
 LEAVES = (

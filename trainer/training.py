@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from socket import gethostname
 from typing import Any
 
 import torch
@@ -41,7 +40,8 @@ from trainer.data.whole_batches import WholeBatches
 from trainer.errors import NO_SPACE, UserError
 from trainer.files import put_in_place, write_json
 from trainer.launching import ERROR_FILE, HANGS, SAVE_FILE, connect_on_cpu, die_with_parent
-from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, SaveWhenAsked, StopWhenDiverged
+from trainer.loop.callbacks import RunLog, StopWhenDiverged
+from trainer.loop.checkpoints import CompleteCheckpoints, SaveWhenAsked, newest_checkpoint
 from trainer.loop.packing_probe import PackingProbe
 from trainer.loop.tracking import prepare_trackers
 from trainer.loop.trainer import TaskWeightedTrainer
@@ -86,36 +86,6 @@ class TrainingSpec(BaseModel):
     @property
     def training_seed(self) -> int:
         return self.config.seed if self.seed is None else self.seed
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints of a training's folder, the newest last. Cut-off ones are passed over."""
-    found = [mark.parent for mark in (directory / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def newest_checkpoint(directory: Path, world_size: int) -> Path | None:
-    """The newest complete checkpoint of a training's folder, or none: what rank 0 sees, on every rank.
-
-    A shared folder may show a machine its files late, and ranks would go on together from different steps.
-
-    Raises:
-        UserError: the checkpoint was written by another number of processes, whose shards cannot be loaded; or is not
-            there yet on this machine.
-    """
-    found = complete_checkpoints(directory)
-    seen: list[Any] = [found[-1], len(list(found[-1].glob("rng_state*.pth")))] if found else [None, world_size]
-    if dist.is_initialized():
-        dist.broadcast_object_list(seen, src=0)
-    newest, written_by = seen
-    if newest and not (newest / COMPLETE).exists():
-        raise UserError(f"{newest} is not yet on {gethostname()}, only on rank 0's machine; start again once it is")
-    if written_by != world_size:
-        raise UserError(
-            f"{newest} was written by {written_by} process(es) and this run has {world_size}; "
-            f"run with {written_by}, or delete {newest.parent} to start this training again"
-        )
-    return newest
 
 
 def deepspeed_config(training: TrainingConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from tiny_training import MOVING, OVER_RANKS, make_trainer
 
 from trainer.launching import connect_on_cpu
-from trainer.training import newest_checkpoint
+from trainer.loop.checkpoints import newest_checkpoint
 
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,

@@ -34,7 +34,7 @@ from cotbal_kernels.huggingface import set_task_weights
 from trainer.balancing.method import StepReport, TaskLosses
 from trainer.balancing.registry import METHODS, is_cotbal
 from trainer.errors import UserError
-from trainer.loop.callbacks import COMPLETE
+from trainer.loop.checkpoints import COMPLETE
 from trainer.loop.measuring import forward_only, summed
 from trainer.loop.validation import ValidationBatches
 

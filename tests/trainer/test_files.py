@@ -16,7 +16,8 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from trainer.files import put_in_place, write_json
-from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog
+from trainer.loop.callbacks import RunLog
+from trainer.loop.checkpoints import COMPLETE, CompleteCheckpoints
 from trainer.loop.weighting import TaskWeighting
 from trainer.pipeline.identity import digest
 from trainer.pipeline.places import last_step

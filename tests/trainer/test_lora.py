@@ -25,7 +25,7 @@ from trainer.errors import UserError
 from trainer.evaluation.running import evaluate
 from trainer.files import write_json
 from trainer.launching import LaunchConfig, run_training
-from trainer.loop.callbacks import COMPLETE
+from trainer.loop.checkpoints import COMPLETE
 from trainer.models.loading import freeze, load_model, load_processor, stop_generation_at
 from trainer.models.lora import adapted_layers, add_lora, save_merged
 from trainer.models.tiny_llava import train_tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from machines import Machines, assert_equal_models, survivors, write
 
-from trainer.loop.callbacks import COMPLETE
+from trainer.loop.checkpoints import COMPLETE
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,8 @@ from tiny_training import NAMES, make_trainer, read_csv, resume
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.errors import UserError
-from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints, RunLog, SaveWhenAsked
+from trainer.loop.callbacks import RunLog
+from trainer.loop.checkpoints import COMPLETE, CompleteCheckpoints, SaveWhenAsked
 from trainer.loop.learning_rates import set_own_rates
 from trainer.loop.weighting import STATE_FILE
 
@@ -169,7 +170,7 @@ def test_ranks_meet_around_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Monk
     events: list[str] = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("meet"))
-    monkeypatch.setattr("trainer.loop.callbacks.force_to_disk", lambda path: events.append("force"))
+    monkeypatch.setattr("trainer.loop.checkpoints.force_to_disk", lambda path: events.append("force"))
     monkeypatch.setattr(Path, "touch", lambda path: events.append(path.name))
     state = TrainerState(global_step=8, is_world_process_zero=first, is_local_process_zero=first)
     CompleteCheckpoints().on_save(TrainingArguments(str(tmp_path), use_cpu=True), state, TrainerControl())

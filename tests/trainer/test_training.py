@@ -19,11 +19,11 @@ from trainer.data.encoding import ConversationEncoder
 from trainer.errors import UserError
 from trainer.files import write_json
 from trainer.launching import LaunchConfig, TrainingFailedError, run_training
-from trainer.loop.callbacks import COMPLETE
+from trainer.loop.checkpoints import COMPLETE, newest_checkpoint
 from trainer.models.loading import load_config, load_processor
 from trainer.pipeline.estimate import model_size, space_on_disk
 from trainer.tasks import load_task
-from trainer.training import TrainingSpec, newest_checkpoint, training_arguments
+from trainer.training import TrainingSpec, training_arguments
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {"colour": 0.4, "box": 1.6}

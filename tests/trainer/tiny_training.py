@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 from cotbal_kernels.huggingface import apply_fused_loss
 from trainer.balancing.method import MethodContext
 from trainer.balancing.registry import method_class, read_options
-from trainer.loop.callbacks import COMPLETE, CompleteCheckpoints
+from trainer.loop.checkpoints import COMPLETE, CompleteCheckpoints
 from trainer.loop.trainer import TaskWeightedTrainer
 from trainer.loop.validation import ValidationBatches
 from trainer.loop.weighting import Tasks, TaskWeighting

@@ -1,4 +1,4 @@
-"""What a training leaves behind while it runs: ``log.jsonl`` and marks on complete checkpoints."""
+"""What a training leaves behind while it runs, ``log.jsonl``, and when it ends by itself."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from trainer.errors import UserError
-from trainer.files import force_to_disk, known, write_whole
-
-COMPLETE = "COMPLETE"  # written last into a checkpoint folder: one without it was cut off
+from trainer.files import known, write_whole
 
 _OF_A_TASK = ("loss", "tokens", "weight", "validation_loss")
 
@@ -65,42 +61,6 @@ class RunLog(TrainerCallback):
             file.write(_line(line))
 
 
-class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint once every file of it is on disk: each machine sees to what its processes have written."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        assert args.output_dir is not None
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        _meet()
-        if state.is_local_process_zero:
-            force_to_disk(checkpoint)
-        _meet()
-        if state.is_world_process_zero:
-            (checkpoint / COMPLETE).touch()
-
-
-class SaveWhenAsked(TrainerCallback):
-    """Saves a checkpoint when a file asks for it, at the next step that is logged, where ranks wait anyway.
-
-    Args:
-        path: of the file, which goes.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % args.logging_steps:
-            return
-        asked = torch.tensor(int(state.is_world_process_zero and self.path.exists()), device=args.device)
-        if dist.is_initialized():
-            dist.broadcast(asked, 0)  # a checkpoint is every rank's work, and they may not see the file at once
-        if asked.item():
-            control.should_save = True
-            if state.is_world_process_zero:
-                self.path.unlink(missing_ok=True)
-
-
 class StopWhenDiverged(TrainerCallback):
     """Ends a training whose loss is no number any more: its weights are none either, and no later step mends them."""
 
@@ -123,11 +83,6 @@ def diverged(sign: str, state: TrainerState) -> UserError:
         f"the training has diverged: {sign} at step {state.global_step} of {state.max_steps}; "
         "lower training.learning_rate, or look for the task whose loss grew first in log.jsonl"
     )
-
-
-def _meet() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _line(content: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ from trainer.errors import UserError
 from trainer.evaluation.parts import begun
 from trainer.files import write_json
 from trainer.launching import resolve_device
+from trainer.loop.checkpoints import complete_checkpoints
 from trainer.nodes import Cluster, Membership
 from trainer.pipeline import built_in, outcome
 from trainer.pipeline.evaluations import evaluation_spec
@@ -51,7 +52,7 @@ from trainer.pipeline.trainings import (
 )
 from trainer.report import build_report
 from trainer.task_config import TaskConfig
-from trainer.training import TrainingSpec, complete_checkpoints
+from trainer.training import TrainingSpec
 
 
 class Pipeline:

@@ -183,7 +183,10 @@ def _exact(training: Training, case: ModelCase) -> Values:
     """The head's loss from the formula of Eq. 2, the trunk by autograd, both in float64."""
     model = copy.deepcopy(training.model).double()
     if case.train:  # what float64 layers keep for their backward pass would fill a GPU
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        if hasattr(model, "activation_checkpointing_enable"):  # the name that stays in transformers 6
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     with torch.set_grad_enabled(case.train):
         hidden_MD = training.hidden_MD(model)
     leaf_MD = hidden_MD.detach().requires_grad_(case.train)

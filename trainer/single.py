@@ -17,11 +17,12 @@ from trainer.files import write_json
 from trainer.launching import ERROR_FILE, SAVE_FILE, LaunchConfig, resolve_device
 from trainer.loop.checkpoints import complete_checkpoints
 from trainer.loop.tracking import RUN_ID_FILE
+from trainer.models.hub import pinned
 from trainer.nodes import Cluster, Membership
 from trainer.nodes.machine import log_of
 from trainer.parsing import number, parse_json
 from trainer.pipeline.identity import Identity
-from trainer.pipeline.places import PLAN, last_step
+from trainer.pipeline.places import BASE_MODEL, PLAN, last_step
 from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
@@ -119,10 +120,12 @@ def train_once(
     identity, device = Identity(config, config.tasks, on_disk=True), resolve_device(config.launch.device)
     validates = any(method_class(training.method).needs.validation for training in trainings.values())
 
+    model_path = config.model.path
+
     def check(context: StageContext) -> None:
-        check_run(config, config.model.path, output / "tasks.json", context)
+        check_run(config, model_path, output / "tasks.json", context)
         if validates:
-            check_validation(config, config.model.path, context)
+            check_validation(config, model_path, context)
         warn_of_still_methods()
 
     def warn_of_still_methods() -> None:  # from what the check has counted
@@ -138,7 +141,7 @@ def train_once(
         spec = TrainingSpec(
             name=training.name,
             config=config,
-            model_path=config.model.path,
+            model_path=model_path,
             mixture=training.mixture.kind,
             mixture_task=training.mixture.task,
             method=training.method,
@@ -175,9 +178,10 @@ def train_once(
     ]
     progress = Progress()
     with locked(output), Cluster(config, device, node or Membership(), output, progress.say) as cluster:
+        model_path = pinned(model_path, output / BASE_MODEL)
         runner = StageRunner(output / "stages", stages, 1, progress)
         if runner.would_lose():  # a mistyped path must not cost what is finished
-            check_all(config, config.model.path)
+            check_all(config, model_path)
         runner.refuse_to_lose(overwrite)
         if runner.is_done(stages[0]) and not all(
             map(runner.is_done, stages)

@@ -21,7 +21,7 @@ Metrics = Annotated[list[str] | None, typer.Option("--metric", help=_METRIC)]
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="folder of a trained model")],
+    model: Annotated[str, typer.Argument(help="folder of a trained model, or a hub's NAME or NAME@REVISION")],
     output: Annotated[Path, typer.Option(help="folder for predictions.jsonl and metrics.json, for this alone")],
     records: Annotated[list[Path] | None, typer.Option(help="a file of records; may be given again")] = None,
     config: Annotated[Path | None, typer.Option(help="take records and options from a task of this YAML")] = None,
@@ -50,6 +50,7 @@ def evaluate(
     from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
     from trainer.launching import LaunchConfig, rank_devices, resolve_device, threads_per_process
     from trainer.metrics import get_metric
+    from trainer.models.hub import model_folder
 
     if (config is None) == (records is None):
         raise UserError("`evaluate` takes either --records FILE (again for more), or --config CONFIG with --task TASK")
@@ -85,7 +86,7 @@ def evaluate(
         task=chosen.task,
     )
     spec = EvaluationSpec(
-        model_path=model.absolute(),
+        model_path=model_folder(model, weights=True).absolute(),
         sets=(chosen,),
         output_dir=output.absolute(),
         batch_size=batch_size or options.batch_size,

@@ -61,7 +61,9 @@ class ModelConfig(Options):
     """The pretrained LMM that Algorithm 1 starts every training from."""
 
     path: str = Field(
-        BUILT_IN, description="a transformers image-text-to-text or text model: folder, hub name, or built_in"
+        BUILT_IN,
+        description="a transformers image-text-to-text or text model: folder, hub name (NAME or NAME@REVISION), or "
+        "built_in",
     )
     tiny_llava: TinyLlavaConfig = TinyLlavaConfig()
     max_length: Annotated[int, Field(ge=16)] = Field(

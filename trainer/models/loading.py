@@ -1,4 +1,4 @@
-"""Loading any transformers image-text-to-text or text model, or the built-in one, from a folder."""
+"""Loading any transformers image-text-to-text or text model, or the built-in one, from a folder or a hub."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.files import refuse_pointers
 from trainer.models.config import ImageConfig
+from trainer.models.hub import model_folder
 from trainer.models.images import pad_to_square, set_image_options
 from trainer.models.weights import refuse_missing
 
@@ -32,23 +33,26 @@ _OF_BEAMS = ("early_stopping", "length_penalty")
 
 
 def load_processor(path: str, images: ImageConfig | None = None, *, local_only: bool = False) -> Any:
-    """The processor of a model folder or hub name; for a text model, its tokenizer.
+    """The processor of a model; for a text model, its tokenizer.
 
     Args:
+        path: as :func:`model_folder` takes it.
         images: ``model.images``. The folder of a trained model has it in its processor.
         local_only: take what is on this machine and ask no hub.
 
     Raises:
         UserError: nothing loadable is there, or its images cannot be treated so.
     """
-    _refuse_folder(path)
+    folder = model_folder(path, local_only=local_only)
+    _refuse_folder(path, folder)
     try:
-        processor = AutoProcessor.from_pretrained(path, local_files_only=local_only)
+        processor = AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:  # the last: torchvision, which many processors need
         told = " ".join(str(error).split())  # transformers lists what it tried, a line each
-        there = "; the folder needs its tokenizer's and processor's files, as save_pretrained writes them"
-        remedy = there if Path(path).is_dir() else ""
-        raise UserError(f"model.path '{path}': no processor could be loaded ({told}){remedy}") from error
+        raise UserError(
+            f"model.path '{path}': no processor could be loaded ({told}); the folder needs its tokenizer's and "
+            "processor's files, as save_pretrained writes them"
+        ) from error
     if images and images.options:
         set_image_options(processor, images.options, path)
     if images and images.aspect_ratio == "pad":
@@ -57,21 +61,22 @@ def load_processor(path: str, images: ImageConfig | None = None, *, local_only: 
 
 
 def load_config(path: str, *, local_only: bool = False) -> Any:
-    """The configuration of a model folder or hub name.
+    """The configuration of a model, with arguments as of :func:`load_processor`.
 
     Raises:
         UserError: none is there, or transformers does not know the model.
     """
-    _refuse_folder(path)
+    folder = model_folder(path, local_only=local_only)
+    _refuse_folder(path, folder)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=local_only)
+        return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path '{path}': no config.json could be loaded ({error})") from error
 
 
-def _refuse_folder(path: str) -> None:
+def _refuse_folder(path: str, folder: Path) -> None:
     """Refuses a folder that holds no model, but what others make one of."""
-    files = [file for file in sorted(Path(path).iterdir()) if file.is_file()] if Path(path).is_dir() else []
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     refuse_pointers(files)
     if any(file.name == "adapter_config.json" for file in files):
         raise UserError(
@@ -153,9 +158,10 @@ def load_model(path: str, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     refuse_attention(found, config)
     images = reads_images(found)
     loader: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    folder = model_folder(path, weights=True)
     try:
         options = {} if config.attention is None else {"attn_implementation": config.attention}
-        model, loaded = loader.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+        model, loaded = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model.path '{path}': no model could be loaded ({error})") from error
     refuse_missing(path, loaded)

@@ -14,6 +14,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from trainer.errors import UserError, listed
 
+# A file of weights and an index of several, as transformers looks for them.
+FORMATS = ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, pickle.PickleError)
 
 
@@ -66,16 +68,25 @@ def refuse_missing(path: str, found: dict[str, Any]) -> None:
         )
 
 
+def shards(index: Path) -> list[str]:
+    """The names of the files that an index names.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except _DAMAGED as error:
+        raise UserError(f"{index} is no index of weights: {error}; download the file again") from error
+
+
 def _files(folder: Path) -> list[Path]:
     """The files of weights that transformers would take, all of those that an index names."""
-    for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+    for whole, index in FORMATS:
         if (folder / whole).is_file():
             return [folder / whole]
         if (folder / index).is_file():
-            try:
-                names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-            except _DAMAGED as error:
-                raise UserError(f"{folder / index} is no index of weights: {error}; download the file again") from error
+            names = shards(folder / index)
             if gone := [name for name in names if not (folder / name).is_file()]:
                 raise UserError(f"{folder} lacks {listed(gone)}, of {len(names)} files that its {index} names")
             return [folder / name for name in names]

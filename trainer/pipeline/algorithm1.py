@@ -33,11 +33,12 @@ from trainer.evaluation.parts import begun
 from trainer.files import write_json
 from trainer.launching import resolve_device
 from trainer.loop.checkpoints import complete_checkpoints
+from trainer.models.hub import pinned
 from trainer.nodes import Cluster, Membership
 from trainer.pipeline import built_in, outcome
 from trainer.pipeline.evaluations import evaluation_spec
 from trainer.pipeline.identity import FORMAT, Identity
-from trainer.pipeline.places import PLAN, RESOLVED, Places, environment, last_step, weights_stage
+from trainer.pipeline.places import BASE_MODEL, PLAN, RESOLVED, Places, environment, last_step, weights_stage
 from trainer.pipeline.preflight import check_all, check_run, check_validation
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import Stage, StageContext, StageRunner, locked
@@ -138,6 +139,8 @@ class Pipeline:
         """
         machines = Cluster(self.config, self.device, self.node, self.run_dir, self.progress.say)
         with locked(self.run_dir), machines as self._cluster:
+            if self.features is None:
+                self.model_path = pinned(self.model_path, self.run_dir / BASE_MODEL)
             runner = self.runner()
             if self.identity.on_disk and runner.would_lose():  # a mistyped path must not cost what is finished
                 check_all(self.resolved, self.model_path if self.features is None else None)

@@ -235,8 +235,8 @@ def report(
         return "\n".join(lines)
     if not size:
         lines.append(
-            f"time, memory and disk: no config.json of '{config.model.path}' on this machine; "
-            "give a local folder with --set model.path=FOLDER"
+            f"time, memory and disk: no config.json of '{config.model.path}' on this machine; `cotbal check` "
+            "downloads a hub's, without the weights, or give a folder with --set model.path=FOLDER"
         )
         return "\n".join(lines)
     slots = config.launch.slots

@@ -15,6 +15,7 @@ from trainer.pipeline.trainings import Training
 
 RESOLVED = "config.yaml"  # the configuration of the run, with all defaults and absolute paths
 PLAN = "plan.json"  # names of the stages that the run has now; what earlier configurations left may lie beside it
+BASE_MODEL = "base_model.json"  # the commit of a hub's model that all trainings start from
 _LONGEST_LINE = 2**18  # bytes of log.jsonl; a task takes some 150
 
 

@@ -27,6 +27,7 @@ from trainer.launching import resolve_device
 from trainer.loop.learning_rates import own_rates
 from trainer.loop.tracking import check_trackers
 from trainer.metrics import AccuracyIoU, get_metric
+from trainer.models.hub import model_folder
 from trainer.models.images import refuse_cropped_boxes
 from trainer.models.loading import (
     embedded_tokens,
@@ -118,8 +119,8 @@ def check_model(config: RunConfig, model_path: str) -> None:
     Raises:
         UserError: it cannot have the loss of Eq. 2, or not the attention that is asked for; ``max_length`` is more than
             its positions; it cannot be packed although ``training.packing`` is on; ``freeze``, LoRA or
-            ``training.learning_rates`` names nothing in it, or nothing is left to train; its weights are not there,
-            damaged, or another model's.
+            ``training.learning_rates`` names nothing in it, or nothing is left to train; the weights of a folder are
+            not there, damaged, or another model's.
     """
     found = load_config(model_path)
     refuse_attention(found, config.model)
@@ -143,7 +144,7 @@ def check_model(config: RunConfig, model_path: str) -> None:
             f"model.max_length = {config.model.max_length} is more than the {most} positions that '{model_path}' "
             "was made for (max_position_embeddings of its config.json); lower it"
         )
-    if Path(model_path).is_dir():  # a hub's are downloaded by the first training
+    if Path(model_path).is_dir():  # a hub's are downloaded when all else is right
         check_weights(Path(model_path), found, model_class(found))
 
 
@@ -309,7 +310,7 @@ def check_all(
 
 
 def check_run(config: RunConfig, model_path: str, tasks_json: Path, context: StageContext) -> None:
-    """Checks every task of a run, says what is odd about it, and writes ``tasks.json``.
+    """Checks every task of a run, says what is odd about it, has the model on this machine, and writes ``tasks.json``.
 
     Raises:
         UserError: everything that is wrong, a line each.
@@ -324,6 +325,10 @@ def check_run(config: RunConfig, model_path: str, tasks_json: Path, context: Sta
         row |= {"supervised_tokens": count.supervised, "tokens": count.tokens, "truncated_records": count.cut}
         row["dropped_records"] = count.dropped
         described.append(row)
+    if not Path(model_path).is_dir():
+        context.progress.say(f"weights of {model_path}: downloaded, if they are not on this machine")
+        found = load_config(model_path)
+        check_weights(model_folder(model_path, weights=True), found, model_class(found))
     write_json(tasks_json, {"tasks": described})
 
 

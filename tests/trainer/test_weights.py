@@ -140,6 +140,29 @@ def test_a_processor_that_is_a_pointer(folder: Path) -> None:
         load_processor(str(folder))
 
 
+@pytest.mark.parametrize("load", [load_config, load_processor])
+def test_code_that_comes_with_a_model_is_not_run(
+    folder: Path, load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks for it at a terminal; for types that it has it takes its own code."""
+    (folder / "own.py").write_text("raise SystemExit('run')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    configure(folder, auto_map={"AutoConfig": "own.Config", "AutoModel": "own.Model"})
+    assert load_config(str(folder)).model_type == "llama"
+    configure(folder, model_type="internvl_chat")
+    with pytest.raises(UserError, match=r"no model of type 'internvl_chat', and code that .* is not run here; take"):
+        load(str(folder))
+
+
+def test_a_model_of_another_code_base(folder: Path) -> None:
+    """LLaVA's own checkpoints say that they are of type llava, and have a tokenizer alone."""
+    with pytest.raises(UserError, match="the folder needs its tokenizer's and processor's files"):
+        load_processor(str(folder))
+    configure(folder, architectures=["LlavaLlamaForCausalLM"], model_type="llava")
+    with pytest.raises(UserError, match="; LlavaLlamaForCausalLM is no class of transformers: take the model in"):
+        load_processor(str(folder))
+
+
 def test_an_adapter_is_no_model(folder: Path) -> None:
     """Beside the weights, transformers would load it into them."""
     (folder / "adapter_config.json").write_text("{}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -30,6 +33,8 @@ from trainer.models.weights import refuse_missing
 # Settings of generation that only matter while sampling, and with several beams.
 _OF_SAMPLING = ("temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff")
 _OF_BEAMS = ("early_stopping", "length_penalty")
+_PROCESSOR_NEEDED = "the folder needs its tokenizer's and processor's files, as save_pretrained writes them"
+_CONVERTED = "take the model in transformers' own format, which often has a name that ends in -hf"
 
 
 def load_processor(path: str, images: ImageConfig | None = None, *, local_only: bool = False) -> Any:
@@ -46,13 +51,12 @@ def load_processor(path: str, images: ImageConfig | None = None, *, local_only: 
     folder = model_folder(path, local_only=local_only)
     _refuse_folder(path, folder)
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)  # else a terminal is asked
     except (OSError, ValueError, ImportError) as error:  # the last: torchvision, which many processors need
         told = " ".join(str(error).split())  # transformers lists what it tried, a line each
-        raise UserError(
-            f"model.path '{path}': no processor could be loaded ({told}); the folder needs its tokenizer's and "
-            "processor's files, as save_pretrained writes them"
-        ) from error
+        own = [name for name in (_written(folder) or {}).get("architectures") or () if not hasattr(transformers, name)]
+        remedy = f"{own[0]} is no class of transformers: {_CONVERTED}" if own else _PROCESSOR_NEEDED
+        raise UserError(f"model.path '{path}': no processor could be loaded ({told}); {remedy}") from error
     if images and images.options:
         set_image_options(processor, images.options, path)
     if images and images.aspect_ratio == "pad":
@@ -83,6 +87,21 @@ def _refuse_folder(path: str, folder: Path) -> None:
             f"model.path '{path}': it holds an adapter of PEFT, which is trained with its model; merge them "
             "(merge_and_unload, then save_pretrained of the model and of its processor) and give that folder"
         )
+    kind = (_written(folder) or {}).get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING:  # with code, transformers would ask at the terminal for a yes
+        raise UserError(
+            f"model.path '{path}': transformers {transformers.__version__} has no model of type '{kind}', and code "
+            f"that comes with a model is not run here; {_CONVERTED}, or a newer transformers"
+        )
+
+
+def _written(folder: Path) -> dict[str, Any] | None:
+    """What config.json says; None where there is none that can be read."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def positions(config: Any) -> int | None:

@@ -102,6 +102,8 @@ def test_a_run_stays_with_one_commit(
     used = {path.parent.name: read(path)["model_path"] for path in run.glob("trainings/*/spec.json")}
     assert len(used) > 4
     assert set(used.values()) == {f"{NAME}@{first}"}
+    assert read(run / "environment.json")["model"] == f"{NAME}@{first}"
+    assert f"{NAME}@{first}" in (run / "report.html").read_text().replace("<wbr>", "")
     assert same(weights(used["rlw"]), weights(str(pixel_model)))
     run_data["model"]["path"] = f"{NAME}@{second}"
     go(overwrite=True)

@@ -147,7 +147,8 @@ class Pipeline:
             runner.refuse_to_lose(overwrite)
             self.progress.say(f"run directory: {self.run_dir}")
             (self.run_dir / RESOLVED).write_text(self.config.to_yaml(), encoding="utf-8")
-            write_json(self.run_dir / "environment.json", environment(config=self.config, device=self.device))
+            model = {} if self.features else {"model": self.model_path}
+            write_json(self.run_dir / "environment.json", environment(self.config, self.device) | model)
             write_json(self.run_dir / PLAN, list(runner.stages))
             if runner.is_done(runner.stages["check"]):
                 self._warn_of_short_trainings()

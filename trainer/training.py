@@ -287,7 +287,10 @@ def train(spec: TrainingSpec) -> None:
     dataset = training_samples(spec, encoder, tasks, records, args.dataloader_num_workers)
 
     end_marks = encoder.chat.end_marks
-    model = load_model(spec.model_path, spec.config.model, torch.float32)
+    # What DeepSpeed trains, and makes its float32 master copies of: float32 would be rounded to it, the same bits come
+    # out, and every process would take twice the memory of the host and more until then.
+    dtype = torch.bfloat16 if spec.config.training.precision == "bf16" else torch.float32
+    model = load_model(spec.model_path, spec.config.model, dtype)
     settings: Any = model.config
     use_cache = vars(settings).get("use_cache")
     weighting = task_weighting(spec, tasks, encoder, collator, args)

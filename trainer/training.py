@@ -50,7 +50,7 @@ from trainer.loop.weighting import Tasks, TaskWeighting
 from trainer.models.features import FeatureStore
 from trainer.models.loading import load_model, load_processor, stop_generation_at
 from trainer.models.lora import add_lora, save_merged
-from trainer.models.packable import finds_samples_in_one_row, refuse_unpackable
+from trainer.models.packable import finds_samples_in_one_row, refuse_unpackable, sample_positions
 from trainer.tasks import Task, load_task
 
 
@@ -299,7 +299,8 @@ def train(spec: TrainingSpec) -> None:
     apply_fused_loss(model, num_tasks=len(tasks), aggregation=aggregation)
     packer = None
     if isinstance(dataset, PackedDataset):
-        packer = PackedCollator(collator.pad_token_id, collator.blank_image, flat=finds_samples_in_one_row(model))
+        one_row, positions = finds_samples_in_one_row(model), sample_positions(model.config)
+        packer = PackedCollator(collator.pad_token_id, collator.blank_image, one_row, positions)
     lora = spec.config.model.lora
     if lora is not None:
         model = add_lora(model, spec.config.model)

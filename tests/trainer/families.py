@@ -119,7 +119,7 @@ def ernie4_5_vl() -> Made:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     language = _text(
         tokenizer, "Ernie4_5_VLMoeTextConfig", rope_parameters=rope, moe_intermediate_size=[32, 16], moe_k=2,
-        moe_num_experts=4, moe_num_shared_experts=1, mlp_layer_types=["dense", "sparse"],
+        moe_num_experts=4, moe_num_shared_experts=1, mlp_layer_types=["sparse", "dense"],
     )  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 8, "spatial_merge_size": 2,

@@ -22,12 +22,14 @@ from trainer.config import ModelConfig
 from trainer.data.collator import Collator
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
 from trainer.data.lengths import ImageLengths, token_counter
+from trainer.data.packing import PackedCollator
 from trainer.data.records import Record, Turn
 from trainer.errors import UserError
 from trainer.evaluation.generation import BatchScorer
 from trainer.evaluation.spec import EvaluationSet
 from trainer.models.images import vision_input
 from trainer.models.loading import embedded_tokens, load_model, sees_images_both_ways
+from trainer.models.packable import sample_positions, unpackable_because
 
 SIZES = {"a": (60, 40), "b": (200, 50), "c": (48, 130)}  # of the images in pixels
 WIDE = Record("wide", ("a",), (Turn("<image>\nWhat colour is it?", "red"),), ())
@@ -141,6 +143,30 @@ def test_a_batch_has_the_loss_of_its_samples_one_by_one(family: Family) -> None:
             p.grad.abs().sum().item() for name, p in model.named_parameters() if "vis" in name and p.grad is not None
         )
         assert (seen == 0) == (names == ["text"])
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
+def test_packed_samples_have_the_loss_that_they_have_alone(family: Family, flat: bool) -> None:
+    """Several images in a sequence, of several sizes; a sequence of text alone; padding."""
+    if unpackable_because(family.model.config):
+        pytest.skip(f"{family.name} cannot be packed")
+    encoder = family.encoder
+    encoded = [encoder.training_sample(record, family.image) for record in family.records]
+    expected = [alone(family, record, one.labels) for record, one in zip(family.records, encoded, strict=True)]
+    positions = sample_positions(family.model.config)
+    collate = PackedCollator(encoder.tokenizer.pad_token_id, encoder.blank_image(), flat, positions)
+    model, _ = make(family.name)
+    apply_fused_loss(model, num_tasks=len(encoded))
+    samples = [{"encoded": one, "task_id": number} for number, one in enumerate(encoded)]
+    for rows in ([samples[1:], samples[:1]], [samples[2:3]]):
+        batch = collate(rows)
+        inputs = {name: value.double() if name.startswith("pixel_values") else value for name, value in batch.items()}
+        with torch.no_grad():
+            found = model(**inputs)
+        for number in {sample["task_id"] for row in rows for sample in row}:
+            sums, tokens = expected[number]
+            assert found.task_tokens[number] == tokens
+            assert found.task_loss[number].item() == pytest.approx(sums, rel=1e-6), family.records[number].id
 
 
 def test_answers_in_a_batch_are_those_of_one_prompt_at_a_time(family: Family) -> None:

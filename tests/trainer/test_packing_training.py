@@ -210,7 +210,7 @@ def _config(name: str, **options: Any) -> Any:
     [
         (_config("Mamba"), "layers that carry a state"), (_config("Jamba"), "layers that carry a state"),
         (_config("Lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2), "a state.*(conv|linear)"),
-        (_config("Qwen3Next"), "linear_attention"), (_config("Qwen2VL"), "positions or attention of their own"),
+        (_config("Qwen3Next"), "linear_attention"), (_config("Glm4vMoe"), "positions or attention of their own"),
         (_config("Qwen2", rope_parameters={**ROPE, "mrope_section": [1, 1, 2]}),
          "mrope"),
         (_config("PaliGemma"), "not causal"), (_config("Gemma3"), "both directions"),
@@ -239,7 +239,11 @@ def test_flash_attention_alone_needs_one_row(attention: str, one_row: bool) -> N
         assert finds_samples_in_one_row(model) == one_row
 
 
-@pytest.mark.parametrize("name", ["Llava", "LlavaNext", "Llama", "Mistral", "Qwen2", "Qwen3", "GPT2", "Phi3"])
+@pytest.mark.parametrize(
+    "name",
+    ["Llava", "LlavaNext", "Llama", "Mistral", "Qwen2", "Qwen3", "GPT2", "Phi3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL",
+     "Qwen3VLMoe", "Glm4v", "Ernie4_5_VLMoe"],
+)  # fmt: skip
 def test_models_that_can(name: str) -> None:
     assert unpackable_because(_config(name)) is None
 

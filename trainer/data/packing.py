@@ -8,8 +8,9 @@ Legend: B sequences, S tokens of the longest, T tokens of all.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,37 +93,48 @@ class PackedCollator:
         blank_image: for batches without an image; None when no record has one.
         flat: one row of T tokens without padding, which flash attention needs to tell samples apart, in place of
             B rows of S, whose masks for other attention take B S S and not T T.
+        positions: of the tokens of one sample, for models whose positions have several dimensions: ``[3, tokens]``.
+            Such a model gets ``position_ids`` ``[4, B, S]``: those that tell samples apart, then its own.
     """
 
     pad_token_id: int
     blank_image: Encoded | None
     flat: bool = False
+    positions: Callable[[Encoded], Tensor] | None = None
 
     def __call__(self, sequences: Sequence[Sequence[Sample]]) -> dict[str, Any]:
         rows = [[(sample["encoded"], sample["task_id"]) for sample in sequence] for sequence in sequences]
         if self.blank_image and not any(encoded.image_inputs for row in rows for encoded, _ in row):
             rows[0] = [*rows[0], (self.blank_image, 0)]
         documents = [encoded for row in rows for encoded, _ in row]
-        laid = [_lay(row) for row in ([[item for row in rows for item in row]] if self.flat else rows)]
+        types = {name: 0 for encoded in documents for name in encoded.token_types}
+        laid = [self._lay(row, types) for row in ([[item for row in rows for item in row]] if self.flat else rows)]
         width = max(len(row["input_ids"]) for row in laid)
-        fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "position_ids": 0, "loss_task_ids": 0}
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "loss_task_ids": 0, "position_ids": 0, **types}
         batch: dict[str, Any] = {}
         for key, value in fill.items():
-            batch[key] = torch.full((len(laid), width), value)
+            batch[key] = torch.full((*laid[0][key].shape[:-1], len(laid), width), value)
             for index, row in enumerate(laid):
-                length = len(row[key])
-                batch[key][index, :length] = row[key]
-                if key == "position_ids":  # padding is a document too, so that it sees something: itself
-                    batch[key][index, length:] = torch.arange(width - length)
+                batch[key][..., index, : row[key].shape[-1]] = row[key]
+        for index, row in enumerate(laid):  # padding is a document too, so that it sees something: itself
+            length = len(row["input_ids"])
+            batch["position_ids"][..., index, length:] = torch.arange(width - length)
         return handed_over(batch | {"use_cache": False} | stack_images(documents))
 
-
-def _lay(documents: Sequence[tuple[Encoded, int]]) -> dict[str, Tensor]:
-    """One sequence: token ids, labels, positions and task ids, each ``[tokens]``."""
-    labels = [label for encoded, _ in documents for label in [IGNORE_INDEX, *encoded.labels[1:]]]
-    return {
-        "input_ids": torch.tensor([token for encoded, _ in documents for token in encoded.input_ids]),
-        "labels": torch.tensor(labels),
-        "position_ids": torch.cat([torch.arange(len(encoded.input_ids)) for encoded, _ in documents]),
-        "loss_task_ids": torch.cat([torch.full((len(encoded.input_ids),), task) for encoded, task in documents]),
-    }
+    def _lay(self, documents: Sequence[tuple[Encoded, int]], types: Iterable[str]) -> dict[str, Tensor]:
+        """One sequence: token ids, labels, task ids, positions and types of tokens, each ``[tokens]``."""
+        tokens = [len(encoded.input_ids) for encoded, _ in documents]
+        positions = [torch.arange(count) for count in tokens]
+        if self.positions:
+            own = [self.positions(encoded) for encoded, _ in documents]
+            positions = [torch.cat([apart[None], place]) for apart, place in zip(positions, own, strict=True)]
+        rows = {
+            "input_ids": [encoded.input_ids for encoded, _ in documents],
+            "labels": [[IGNORE_INDEX, *encoded.labels[1:]] for encoded, _ in documents],
+            "loss_task_ids": [[task] * count for (_, task), count in zip(documents, tokens, strict=True)],
+        } | {
+            name: [encoded.token_types.get(name) or [0] * len(encoded.input_ids) for encoded, _ in documents]
+            for name in types
+        }
+        laid = {name: torch.tensor(list(itertools.chain(*row))) for name, row in rows.items()}
+        return laid | {"position_ids": torch.cat(positions, -1)}

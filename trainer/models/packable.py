@@ -7,11 +7,19 @@ model once more when a training starts.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING
+
+from trainer.data.encoding import Encoded
 from trainer.errors import UserError
 from trainer.models.loading import load_config, model_class, reads_images
 
+# Models with positions in several dimensions that take another row of them, which tells samples apart.
+_FOUR_ROWS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "ernie4_5_vl_moe", "glm4v", "qwen3_vl_moe"}
 # Attention that transformers confines to a sample when positions start again.
 _CONFINED = {"full_attention", "sliding_attention"}
 _PER_TOKEN_INPUTS = {
@@ -48,7 +56,8 @@ def unpackable_because(config: Any) -> str | None:
     if chosen._is_stateful or layers:
         named = f" ({', '.join(sorted(layers))})" if layers else ""
         return f"it has layers that carry a state from token to token{named}"
-    if _has_key(getattr(text, "rope_parameters", None), "mrope_section"):
+    told = config.model_type in _FOUR_ROWS
+    if _has_key(getattr(text, "rope_parameters", None), "mrope_section") and not told:
         return "its positions have several dimensions (mrope)"
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None):
         return "its attention is not causal"
@@ -56,13 +65,37 @@ def unpackable_because(config: Any) -> str | None:
         return "its attention depends on distances in the sequence (alibi)"
     parameters = inspect.signature(chosen.forward).parameters
     for name, reason in _PER_TOKEN_INPUTS.items():
-        if name in parameters and reads_images(config):  # of a text model they are optional segments
+        if name in parameters and reads_images(config) and not told:  # of a text model they are optional segments
             return reason
     if "position_ids" not in parameters:
         return "it takes no position_ids"
     if not chosen._supports_attention_backend:
         return "its attention does not use transformers' common masks"
     return None
+
+
+def sample_positions(config: Any) -> Callable[[Encoded], Tensor] | None:
+    """What gives the positions of one sample's tokens, ``[3, tokens]`` of time, height and width, for models with
+    positions in several dimensions; None for others.
+
+    It is the model's own rule, which needs no weights.
+    """
+    if config.model_type not in _FOUR_ROWS:
+        return None
+    rule: Any = MODEL_MAPPING[type(config)]
+    model = rule.__new__(rule)
+    nn.Module.__init__(model)
+    model.config = config
+
+    def positions(sample: Encoded) -> Tensor:
+        if not sample.image_inputs:
+            return torch.arange(len(sample.input_ids)).expand(3, -1)
+        types = {name: torch.tensor([own]) for name, own in sample.token_types.items()}
+        grid = sample.image_inputs["image_grid_thw"]
+        found, _ = model.get_rope_index(torch.tensor([sample.input_ids]), image_grid_thw=grid, **types)
+        return found[:, 0]
+
+    return positions
 
 
 def finds_samples_in_one_row(model: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,19 @@ def test_which_files_of_a_checkout_are_read(tmp_path: Path) -> None:
         convert("m3it", raw, tmp_path / "other")
 
 
+def test_a_text_that_is_not_utf8_costs_its_row_alone(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(ONE_VISION_ROWS * 50, ONE_VISION)
+    texts = [b"\xff\xfe" if number == 70 else b"%d" % number for number in range(100)]  # in the second batch of rows
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table.set_column(0, "id", pa.array(texts).view(pa.string())), path)
+    manifest = convert("messages", path, tmp_path / "out")
+    assert manifest.complete
+    (row,) = rows(manifest, "rejected")
+    assert (row["kind"], row["position"]) == ("damaged", "row 71")
+    assert row["reason"].startswith("column 'id' has no readable value: 'utf-8' codec can't decode byte 0xff")
+    assert {record["id"] for record in rows(manifest, "train")} == {f"{number}" for number in range(100)} - {"70"}
+
+
 def test_damage_is_no_exception(tmp_path: Path) -> None:
     from trainer.data.converters.parquet import table_rows
 
@@ -165,9 +179,15 @@ def test_damage_is_no_exception(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"a": pa.array([], pa.int64())}), path)
     assert list(table_rows(path)) == []
     texts = pa.array([b"a", b"\xff", b"c"]).view(pa.string())  # of which one is not UTF-8
-    parquet.write_table(pa.table({"a": texts}), path)
-    (element,) = table_rows(path)
-    assert "is not valid Parquet: 'utf-8' codec can't decode byte 0xff" in element.value.reason
+    nested = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), texts)
+    days = pa.array([0, 0, 2**31 - 1], pa.int32()).view(pa.date32())  # of which one is beyond Python's
+    parquet.write_table(pa.table({"n": [1, 2, 3], "nested": nested, "day": days}), path)
+    first, *others = [element.value for element in table_rows(path)]
+    assert first == {"n": 1, "nested": ["a"], "day": date(1970, 1, 1)}
+    assert [(damage.reason.partition(":")[0], damage.ends) for damage in others] == [
+        ("column 'nested' has no readable value", False), ("column 'day' has no readable value", False),
+    ]  # fmt: skip
+    assert "can't decode byte 0xff" in others[0].reason
     parquet.write_table(pa.table({"a": [1, 2, 3, 4]}), path)
     size = path.stat().st_size
     assert [element.offset for element in table_rows(path)] == [size // 4, size // 2, size * 3 // 4, size]

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ import torch
 import yaml
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
+from questions import write_questions
 from small_run import small_run
 
 import trainer.cli
 from trainer.config import RunConfig, TinyLlavaConfig, parse_config
+from trainer.evaluation.running import evaluate
+from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.models.tiny_llava import CHAT_TEMPLATE, train_tokenizer, write_tiny_llava
 from trainer.task_config import TaskConfig
 
@@ -148,6 +151,35 @@ def pixel_model(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> P
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``mixed.jsonl`` and its images."""
+    return write_questions(tmp_path_factory.mktemp("questions"))
+
+
+@pytest.fixture(scope="session")
+def make_spec(questions: Path, pixel_model: Path) -> Callable[..., EvaluationSpec]:
+    """A specification on one rank; batches of 4, so that most batches are padded."""
+
+    def make(output: Path, **changes: Any) -> EvaluationSpec:
+        own = {"metrics": ("exact_match",), "limit": None} | {
+            key: changes.pop(key) for key in ("metrics", "limit") if key in changes
+        }
+        chosen = EvaluationSet("predictions", (questions / "mixed.jsonl",), questions, max_new_tokens=9, **own)
+        base = EvaluationSpec(pixel_model, (chosen,), output, 4, "fp32", ("cpu",), threads=1, max_length=256)
+        return replace(base, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def answers(make_spec: Callable[..., EvaluationSpec], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished evaluation on one rank, never interrupted."""
+    output = tmp_path_factory.mktemp("answers")
+    evaluate(make_spec(output))
+    return output
 
 
 @pytest.fixture

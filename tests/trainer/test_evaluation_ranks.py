@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +21,13 @@ from typing import Any
 import pytest
 from questions import COUNT
 
+import trainer.evaluation.progress as progress
+import trainer.evaluation.running as running
+from trainer.errors import UserError
 from trainer.evaluation.generation import BatchScorer
 from trainer.evaluation.parts import no_ranks
-from trainer.evaluation.progress import Meter
-from trainer.evaluation.ranks import RankProcesses, measure
+from trainer.evaluation.progress import Display, Meter
+from trainer.evaluation.ranks import RankProcesses, measure, run_rank
 from trainer.evaluation.running import evaluate
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 
@@ -94,6 +100,54 @@ class TestRanks:
         evaluate(spec, two_ranks, lambda meter: before.append(meter.before))
         assert before[0] >= 4
         assert (tmp_path / "out/predictions.jsonl").read_bytes() == (answers / "predictions.jsonl").read_bytes()
+
+    def test_one_that_hangs_is_named_and_costs_its_batch(
+        self, make_spec: Callable[..., EvaluationSpec], answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Rank 1, at its first batch; rank 0 does the others, here in this process."""
+        ended = []
+
+        class Processes:
+            def submit(self, rank: int, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+                future: Future[Any] = Future()
+                if work is not run_rank or rank == 0:
+                    future.set_result(work(*arguments))
+                return future
+
+            def end(self) -> None:
+                ended.append(True)
+
+        notes: list[str] = []
+        for name, value in (("_POLL", 0.05), ("_PATIENCE", 0.4), ("_GOODBYE", 0.0)):
+            monkeypatch.setattr(running, name, value)
+        monkeypatch.setattr(progress, "SILENCE", 0.2)
+        spec = make_spec(tmp_path, devices=("cpu", "cpu"))
+        with pytest.raises(
+            UserError, match=rf"rank 1 of the evaluation into {tmp_path} hangs, or its GPU .* for 0\.4 s;"
+        ):
+            evaluate(spec, Processes(), lambda meter: notes.append(meter.rates()))  # type: ignore[arg-type]
+        assert ended == [True]
+        assert re.fullmatch(r"[^,]* samples/s, .*, waiting for rank 1, no batch has ended for 0\.[234] s", notes[-1])
+        left: list[int] = []
+        evaluate(replace(spec, devices=("cpu",)), None, lambda meter: left.append(meter.total - meter.before))
+        assert left[0] == 4
+        assert (tmp_path / "predictions.jsonl").read_bytes() == (answers / "predictions.jsonl").read_bytes()
+
+    @pytest.mark.slow  # starts a process
+    def test_an_interruption_waits_for_nothing_that_leaves_nothing(
+        self, make_spec: Callable[..., EvaluationSpec], tmp_path: Path
+    ) -> None:
+        """Reading and measuring a hundred thousand records takes long; the process is still starting here."""
+        before = {process.pid for process in multiprocessing.active_children()}
+
+        def stop(meter: Meter) -> None:
+            assert meter.total == 0
+            raise Stop
+
+        with closing(RankProcesses(2)) as processes, pytest.raises(Stop):
+            evaluate(make_spec(tmp_path, devices=("cpu", "cpu")), processes, stop)
+        assert {process.pid for process in multiprocessing.active_children()} <= before
+        assert not (tmp_path / "manifest.json").exists()
 
     def test_need_processes(self, make_spec: Callable[..., EvaluationSpec], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="2 ranks need processes"):
@@ -221,8 +275,6 @@ class TestRestart:
     def test_killed_between_the_merge_of_two_sets(
         self, make_spec: Callable[..., EvaluationSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import trainer.evaluation.running as running
-
         spec = make_spec(tmp_path, limit=5, by_task=True)
         (own,) = spec.sets
         spec = replace(spec, sets=(replace(own, name="a"), replace(own, name="b", metrics=("span_f1",))))
@@ -236,3 +288,9 @@ class TestRestart:
             "a": ("EM", 5), "b": ("F1", 5),
         }  # fmt: skip
         assert not (tmp_path / "parts").exists()
+
+
+def test_what_is_not_known_yet_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display() as report:
+        report(Meter(0, 0))
+    assert capsys.readouterr().err == ""

@@ -53,6 +53,13 @@ class RankProcesses:
         with starting():
             return pool.submit(work, *arguments)
 
+    def end(self) -> None:
+        """Ends the processes whatever they are at; what waits for them gets an error."""
+        for pool in self._pools:
+            for process in list(pool._processes.values()) if pool is not None else ():  # Python 3.14: kill_workers()
+                process.kill()
+        self.close()
+
     def close(self) -> None:
         """Ends the processes, which gives their memory back; later calls start new ones."""
         for rank, pool in enumerate(self._pools):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,9 +27,12 @@ from trainer.evaluation.ranks import RankProcesses, measure, run_rank
 from trainer.evaluation.scoring import check_references, compute, entry, images_of, read_predictions, score_key
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
 from trainer.files import known, write_json
+from trainer.units import duration
 
 Result = TypeVar("Result")
 _POLL = 0.5  # seconds
+_PATIENCE = 1800.0  # seconds that ranks wait for another one, as those of a training do on GPUs
+_GOODBYE = 60.0  # seconds that the batches on the devices have where an evaluation is ended
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,22 @@ def evaluate(
     Args:
         processes: where the ranks run, at least one for each of ``spec.devices``; None is this process, for one rank.
         report: called about twice a second with how far it is. An exception that it raises ends the evaluation after
-            the batches that are on the devices; what is done is kept.
+            the batches that are on the devices, or after a minute; what is done is kept.
 
     Raises:
-        UserError: bad records, images or model, too little memory, a folder that holds another evaluation, or a rank
-            that was ended from outside.
+        UserError: bad records, images or model, too little memory, a folder that holds another evaluation, a rank
+            that was ended from outside, or one that the others have waited for for half an hour.
     """
     if processes is None and len(spec.devices) != 1:
         raise ValueError(f"{len(spec.devices)} ranks need processes to run in")
 
     def call(work: Callable[..., Result], *arguments: Any) -> Result:
-        return work(*arguments) if processes is None else processes.submit(0, work, *arguments).result()
+        if processes is None:
+            return work(*arguments)
+        return _results(processes, [processes.submit(0, work, *arguments)], waiting)[0]
+
+    def waiting() -> None:
+        report(Meter(0, 0))
 
     try:
         with sole_use(spec.output_dir):
@@ -71,7 +79,7 @@ def evaluate(
                 spec.parts.mkdir(exist_ok=True)
                 with no_ranks(spec.output_dir):
                     if not has_plan(spec):
-                        write_plan(spec, _lengths(spec, processes, total))
+                        write_plan(spec, _lengths(spec, processes, total, waiting))
                     work = _left(spec, total)
             meter = Meter(work.done, work.total)
             report(meter)
@@ -87,7 +95,7 @@ def evaluate(
                 if processes is None:
                     run_rank(spec, 0, work.todo, poll)
                 else:
-                    _run_ranks(spec, processes, work.todo, poll)
+                    _run_ranks(spec, processes, work.todo, meter, poll)
             return call(finish, spec)
     except BrokenProcessPool as error:
         raise UserError(
@@ -96,29 +104,52 @@ def evaluate(
         ) from error
 
 
-def _run_ranks(spec: EvaluationSpec, processes: RankProcesses, todo: list[int], poll: Callable[[], None]) -> None:
+def _run_ranks(
+    spec: EvaluationSpec, processes: RankProcesses, todo: list[int], meter: Meter, poll: Callable[[], None]
+) -> None:
     ranks = min(len(spec.devices), len(todo))
-    running = {processes.submit(rank, run_rank, spec, rank, todo) for rank in range(ranks)}
+    running = {processes.submit(rank, run_rank, spec, rank, todo): rank for rank in range(ranks)}
     try:
         while running:
-            ended, running = wait(running, timeout=_POLL, return_when=FIRST_EXCEPTION)
-            for future in ended:
+            for future in wait(running, timeout=_POLL, return_when=FIRST_EXCEPTION).done:
+                del running[future]
                 future.result()
+            if len(running) < ranks:
+                meter.waiting_for = sorted(running.values())
             poll()
+            if meter.waiting_for and meter.silence > _PATIENCE:
+                raise UserError(
+                    f"rank {', '.join(map(str, meter.waiting_for))} of the evaluation into {spec.output_dir} hangs, or "
+                    f"its GPU or the file system does: the others have waited for it for {duration(_PATIENCE)}; run "
+                    "again: what is done is kept"
+                )
     except BaseException:
         Claims(spec.parts).close()
-        wait(running)  # for the batches that are on the devices
+        if wait(running, timeout=_GOODBYE).not_done:  # for the batches that are on the devices
+            processes.end()
         raise
 
 
-def _lengths(spec: EvaluationSpec, processes: RankProcesses | None, total: int) -> list[list[int]]:
+def _results(processes: RankProcesses, running: Sequence[Future[Result]], poll: Callable[[], None]) -> list[Result]:
+    """Of work that keeps nothing before its end: where `poll` raises, nobody waits for it."""
+    left = set(running)
+    try:
+        while left := wait(left, timeout=_POLL).not_done:
+            poll()
+    except BaseException:
+        processes.end()
+        raise
+    return [future.result() for future in running]
+
+
+def _lengths(
+    spec: EvaluationSpec, processes: RankProcesses | None, total: int, poll: Callable[[], None]
+) -> list[list[int]]:
     """Tokens of every record of every set, which all ranks measure: for one alone it would be minutes."""
     ranks = min(len(spec.devices), -(-total // spec.batch_size))
     if processes is None:
         return measure(spec, 0, 1)
-    running = [processes.submit(rank, measure, spec, rank, ranks) for rank in range(ranks)]
-    wait(running)
-    shares = [future.result() for future in running]
+    shares = _results(processes, [processes.submit(rank, measure, spec, rank, ranks) for rank in range(ranks)], poll)
     lengths = []
     for own in zip(*shares, strict=True):  # of one set
         count = sum(map(len, own))

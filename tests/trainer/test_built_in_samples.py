@@ -7,6 +7,7 @@ import gzip
 import re
 import sqlite3
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from built_in_wheels import wheel
 
 from trainer.data.built_in import charts, chat, covers
+from trainer.data.built_in.material import Film
 from trainer.data.built_in.samples import generator, split_groups
 from trainer.data.built_in.scene_tasks import (
     SceneTask,
@@ -227,6 +229,19 @@ def test_film_answers_are_those_of_the_database_and_splits_share_no_film() -> No
     assert not films["train"] & films["validation"]
     assert not (films["train"] | films["validation"]) & films["test"]
     assert min(asked.values()) > 40
+
+
+def test_all_that_is_asked_about_can_be_seen() -> None:
+    """Another title, genre, year or director is another cover; another title, category or value another chart."""
+    film = Film(1, "Heat", 1995, "Crime", "Michael Mann")
+    other = {"title": "Alien", "year": 1979, "genre": "War", "director": "Ridley Scott"}
+    films = [film, *(replace(film, **{key: value}) for key, value in other.items())]
+    bars = (("Art", 40.0, charts.BAR_COLOURS[0]), ("English", 60.0, charts.BAR_COLOURS[1]))
+    chart = charts.Chart("Degrees", "2000", bars, "blue")
+    shown = [chart, replace(chart, title="Films")]
+    shown += [replace(chart, bars=(bars[0], one)) for one in (("Crime", *bars[1][1:]), ("English", 61.0, bars[1][2]))]
+    for drawn in ([covers.Cover(one, "blue", "hocho") for one in films], shown):
+        assert len({one.draw().tobytes() for one in drawn}) == len(drawn)
 
 
 def test_dialogues_are_written_one_way() -> None:

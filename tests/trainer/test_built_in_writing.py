@@ -10,7 +10,7 @@ import pytest
 
 from trainer.data.built_in import BUILT_IN_TASKS, Sizes, chat, covers, easy_vqa, write_built_in_tasks
 from trainer.data.built_in.samples import Exchange, Sample, generator
-from trainer.data.built_in.writing import _conversations, _write_task
+from trainer.data.built_in.writing import _conversations, _records, _write_task
 from trainer.data.records import read_records
 from trainer.errors import MissingPackageError, UserError
 
@@ -52,6 +52,22 @@ def test_more_than_the_material_has_is_refused() -> None:
         next(covers.samples(0, "train", 99999))
     with pytest.raises(UserError, match="chat: 9999 train samples asked"):
         next(chat.samples(0, "train", 9999))
+
+
+def test_conversations_are_counted_exactly_or_missed_by_name(tmp_path: Path) -> None:
+    """An image with two of them is left out where there is room for one, and the next one is looked at."""
+    info = next(t for t in BUILT_IN_TASKS if t.name == "chat")
+    lengths = (1, 10, 2)  # exchanges; ten are two conversations
+
+    def written(count: int) -> list[int]:
+        samples = (Sample((Exchange("q", "a"),) * length, None) for length in lengths)
+        records = list(_records(tmp_path, info, "train", samples, count, generator(0, "records")))
+        assert [record["id"] for record in records] == [f"chat-train-{number:05d}" for number in range(count)]
+        return [len(record["conversations"]) // 2 for record in records]
+
+    assert [written(count) for count in (1, 2, 3, 4)] == [[1], [1, 2], [1, 5, 5], [1, 5, 5, 2]]
+    with pytest.raises(UserError, match="chat: the material ends after 4 of 5 train conversations"):
+        written(5)
 
 
 def test_a_failed_write_leaves_the_earlier_task_whole(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ class TestMembership:
             ({"NODE_RANK": "one", "MASTER_ADDR": "a"}, (None, None), "NODE_RANK must be a number, got 'one'"),
             (SLURM | {"SLURM_STEP_NUM_NODES": "3"}, (None, None), "SLURM has started this on 3 machine"),
             (OF_A_SCRIPT, (None, None), "nothing says which of them this one is.*, or with srun --ntasks-per-node=1"),
+            ({"SLURM_STEP_NUM_NODES": "4"}, (None, "a"), "nothing says which of them this one is"),
             (SLURM | {"SLURM_LOCALID": "1"}, (None, None), "--ntasks-per-node=1"),
         ],
     )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from followers import Followers, MakeConfig
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
 from questions import write_questions
@@ -233,6 +234,23 @@ def cotbal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 @pytest.fixture
 def run_config(run_data: dict[str, Any]) -> RunConfig:
     return parse_config(run_data, "the tests' configuration")
+
+
+@pytest.fixture
+def followers() -> Iterator[Followers]:
+    found = Followers()
+    yield found
+    found.join()
+
+
+@pytest.fixture
+def make_config(run_data: dict[str, Any]) -> MakeConfig:
+    """The run's configuration, with changes to ``launch``."""
+
+    def make(**launch: Any) -> RunConfig:
+        return parse_config(run_data | {"launch": run_data["launch"] | launch}, "test")
+
+    return make
 
 
 @pytest.fixture

@@ -21,8 +21,10 @@ from small_run import small_run
 
 import trainer.cli
 from trainer.config import RunConfig, TinyLlavaConfig, parse_config
+from trainer.data.encoding import ConversationEncoder
 from trainer.evaluation.running import evaluate
 from trainer.evaluation.spec import EvaluationSet, EvaluationSpec
+from trainer.models.loading import load_processor
 from trainer.models.tiny_llava import CHAT_TEMPLATE, train_tokenizer, write_tiny_llava
 from trainer.task_config import TaskConfig
 
@@ -152,6 +154,17 @@ def pixel_model(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> P
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def processor(pixel_model: Path) -> Any:
+    """Of the pixel model."""
+    return load_processor(str(pixel_model))
+
+
+@pytest.fixture
+def encoder(processor: Any) -> ConversationEncoder:
+    return ConversationEncoder(processor, 200)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from damage import run_on_copy
 from followers import Followers, MakeConfig
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
 from questions import write_questions
 from small_run import small_run
+from stand_ins import Runs, pipeline_on
 
 import trainer.cli
 from trainer.config import RunConfig, TinyLlavaConfig, parse_config
@@ -200,6 +203,29 @@ def answers(make_spec: Callable[..., EvaluationSpec], tmp_path_factory: pytest.T
 def run_data(tiny_tasks: list[TaskConfig], pixel_model: Path, tmp_path: Path) -> dict[str, Any]:
     """The three tasks on the pixel model."""
     return small_run(tiny_tasks, pixel_model, tmp_path / "run")
+
+
+@pytest.fixture
+def data_copy(tiny_tasks: list[TaskConfig], tmp_path: Path) -> Path:
+    """A copy of the tasks' data that a test may damage."""
+    return Path(shutil.copytree(tiny_tasks[0].image_root, tmp_path / "data"))
+
+
+@pytest.fixture
+def copied_run(run_data: dict[str, Any], data_copy: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The run on that copy, which ends where a training would start."""
+    return run_on_copy(run_data, data_copy, monkeypatch)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """What trainings and evaluations are from here on."""
+    return Runs(monkeypatch)
+
+
+@pytest.fixture
+def run_stand_ins(run_data: dict[str, Any], runs: Runs) -> Callable[..., Path]:
+    return pipeline_on(run_data)
 
 
 @pytest.fixture

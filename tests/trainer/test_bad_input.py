@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import change_record, longer, run_on_copy
+from damage import change_record, longer
 from PIL import Image
 from transformers import BlipConfig
 
@@ -20,20 +20,8 @@ from trainer.models.loading import load_processor
 from trainer.pipeline import preflight
 from trainer.pipeline.algorithm1 import Pipeline
 from trainer.pipeline.preflight import check_config, check_model
-from trainer.task_config import TaskConfig
 
 Write = Callable[[dict[str, Any]], Path]
-
-
-@pytest.fixture
-def folder(tiny_tasks: list[TaskConfig], tmp_path: Path) -> Path:
-    """A copy of the tasks' data that a test may damage."""
-    return Path(shutil.copytree(tiny_tasks[0].image_root, tmp_path / "data"))
-
-
-@pytest.fixture
-def data(run_data: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    return run_on_copy(run_data, folder, monkeypatch)
 
 
 def unknown_metric(data: dict[str, Any], folder: Path) -> None:
@@ -269,12 +257,12 @@ TRAIN = {
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
 )
 def test_bad_input_on_the_command_line(
-    command: str, damage: Callable[..., None], message: list[str], data: dict[str, Any], folder: Path,
+    command: str, damage: Callable[..., None], message: list[str], copied_run: dict[str, Any], data_copy: Path,
     write_config: Write, cotbal: Callable[..., Any],
 ) -> None:  # fmt: skip
-    damage(data, folder)
-    output = ["--output", folder.parent / "one"] if command == "train" else []
-    outcome = cotbal(command, write_config(data), *output)
+    damage(copied_run, data_copy)
+    output = ["--output", data_copy.parent / "one"] if command == "train" else []
+    outcome = cotbal(command, write_config(copied_run), *output)
     assert outcome.code == 2
     assert outcome.out == ""
     assert "Traceback" not in outcome.err
@@ -282,31 +270,33 @@ def test_bad_input_on_the_command_line(
     assert len(told) == (2 if damage is unknown_metric else 1)  # a configuration's problems are a list
     for part in message:
         assert part in told[-1]
-    assert not (Path(data["output_dir"]) / "trainings").exists()
-    assert not (folder.parent / "one" / "spec.json").exists()
+    assert not (Path(copied_run["output_dir"]) / "trainings").exists()
+    assert not (data_copy.parent / "one" / "spec.json").exists()
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD, ids=[damage.__name__ for damage, _ in BAD])
 def test_bad_input_in_the_library(
-    damage: Callable[..., None], message: list[str], data: dict[str, Any], folder: Path
+    damage: Callable[..., None], message: list[str], copied_run: dict[str, Any], data_copy: Path
 ) -> None:
-    damage(data, folder)
+    damage(copied_run, data_copy)
     with pytest.raises(UserError) as caught:
-        Pipeline(parse_config(data, "x")).run()
+        Pipeline(parse_config(copied_run, "x")).run()
     for part in message:
         assert part in str(caught.value)
 
 
-def test_a_model_with_a_loss_of_its_own_is_found_before_it_is_loaded(data: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_with_a_loss_of_its_own_is_found_before_it_is_loaded(
+    copied_run: dict[str, Any], tmp_path: Path
+) -> None:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BlipConfig(text_config=small, vision_config=small).save_pretrained(tmp_path)
-    data["model"] = {"path": str(tmp_path), "freeze": []}
+    copied_run["model"] = {"path": str(tmp_path), "freeze": []}
     message = "cannot be trained with task weights: model BlipForConditionalGeneration computes its loss in a way of"
     with pytest.raises(UserError, match=message):
-        check_model(parse_config(data, "x"), str(tmp_path))
+        check_model(parse_config(copied_run, "x"), str(tmp_path))
 
 
-def test_every_problem_is_named_at_once(data: dict[str, Any], folder: Path) -> None:
+def test_every_problem_is_named_at_once(copied_run: dict[str, Any], data_copy: Path) -> None:
     for damage in (
         missing_file,
         misspelt_freeze,
@@ -315,18 +305,18 @@ def test_every_problem_is_named_at_once(data: dict[str, Any], folder: Path) -> N
         truncated_image,
         long_test_under_perplexity,
     ):
-        damage(data, folder)
+        damage(copied_run, data_copy)
     for number in range(4):
-        change_record(folder, "colour_validation", number, longer)
+        change_record(data_copy, "colour_validation", number, longer)
     for number, key in enumerate(("id", "conversations")):
-        change_record(folder, "chat_test", number, lambda row, key=key: row.pop(key))  # type: ignore[misc]
-    with (folder / "chat_test.jsonl").open("a") as file:
+        change_record(data_copy, "chat_test", number, lambda row, key=key: row.pop(key))  # type: ignore[misc]
+    with (data_copy / "chat_test.jsonl").open("a") as file:
         file.write('{"id": ')
-    two_questions_to_score(data, folder)
+    two_questions_to_score(copied_run, data_copy)
     for name in ("box_validation_0", "box_test_3"):
-        (folder / "images" / f"{name}.png").write_text("no image")
+        (data_copy / "images" / f"{name}.png").write_text("no image")
     with pytest.raises(UserError) as caught:
-        check_config(parse_config(data, "x"))
+        check_config(parse_config(copied_run, "x"))
     title, *told = str(caught.value).splitlines()
     assert title == "the run cannot start:"
     wanted = [
@@ -345,9 +335,9 @@ def test_every_problem_is_named_at_once(data: dict[str, Any], folder: Path) -> N
 
 
 def test_a_prompt_that_leaves_no_positions_for_its_answer(
-    data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    copied_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of GPT-2; a model with RoPE, as here, is not told where to stop."""
     monkeypatch.setattr(preflight, "table_of_positions", lambda config: 20)
     with pytest.raises(UserError, match=r"box_test.jsonl: record 'box-test-0': its prompt of \d+ tokens and up to \d+"):
-        check_config(parse_config(data, "x"))
+        check_config(parse_config(copied_run, "x"))

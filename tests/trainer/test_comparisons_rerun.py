@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins import Runs, pipeline_on, read
+from stand_ins import Runs, read
 
 from trainer.config import RunConfig
 from trainer.errors import UserError
@@ -21,50 +21,42 @@ from trainer.report.run_directory import RunDirectory
 from trainer.training import TrainingSpec
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    return Runs(monkeypatch)
-
-
-@pytest.fixture
-def run(run_data: dict[str, Any], runs: Runs) -> Callable[..., Path]:
-    return pipeline_on(run_data)
-
-
-def test_a_degenerate_run_goes_on_as_its_error_says(run: Callable[..., Path], runs: Runs) -> None:
+def test_a_degenerate_run_goes_on_as_its_error_says(run_stand_ins: Callable[..., Path], runs: Runs) -> None:
     runs.gains = False
     with pytest.raises(
         UserError, match=r"task 'colour'.*; task 'box'.*bounded: the same command with --set "
     ) as caught:
-        run(comparisons=["ew"])
+        run_stand_ins(comparisons=["ew"])
     assert set(runs.trained) == PROXIES
     key, value = str(caught.value).partition("--set cotbal.")[2].partition(",")[0].split("=")
-    run_dir = run(comparisons=["ew"], cotbal={"mini_ratio": 0.25, key: value})
+    run_dir = run_stand_ins(comparisons=["ew"], cotbal={"mini_ratio": 0.25, key: value})
     assert sorted(runs.trained) == sorted([*PROXIES, "cotbal", "ew"])
     assert read(run_dir / "weights.json")["clipped"]
 
 
-def test_what_is_done_stays_done_when_methods_and_seeds_are_added(run: Callable[..., Path], runs: Runs) -> None:
-    run(comparisons=["stl", "ew"])
+def test_what_is_done_stays_done_when_methods_and_seeds_are_added(
+    run_stand_ins: Callable[..., Path], runs: Runs
+) -> None:
+    run_stand_ins(comparisons=["stl", "ew"])
     first = list(runs.trained)
     runs.trained.clear()
     runs.fail_at = "rlw"
     with pytest.raises(TrainingFailedError):
-        run(comparisons=["stl", "ew", "rlw", "coba"], seeds=2)
+        run_stand_ins(comparisons=["stl", "ew", "rlw", "coba"], seeds=2)
     assert not set(first) & set(runs.trained)
     before = list(runs.trained)
     runs.fail_at = None
     runs.trained.clear()
-    run(comparisons=["stl", "ew", "rlw", "coba"], seeds=2)
+    run_stand_ins(comparisons=["stl", "ew", "rlw", "coba"], seeds=2)
     assert not set(first + before) & set(runs.trained)
     finals = ["cotbal", "ew", "stl-colour", "stl-box", "rlw", "coba"]
     assert set(before + runs.trained) == {"rlw", "coba", *(f"{name}@1" for name in finals)}
 
 
-def test_options_of_a_method_are_its_training_s_inputs(run: Callable[..., Path], runs: Runs) -> None:
-    run(comparisons=["rlw", "lbtw_star"])
+def test_options_of_a_method_are_its_training_s_inputs(run_stand_ins: Callable[..., Path], runs: Runs) -> None:
+    run_stand_ins(comparisons=["rlw", "lbtw_star"])
     runs.trained.clear()
-    run_dir = run(
+    run_dir = run_stand_ins(
         overwrite=True,
         comparisons=["rlw", "lbtw_star"],
         balancing={"options": {"rlw": {"distribution": "dirichlet"}}, "validation": {"interval": 3}},
@@ -75,7 +67,7 @@ def test_options_of_a_method_are_its_training_s_inputs(run: Callable[..., Path],
 
 
 def test_validation_records_are_checked_before_a_method_takes_losses_of_them(
-    run: Callable[..., Path], runs: Runs, run_data: dict[str, Any], tmp_path: Path
+    run_stand_ins: Callable[..., Path], runs: Runs, run_data: dict[str, Any], tmp_path: Path
 ) -> None:
     lines = Path(run_data["tasks"][0]["validation"]).read_text().splitlines()
     record = json.loads(lines[1])
@@ -83,7 +75,7 @@ def test_validation_records_are_checked_before_a_method_takes_losses_of_them(
     (tmp_path / "long.jsonl").write_text("\n".join([lines[0], json.dumps(record)]))
     run_data["tasks"][0]["validation"] = str(tmp_path / "long.jsonl")
     with pytest.raises(ValueError, match=r"task 'colour'.*colour-validation-1"):
-        run(comparisons=["coba"])
+        run_stand_ins(comparisons=["coba"])
     assert "coba" not in runs.trained
 
 
@@ -123,13 +115,13 @@ def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
     key: str,
     again: set[str],
     told: str,
-    run: Callable[..., Path],
+    run_stand_ins: Callable[..., Path],
     runs: Runs,
     run_data: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     compared = ["stl", "ew", *(["coba"] if key == "validation" else [])]  # which takes losses of these records
-    run(comparisons=compared)
+    run_stand_ins(comparisons=compared)
     runs.trained.clear()
     values = {
         "description": "x", "max_new_tokens": 7, "dataloader_workers": 2, "gradient_checkpointing": True,
@@ -152,25 +144,25 @@ def test_a_change_trains_again_what_depends_on_it_and_nothing_else(
         run_data[group] = run_data.get(group, {}) | {key: values[key]}
     if told:
         with pytest.raises(UserError, match=rf"already done does not fit .* \({told}\): .*; --overwrite deletes it"):
-            run(comparisons=compared)
+            run_stand_ins(comparisons=compared)
         assert runs.trained == []
     scored_again = key in ("validation", "max_new_tokens")
-    run(overwrite=bool(told), comparisons=compared)
+    run_stand_ins(overwrite=bool(told), comparisons=compared)
     # CoTBal's weights depend on the proxies, and on their scores.
     assert set(runs.trained) - {"cotbal"} == again - {"cotbal"}
     assert ("cotbal" in runs.trained) == (bool(again & PROXIES) or scored_again)
 
 
 def test_results_of_other_settings_are_gone_before_anything_runs(
-    run: Callable[..., Path], runs: Runs, run_data: dict[str, Any]
+    run_stand_ins: Callable[..., Path], runs: Runs, run_data: dict[str, Any]
 ) -> None:
     """Interrupted after a change, a run reports nothing that belongs to what was before it."""
-    run_dir = run(comparisons=["stl", "ew", "coba"])
+    run_dir = run_stand_ins(comparisons=["stl", "ew", "coba"])
     assert read(run_dir / "results.json")["methods"].keys() == {"CoTBal", "EW", "CoBa"}
     runs.fail_at = "cotbal"
     run_data["cotbal"]["temperature"] = 0.05
     with pytest.raises(TrainingFailedError):
-        run(overwrite=True, comparisons=["stl", "ew"])
+        run_stand_ins(overwrite=True, comparisons=["stl", "ew"])
     assert not (run_dir / "results.json").exists()
     assert not (run_dir / "evaluations" / "cotbal" / "test").exists()
     found = RunDirectory(run_dir)
@@ -181,7 +173,7 @@ def test_results_of_other_settings_are_gone_before_anything_runs(
     mark.touch()
     run_data["cotbal"]["temperature"] = 0.06
     with pytest.raises(UserError, match=r"\(cotbal.temperature 0.05 -> 0.06\): train-cotbal; --overwrite deletes it"):
-        run(comparisons=["stl", "ew"])
+        run_stand_ins(comparisons=["stl", "ew"])
     assert mark.exists()
     assert "train-coba" not in {stage["stage"] for stage in found.stages}
     assert (run_dir / "trainings" / "coba").exists()
@@ -199,12 +191,12 @@ def test_an_unfinished_evaluation_is_not_deleted_unasked(run_config: RunConfig) 
 
 
 def test_a_mistyped_path_costs_nothing_that_is_finished(
-    run: Callable[..., Path], runs: Runs, run_data: dict[str, Any]
+    run_stand_ins: Callable[..., Path], runs: Runs, run_data: dict[str, Any]
 ) -> None:
     """A missing file is another file to a fingerprint: it is named before anything is deleted."""
-    run_dir = run(comparisons=["stl", "ew"])
+    run_dir = run_stand_ins(comparisons=["stl", "ew"])
     run_data["tasks"][0]["train"] += "x"
     with pytest.raises(UserError, match=f"{run_data['tasks'][0]['train']}.*does not exist"):
-        run(overwrite=True, comparisons=["stl", "ew"])
+        run_stand_ins(overwrite=True, comparisons=["stl", "ew"])
     assert all((run_dir / "trainings" / name / "model").is_dir() for name in EVERY)
     assert (run_dir / "results.json").exists()

@@ -7,11 +7,10 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from stand_ins import BALANCED, Runs, answers, pipeline_on, read, score
+from stand_ins import BALANCED, Runs, answers, read, score
 from synthetic_run import Page
 
 from trainer.balancing.cotbal import cotbal_weights
@@ -27,21 +26,11 @@ def score_error(training: str, task: str) -> float:
     return statistics.stdev(right) / 2 or 100 * 2 / (4 + 4)
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    return Runs(monkeypatch)
-
-
-@pytest.fixture
-def run(run_data: dict[str, Any], runs: Runs) -> Callable[..., Path]:
-    return pipeline_on(run_data)
-
-
 COMPARED = ["stl", "ew", "coba", "cotbal_precise", {"name": "hot", "method": "cotbal", "options": {"temperature": 5.0}}]
 
 
-def test_rows_of_every_method_with_means_over_seeds(run: Callable[..., Path], runs: Runs) -> None:
-    run_dir = run(comparisons=COMPARED, seeds=3)
+def test_rows_of_every_method_with_means_over_seeds(run_stand_ins: Callable[..., Path], runs: Runs) -> None:
+    run_dir = run_stand_ins(comparisons=COMPARED, seeds=3)
     finals = ["cotbal", "ew", "coba", "cotbal_precise", "hot", "stl-colour", "stl-box"]
     expected = ["mini", "plus-colour", "plus-box", "alone-colour", "alone-box"]
     expected += finals + [f"{name}@{number}" for name in finals for number in (1, 2)]
@@ -91,9 +80,9 @@ def test_rows_of_every_method_with_means_over_seeds(run: Callable[..., Path], ru
     assert [row[0] for row in page.tables["moving-weights"][1:]] == ["CoBa"]
 
 
-def test_seeds_without_single_task_models(run: Callable[..., Path]) -> None:
+def test_seeds_without_single_task_models(run_stand_ins: Callable[..., Path]) -> None:
     """Scores have their spread although there is no Delta I."""
-    page = Page((run(comparisons=["ew"], seeds=2) / "report.html").read_text())
+    page = Page((run_stand_ins(comparisons=["ew"], seeds=2) / "report.html").read_text())
     first, second = score("ew", "colour"), score("ew@1", "colour")
     cell = page.row("test-scores", "colour")[page.tables["test-scores"][0].index("EW")].removesuffix("at chance")
     error = (score_error("ew", "colour") + score_error("ew@1", "colour")) / 2
@@ -101,17 +90,17 @@ def test_seeds_without_single_task_models(run: Callable[..., Path]) -> None:
     assert "2 seeds." in page.words
 
 
-def test_an_unknown_standard_error_is_null(run: Callable[..., Path], runs: Runs) -> None:
+def test_an_unknown_standard_error_is_null(run_stand_ins: Callable[..., Path], runs: Runs) -> None:
     """Of one test record, say. JSON has no NaN."""
     runs.samples = 1
-    text = (run(comparisons=["ew"]) / "results.json").read_text()
+    text = (run_stand_ins(comparisons=["ew"]) / "results.json").read_text()
     results = json.loads(text, parse_constant=pytest.fail)
     assert results["standard_errors"]["EW"] == {task: {"EM": None} for task in BALANCED}
 
 
-def test_a_method_that_never_moved_its_weights_is_named(run: Callable[..., Path]) -> None:
+def test_a_method_that_never_moved_its_weights_is_named(run_stand_ins: Callable[..., Path]) -> None:
     """The stand-in for a training moves those of CoBa only."""
-    page = Page((run(comparisons=["ew", "igbv1", "coba"]) / "report.html").read_text())
+    page = Page((run_stand_ins(comparisons=["ew", "igbv1", "coba"]) / "report.html").read_text())
     assert "IGBv1 kept the same weights for the whole training" in page.words
     assert [row[0] for row in page.tables["moving-weights"][1:]] == ["CoBa"]
 
@@ -125,8 +114,8 @@ def moved(task: str, precise: bool) -> Influences:
     return Influences(np.array([row - row.mean() for row in right]), np.array(unseen))
 
 
-def test_ablations_have_weights_of_their_own(run: Callable[..., Path]) -> None:
-    run_dir = run(comparisons=COMPARED)
+def test_ablations_have_weights_of_their_own(run_stand_ins: Callable[..., Path]) -> None:
+    run_dir = run_stand_ins(comparisons=COMPARED)
     table = read(run_dir / "scores.json")
     assert table["mini"] == {task: score("mini", task) for task in BALANCED}
     precise = {

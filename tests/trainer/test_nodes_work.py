@@ -242,10 +242,15 @@ class TestWork:
     def test_an_evaluation_goes_to_the_first_machine_of_its_slot(
         self, make_config: MakeConfig, followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """With its progress back, and its errors."""
-        two = make_config(nodes=2)
+        """With its progress back, and its errors. Slot 3 is the second place of machines 2 and 3."""
+        four = make_config(nodes=4, nodes_per_training=2, parallel=2)
         spec = evaluation_of(tmp_path / "ew" / "test")
         seen, shown = [], threading.Event()
+        whole = machine_module.Machine.evaluate
+
+        def noted(machine: machine_module.Machine, given: EvaluationSpec, place: int, report: Any) -> None:
+            seen.append((given, machine.rank, place))
+            whole(machine, given, place, report)
 
         class Meter:
             done, total = 5, 7
@@ -254,7 +259,6 @@ class TestWork:
                 return "fast"
 
         def evaluate(given: EvaluationSpec, processes: Any, report: Any) -> None:
-            seen.append(given)
             while not shown.is_set():
                 report(Meter())
                 shown.wait(0.1)
@@ -262,19 +266,20 @@ class TestWork:
                 raise UserError("image a.png cannot be read")
 
         monkeypatch.setattr(machine_module, "evaluate", evaluate)
+        monkeypatch.setattr(machine_module.Machine, "evaluate", noted)
 
         def report(done: int, total: int, note: str) -> None:
             if total:
                 assert (done, total, note) == (5, 7, "fast")
                 shown.set()
 
-        followers.start(two, 1)
-        with led(two, followers, tmp_path / "run") as cluster:
-            cluster.evaluate(spec, 1, report)
+        followers.start(four, 1, 2, 3)
+        with led(four, followers, tmp_path / "run") as cluster:
+            cluster.evaluate(spec, 3, report)
             assert shown.is_set()
-            with pytest.raises(UserError, match=r"^node 1 \(.*\): image a\.png cannot be read$"):
-                cluster.evaluate(spec, 1, report)
-        assert seen == [spec, spec]
+            with pytest.raises(UserError, match=r"^node 2 \(.*\): image a\.png cannot be read$"):
+                cluster.evaluate(spec, 3, report)
+        assert seen == [(spec, 2, 1)] * 2
 
     @pytest.mark.parametrize(("device", "closed"), [("cpu", []), ("cuda", [1])])
     def test_ranks_give_their_gpu_memory_back(

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ import trainer.evaluation.progress as progress
 import trainer.evaluation.running as running
 from trainer.errors import UserError
 from trainer.evaluation.generation import BatchScorer
-from trainer.evaluation.parts import no_ranks
+from trainer.evaluation.parts import Finished, no_ranks
 from trainer.evaluation.progress import Display, Meter
 from trainer.evaluation.ranks import RankProcesses, measure, run_rank
 from trainer.evaluation.running import evaluate
@@ -104,15 +105,18 @@ class TestRanks:
     def test_one_that_hangs_is_named_and_costs_its_batch(
         self, make_spec: Callable[..., EvaluationSpec], answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Rank 1, at its first batch; rank 0 does the others, here in this process."""
+        """Rank 1, at its first batch; rank 0 does the others. Alone, it may take its time: nobody waits for it."""
         ended = []
 
         class Processes:
+            late = 0.0
+
             def submit(self, rank: int, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
-                future: Future[Any] = Future()
-                if work is not run_rank or rank == 0:
-                    future.set_result(work(*arguments))
-                return future
+                return thread.submit(self.work, work, *arguments) if work is not run_rank or rank == 0 else Future()
+
+            def work(self, work: Callable[..., Any], *arguments: Any) -> Any:
+                time.sleep(self.late if work is run_rank else 0)
+                return work(*arguments)
 
             def end(self) -> None:
                 ended.append(True)
@@ -121,16 +125,18 @@ class TestRanks:
         for name, value in (("_POLL", 0.05), ("_PATIENCE", 0.4), ("_GOODBYE", 0.0)):
             monkeypatch.setattr(running, name, value)
         monkeypatch.setattr(progress, "SILENCE", 0.2)
-        spec = make_spec(tmp_path, devices=("cpu", "cpu"))
-        with pytest.raises(
-            UserError, match=rf"rank 1 of the evaluation into {tmp_path} hangs, or its GPU .* for 0\.4 s;"
-        ):
-            evaluate(spec, Processes(), lambda meter: notes.append(meter.rates()))  # type: ignore[arg-type]
-        assert ended == [True]
-        assert re.fullmatch(r"[^,]* samples/s, .*, waiting for rank 1, no batch has ended for 0\.[234] s", notes[-1])
-        left: list[int] = []
-        evaluate(replace(spec, devices=("cpu",)), None, lambda meter: left.append(meter.total - meter.before))
-        assert left[0] == 4
+        spec, processes = make_spec(tmp_path, devices=("cpu", "cpu")), Processes()
+        hangs = rf"rank 1 of the evaluation into {tmp_path} hangs, or its GPU .* for 0\.4 s;"
+        with ThreadPoolExecutor(1) as thread:
+            with pytest.raises(UserError, match=hangs):
+                evaluate(spec, processes, lambda meter: notes.append(meter.rates()))  # type: ignore[arg-type]
+            assert ended == [True]
+            assert re.fullmatch(r"[^,]* samples/s, .*, waiting for rank 1, no batch has ended for \d\.\d s", notes[-1])
+            notes.clear()
+            processes.late = 0.8
+            spec = replace(spec, devices=("cpu",))
+            evaluate(spec, processes, lambda meter: notes.append(f"{meter.total - meter.before} {meter.rates()}"))  # type: ignore[arg-type]
+        assert any(re.fullmatch(r"4 no batch has ended for 0\.\d s", note) for note in notes)
         assert (tmp_path / "predictions.jsonl").read_bytes() == (answers / "predictions.jsonl").read_bytes()
 
     @pytest.mark.slow  # starts a process
@@ -294,3 +300,17 @@ def test_what_is_not_known_yet_is_not_shown(capsys: pytest.CaptureFixture[str]) 
     with Display() as report:
         report(Meter(0, 0))
     assert capsys.readouterr().err == ""
+
+
+def test_a_standstill_counts_from_the_latest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    meter = Meter(2, 9)
+    now[0] = 400.0
+    assert meter.rates() == "no batch has ended for 6 min 40 s"
+    meter.add(Finished(0, [{}] * 4, prompt_tokens=30, padded_tokens=40, generated_tokens=8, started=0.0, ended=400.0))
+    now[0] = 500.0
+    assert (meter.silence, meter.rates()) == (100.0, "0.0 samples/s, 0 tokens/s, padding 25%, 06:15 left")
+    now[0] = 1000.0
+    meter.waiting_for = [1, 3]
+    assert meter.rates().endswith(" left, waiting for rank 1, 3, no batch has ended for 10 min 00 s")

@@ -26,6 +26,7 @@ class TestWhoMayTakePart:
         other = own.model_copy(update={"seed": 9})
         (moved := other.tasks[0].model_copy(update={"train": tmp_path / "none.jsonl"}))  # type: ignore[union-attr]
         other.tasks = [moved, *other.tasks[1:]]  # type: ignore[list-item]
+        other.model = own.model.model_copy(update={"path": str(tmp_path / "no-model")})
         versions = machine_module.versions()
         monkeypatch.setattr(following, "versions", lambda: versions | {"torch": "1.0"})
         older = str(own.tasks[1].train)  # type: ignore[union-attr]
@@ -36,13 +37,14 @@ class TestWhoMayTakePart:
         with pytest.raises(UserError) as told, led(own, followers, tmp_path / "run"):
             pytest.fail("the run has begun")
         lines = str(told.value).splitlines()
-        assert [line.split(" (")[0] for line in lines] == ["node 1"] * 2 + ["node 2"] * 4
+        assert [line.split(" (")[0] for line in lines] == ["node 1"] * 2 + ["node 2"] * 5
         assert f"torch is 1.0 there and {versions['torch']} here" in lines[0]
         assert f"{older} has {size - 9} bytes there and {size} here; give every machine the same records" in lines[1]
         assert f"{tmp_path / 'none.jsonl'} does not exist there" in lines[2]
-        assert "torch is 1.0" in lines[3]
-        assert f"{older} has" in lines[4]
-        assert "the configuration differs in seed, tasks;" in lines[5]
+        assert f"{tmp_path / 'no-model'} does not exist there" in lines[3]
+        assert "torch is 1.0" in lines[4]
+        assert f"{older} has" in lines[5]
+        assert "the configuration differs in seed, tasks, model;" in lines[6]
         followers.join()
         for rank in (1, 2):
             assert str(followers.errors[rank]) == f"node 0 has ended the run: {told.value}"
@@ -90,6 +92,27 @@ class TestWhoMayTakePart:
             led(make_config(nodes=2), followers, tmp_path / "run"),
         ):
             pytest.fail("the run has begun")
+
+    def test_a_folder_that_shows_late(
+        self, make_config: MakeConfig, followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A network file system may take a while for another machine's file. A model's name on the hub is no path."""
+        read, looks = Path.read_text, []
+
+        def read_there(path: Path, *options: Any, **named: Any) -> str:
+            if path.name == ".nodes" and not looks:
+                looks.append(path)
+                raise FileNotFoundError(path)
+            return read(path, *options, **named)
+
+        monkeypatch.setattr(Path, "read_text", read_there)
+        two = make_config(nodes=2)
+        two.model = two.model.model_copy(update={"path": "llava-hf/llava-1.5-7b-hf"})
+        followers.start(two, 1)
+        with led(two, followers, tmp_path / "run"):
+            assert looks
+        followers.join()
+        assert followers.errors == {}
 
     def test_one_that_does_not_come_and_one_that_comes_twice(
         self, make_config: MakeConfig, followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from followers import Followers, MakeConfig, led
 import trainer.nodes.cluster as cluster_module
 import trainer.nodes.machine as machine_module
 from trainer.errors import UserError
+from trainer.evaluation.progress import Meter
 from trainer.evaluation.spec import EvaluationSpec
 from trainer.launching import LaunchConfig, Meeting, TrainingFailedError
 from trainer.nodes import Cluster
@@ -131,20 +132,31 @@ class TestWork:
             cluster.train(spec, slot, spec.parent / "output.log", lambda: None)
         assert {name for name, _ in calls} == {f"fails-on-{rank}", "next"}
 
+    @pytest.mark.parametrize("kind", ["training", "evaluation"])
     def test_called_off(
-        self, make_config: MakeConfig, followers: Followers, tmp_path: Path, calls: dict[tuple[str, int], Any]
-    ) -> None:
-        """What `poll` raises here ends the training there; node 0's own interruption is what the other one tells."""
+        self, make_config: MakeConfig, followers: Followers, tmp_path: Path,
+        calls: dict[tuple[str, int], Any], monkeypatch: pytest.MonkeyPatch, kind: str,
+    ) -> None:  # fmt: skip
+        """What node 0 raises ends the work there; its own interruption is what the other one tells."""
         two = make_config(nodes=2)
         followers.start(two, 1)
         spec = self.spec(tmp_path, "endless")
 
-        def poll() -> None:
+        def poll(*_: object) -> None:
             if calls:
                 raise KeyboardInterrupt
 
+        def evaluate(given: EvaluationSpec, processes: Any, report: Any) -> None:
+            machine_module.run_training(spec, two.launch, "cpu", 0, tmp_path, lambda: report(Meter(0, 5)), None)
+
+        monkeypatch.setattr(machine_module, "evaluate", evaluate)
+        work: dict[str, Callable[[Cluster], None]] = {
+            "training": lambda cluster: cluster.train(spec, 1, spec.parent / "output.log", poll),
+            "evaluation": lambda cluster: cluster.evaluate(evaluation_of(tmp_path / "ew" / "test"), 1, poll),
+        }
         with pytest.raises(KeyboardInterrupt), led(two, followers, tmp_path / "run") as cluster:
-            cluster.train(spec, 1, spec.parent / "output.log", poll)
+            work[kind](cluster)
+        assert calls == {("endless", 0): "over"}
         followers.join()
         assert str(followers.errors[1]) == "node 0 has ended the run: interrupted"
 
@@ -252,15 +264,13 @@ class TestWork:
             seen.append((given, machine.rank, place))
             whole(machine, given, place, report)
 
-        class Meter:
-            done, total = 5, 7
-
+        class Fast(Meter):
             def rates(self) -> str:
                 return "fast"
 
         def evaluate(given: EvaluationSpec, processes: Any, report: Any) -> None:
             while not shown.is_set():
-                report(Meter())
+                report(Fast(5, 7))
                 shown.wait(0.1)
             if len(seen) == 2:
                 raise UserError("image a.png cannot be read")

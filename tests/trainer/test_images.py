@@ -251,3 +251,11 @@ def test_a_setting_that_is_none(pixel_model: Path) -> None:
         load_processor(str(pixel_model), ImageConfig(options={"size": "large"}))
     with pytest.raises(UserError, match=r"model\.images\.options: 'x' reads text only"):
         set_image_options(load_processor(str(pixel_model)).tokenizer, {"size": 3}, "x")
+
+
+def test_a_run_depends_on_what_is_asked_of_the_processor_and_on_nothing_else() -> None:
+    """None and "own" are one thing to it, so that a run made with one continues with the other."""
+    options = {"max_pixels": 9}
+    asked = [{"aspect_ratio": way, "options": own} for way in (None, "own", "pad") for own in ({}, options)]
+    wanted = [{}, {"options": options}] * 2 + [{"aspect_ratio": "pad"}, {"aspect_ratio": "pad", "options": options}]
+    assert [ImageConfig(**one).changes() for one in asked] == wanted  # type: ignore[arg-type]

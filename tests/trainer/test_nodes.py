@@ -62,19 +62,24 @@ class TestWhoMayTakePart:
     ) -> None:  # fmt: skip
         """Where there are too few, that is all there is to say."""
 
+        asked = []
+
         def rank_devices(device: str, ranks: int) -> None:
-            if problem:
+            asked.append((device, ranks))
+            if problem and device == "cuda":
                 raise UserError(problem)
 
         monkeypatch.setattr(following, "resolve_device", lambda device: "cuda")
-        monkeypatch.setattr(following, "rank_devices", rank_devices)
-        two = make_config(nodes=2, processes=2)
+        for module in (cluster_module, following):
+            monkeypatch.setattr(module, "rank_devices", rank_devices)
+        two = make_config(nodes=2, processes=2, parallel=3)
         followers.start(two, 1)
         with (
             pytest.raises(UserError, match=rf"^node 1 \(.*\): {told}$"),
             led(two, followers, tmp_path / "run"),
         ):
             pytest.fail("the run has begun")
+        assert sorted(asked) == [("cpu", 6), ("cuda", 6)]
 
     def test_a_folder_that_is_not_shared(
         self, make_config: MakeConfig, followers: Followers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

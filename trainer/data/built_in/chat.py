@@ -26,7 +26,7 @@ def tidied(line: str) -> str | None:
     line = re.sub(r"\.{2,}", ".", line).strip(" *\"'")
     if line.isupper():
         line = line.capitalize()
-    if not line or not line.isascii() or len(line.split()) > _LONGEST_LINE:
+    if not line or len(line.split()) > _LONGEST_LINE:
         return None
     if re.search(r"[^A-Za-z0-9 ,.?!';:%$()-]", line):
         return None

@@ -278,15 +278,19 @@ def test_chart_answers_are_those_of_the_pixels(root: Path, records: Records) -> 
 
 
 def test_chat_tells_nothing_about_films_of_another_split(records: Records) -> None:
+    """And the truth about its own, in three answers."""
     for split in SPLITS:
-        titles = {film.title for film in covers.films_by_split(3)[split]}  # type: ignore[index]
-        told = {
-            found[1]
-            for row in records["chat"][split]
-            if (found := re.fullmatch(r"Who directed (.+)\?", exchanges(row)[0][0]))
-        }
+        films = {film.title: film for film in covers.films_by_split(3)[split]}  # type: ignore[index]
+        told = 0
+        for row in records["chat"][split]:
+            first, *others = exchanges(row)
+            if found := re.fullmatch(r"Who directed (.+)\?", first[0]):
+                film = films[found[1]]
+                assert first[1] == f"{film.director}."
+                assert [answer for _, answer in others] == [f"In {film.year}.", f"It is listed as {film.genre}."]
+                assert all(question.endswith("?") for question, _ in others)
+                told += 1
         assert told
-        assert told <= titles
     firsts = [exchanges(row)[0][0] for split in SPLITS for row in records["chat"][split]]
     assert len(set(firsts)) == len(firsts)
 

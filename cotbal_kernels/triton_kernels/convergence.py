@@ -188,12 +188,12 @@ def convergence_step_kernel(
 
     if row < num_tasks:
         ratio, seen, initial = _ratios(losses_ptr, stride, present_ptr, initial_ptr, row, row < num_tasks, MFTCODER)
-        tl.store(initial_ptr + row, initial, mask=seen)
     else:  # the envelope, max over the tasks
         ratio_K, seen_K, _initial_K = _ratios(losses_ptr, stride, present_ptr, initial_ptr, tasks, mask, MFTCODER)
         ratio = tl.max(tl.where(seen_K, ratio_K, float("-inf")), 0)
         seen = ratio > float("-inf")
         initial = ratio
+    has_initial = seen
     if MFTCODER:
         seen = seen & (t >= 2)
 
@@ -202,7 +202,8 @@ def convergence_step_kernel(
     ring = row.to(tl.int64) * window
     tl.store(ratio_steps_ptr + ring + count % window, t, mask=seen)
     tl.store(ratios_ptr + ring + count % window, ratio, mask=seen)
-    # One thread stores what all threads read: here the rings are written, and the old count and slope have been read.
+    # One thread stores what all threads read: here the rings are written, and L_i(0), the old count and slope have been
+    # read.
     tl.debug_barrier()
     count += seen.to(tl.int64)
     tl.store(counts_ptr + row, count)
@@ -211,6 +212,7 @@ def convergence_step_kernel(
     tl.store(slopes_ptr + row, alpha)
 
     if row < num_tasks:
+        tl.store(initial_ptr + row, initial, mask=has_initial)
         if MFTCODER:  # one slope per step from W on, whether the task was present or not
             age = t - warmup
             newest = tl.maximum(age, 0) % window

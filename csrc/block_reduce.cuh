@@ -36,7 +36,8 @@ __device__ T warp_reduce(T value, Combine combine) {
     return value;
 }
 
-// `blockDim.x` is a multiple of the warp size. A barrier before the return makes the scratch free for the next call.
+// `blockDim.x` is a multiple of the warp size. The scratch is of T and Combine: between two calls with the same there is
+// a barrier, as there is in one with others.
 template <typename T, typename Combine>
 __device__ T block_reduce(T value, Combine combine, T identity) {
     __shared__ T of_warps[kMaxWarps];
@@ -46,7 +47,6 @@ __device__ T block_reduce(T value, Combine combine, T identity) {
     if (lane == 0) of_warps[warp] = value;
     __syncthreads();
     value = warp_reduce(lane < static_cast<int>(blockDim.x) / kWarp ? of_warps[lane] : identity, combine);
-    __syncthreads();
     return value;
 }
 

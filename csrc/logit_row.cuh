@@ -187,20 +187,21 @@ struct RowGradient {
 // Whether a barrier must come before the stores of tile t.
 //
 // `out` may be the memory that the logits are in. With elements of the same size every thread overwrites what it
-// alone has read. With float32 logits and 16-bit gradients at the front of the row, the stores of tile t land on the
-// floats of tiles up to t / 2 (rounded down), which other threads may not have read yet. A barrier between the loads
-// and the stores of tile b makes sure that tiles 0 ... b have been read by all, so that the stores of tiles up to
-// 2 b + 1 are safe. So barriers are due at tiles 0, 2, 6, 14, ...: where t + 2 is a power of two.
+// alone has read, and needs none. With float32 logits and 16-bit gradients at the front of the row, the stores of tile t
+// land on the floats of tiles up to t / 2 (rounded down), which other threads may not have read yet. A barrier between
+// the loads and the stores of tile b makes sure that tiles 0 ... b have been read by all, so that the stores of tiles up
+// to 2 b + 1 are safe. So barriers are due at tiles 0, 2, 6, 14, ...: where t + 2 is a power of two.
 __device__ inline bool barrier_before_stores(int t) { return ((t + 2) & (t + 1)) == 0; }
 
-// Read the row once more, write its gradient. All threads of the block call this; their reads of the row before the
-// call may be unordered. In place where `out` is the row or its first half, see above.
+// Read the row once more, write its gradient. All threads of the block call this, behind a barrier if they have read
+// columns of other threads. In place where `out` is the row or its first half, see above.
 template <typename In, typename Out, bool kGeneral>
 __device__ void write_gradient(const In* row, Out* out, int vocab, const float* bias, const RowGradient& gradient,
                                const TokenLoss& spec) {
     using Tiles = RowTiles<In>;
     constexpr int kPer = Tiles::kPer;
     const Tiles tiles(row, vocab);
+    constexpr bool kOthers = sizeof(Out) != sizeof(In);  // in place, stores reach what other threads read
     const bool packed = aligned_to(out + tiles.head, static_cast<int>(sizeof(Out)) * kPer);
     const int lone = tiles.scalar_column();
     float lone_gradient = 0;
@@ -218,7 +219,7 @@ __device__ void write_gradient(const In* row, Out* out, int vocab, const float* 
             const int load = tiles.load_index(t, i);
             if (load < tiles.loads) raw[i] = tiles.load(load);
         }
-        if (barrier_before_stores(t)) __syncthreads();
+        if (kOthers && barrier_before_stores(t)) __syncthreads();
 #pragma unroll
         for (int i = 0; i < Tiles::kLoads; ++i) {
             const int load = tiles.load_index(t, i);
@@ -250,8 +251,9 @@ __device__ void write_gradient(const In* row, Out* out, int vocab, const float* 
             }
         }
     }
-    // The scalars were read before any store; theirs may land anywhere in the first half of the row.
-    __syncthreads();
+    // The scalars were read before any store. Where the tiles are 2, 6, 14, ... and whole, those behind them land on the
+    // first tile that no barrier came after.
+    if (kOthers) __syncthreads();
     if (lone >= 0) out[lone] = rounded<Out>(lone_gradient);
 }
 

@@ -19,6 +19,7 @@ from .configs import COMPILED, blocks_for
 from .head import RowResults, num_blocks, on_device
 from .numeric import cap_slope, exponential, softcapped
 
+NUM_WARPS = 8
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32; not -inf, since -inf - -inf is not 0
 
 
@@ -157,7 +158,7 @@ def logits_loss(logits_MV: Tensor, targets_M: Tensor, rows: RowResults, spec: To
                 HAS_SOFTCAP=spec.softcap > 0,
                 HAS_SMOOTHING=spec.smoothing > 0,
                 BLOCK=_block(logits_MV),
-                num_warps=8,
+                num_warps=NUM_WARPS,
                 **COMPILED,
             )
 
@@ -183,7 +184,7 @@ def logits_gradient(
                 HAS_SCALE=spec.scale != 1,
                 HAS_SOFTCAP=spec.softcap > 0,
                 BLOCK=block,
-                num_warps=8,
+                num_warps=NUM_WARPS,
                 **COMPILED,
             )
 
@@ -193,4 +194,6 @@ def _rows_of_neighbours(logits_MV: Tensor) -> Tensor:
 
 
 def _block(logits_MV: Tensor) -> int:
-    return min(blocks_for(logits_MV.device).logits, max(16, 2 ** math.ceil(math.log2(logits_MV.shape[1]))))
+    """No fewer columns than threads: several would load one, and in place the first of them stores over it."""
+    least = 32 * NUM_WARPS
+    return min(blocks_for(logits_MV.device).logits, max(least, 2 ** math.ceil(math.log2(logits_MV.shape[1]))))

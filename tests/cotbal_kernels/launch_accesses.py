@@ -77,21 +77,24 @@ class Accesses:
         others = (seen != _NOBODY) & (seen != program) & (seen != self.program)
         return bool(np.count_nonzero(others if places is None else others & ~self.benign[places]))
 
-    def load(self, addresses: np.ndarray, size: int) -> None:
+    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """Also the places of the bytes, in an order of its own."""
         places = self._places(addresses, size, "load from")
         if not self.ordered and self._by_others(self.writer[places], self.program, places):
             raise AssertionError(f"{self.kernel}: a program loads what another one stores in the same launch")
         seen = self.reader[places]
         self.reader[places] = np.where((seen == _NOBODY) | (seen == self.program), self.program, _SEVERAL)
+        return places
 
-    def store(self, addresses: np.ndarray, size: int) -> None:
-        self._store(addresses, size, self.program)
+    def store(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        return self._store(addresses, size, self.program)
 
-    def atomic(self, addresses: np.ndarray, size: int, acquires: bool) -> None:
-        self._store(addresses, size, _ATOMIC)
+    def atomic(self, addresses: np.ndarray, size: int, acquires: bool) -> np.ndarray:
+        places = self._store(addresses, size, _ATOMIC)
         self.ordered |= acquires
+        return places
 
-    def _store(self, addresses: np.ndarray, size: int, program: int) -> None:
+    def _store(self, addresses: np.ndarray, size: int, program: int) -> np.ndarray:
         places = self._places(addresses, size, "store to")
         ordered = self.ordered and program != _ATOMIC
         if not ordered and self._by_others(self.writer[places], program):
@@ -101,3 +104,4 @@ class Accesses:
         # What a program stores and then adds to atomically stays its own: another one might add before that store.
         own = (self.writer[places] == self.program) & (program == _ATOMIC)
         self.writer[places] = np.where(own, self.program, program)
+        return places

@@ -14,6 +14,7 @@ from csrc_case import (
     PLAIN,
     Case,
     check_gradient,
+    everything,
     in_front,
     one_thread,  # noqa: F401 (a fixture)
     outside_untouched,
@@ -27,7 +28,7 @@ from cuda_on_cpu import (
     find_compiler,
     schedule,
 )
-from cuda_on_cpu.as_ptx import PtxKernels, compile_to_ptx, ptx_kernels, warps_take_turns
+from cuda_on_cpu.as_ptx import PtxKernels, ptx_kernels
 
 from cotbal_kernels.cuda_kernels.build import find_nvcc, source_directory
 from cotbal_kernels.cuda_kernels.library import KernelLibrary
@@ -70,19 +71,17 @@ def test_in_place(formats: tuple[torch.dtype, torch.dtype], kernel: str, vocab: 
 @pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
 @pytest.mark.parametrize("formats", FORMATS, ids=lambda f: "-".join(str(d)[6:] for d in f))
 def test_in_place_as_compiled(formats: tuple[torch.dtype, torch.dtype]) -> None:
-    """Whatever order warps run in between barriers."""
+    """No two threads meet at an element without a barrier between them: see ptx_on_cpu/races.py."""
     vocab, compiled = 65531, ptx_kernels("80")
     apart = Case(vocab, formats[0], misaligned=1, pad=3)
     out_CV = torch.empty(apart.C, vocab, dtype=formats[1])
     compiled.chunk_gradient(apart.logits_CV, out_CV, None, apart.where(), PLAIN, apart.results)
     check_gradient(out_CV, apart.expected(PLAIN)[-1])
-    for seed in (1, 2):
-        case = Case(vocab, formats[0], misaligned=1, pad=3)
-        front = in_front(case.logits_CV, formats[1])
-        with warps_take_turns(compiled, seed):
-            compiled.chunk_gradient(case.logits_CV, front, None, case.where(), PLAIN, case.results)
-        assert torch.equal(front, out_CV)
-        assert outside_untouched(case.whole, case.logits_CV)
+    case = Case(vocab, formats[0], misaligned=1, pad=3)
+    front = in_front(case.logits_CV, formats[1])
+    compiled.chunk_gradient(case.logits_CV, front, None, case.where(), PLAIN, case.results)
+    assert torch.equal(front, out_CV)
+    assert outside_untouched(case.whole, case.logits_CV)
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +115,38 @@ def test_a_missing_barrier_is_noticed(without_barriers: Path, tmp_path: Path) ->
     assert not all(right)
 
 
+def launch(kernels: KernelLibrary, name: str) -> None:
+    """At a size that needs every barrier of the kernel."""
+    positions = torch.arange(9000)
+    if name == "compact":
+        kernels.compact(positions % 20, positions % 3, torch.ones(3), 20, -1, True, 9000)
+    elif name == "task_sums":
+        kernels.task_sums(torch.ones(9000), positions % 2, positions % 3, 3)
+    elif name == "task_scales":
+        kernels.task_scales(torch.ones(3), torch.ones(3, dtype=torch.int64), torch.zeros(1), None, True)
+    else:
+        case = Case(16387, F32)  # two whole tiles, and a tail
+        logits_CV, front, spec = case.logits_CV[:1], in_front(case.logits_CV, BF16)[:1], everything(case.V)
+        if name == "chunk_gradient":
+            kernels.chunk_gradient(logits_CV, front, None, case.where(), spec, case.results)
+        else:
+            kernels.saved_gradient(logits_CV, front, None, case.where(), spec, torch.zeros(2, case.M))
+
+
 @pytest.mark.skipif(find_nvcc() is None, reason=NO_NVCC)
-def test_a_missing_barrier_is_noticed_as_compiled(without_barriers: Path, tmp_path: Path) -> None:
-    broken = PtxKernels(ptx_kernels("80").path, compile_to_ptx("80", without_barriers, tmp_path))
-    assert is_right(broken)  # all threads keep together: what makes the other order necessary
-    with warps_take_turns(broken, 1):
-        assert not is_right(broken)
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("chunk_gradient", 6), ("saved_gradient", 2), ("compact", 3), ("task_sums", 2), ("task_scales", 1)],
+)
+def test_every_barrier_is_needed(name: str, count: int) -> None:
+    """Without any of them threads race, and the harness says so: it can fail, and no barrier takes time for nothing."""
+    kernels = PtxKernels(ptx_kernels("80").path, ptx_kernels("80").ptx)
+    launch(kernels, name)
+    (block,) = kernels.blocks.values()
+    assert len(block.barriers()) == count
+    for at in block.barriers():
+        with block.without_barrier(at), pytest.raises(AssertionError, match=f"{name}.*: no barrier between"):
+            launch(kernels, name)
 
 
 def test_a_barrier_that_cannot_complete_ends_the_launch(tmp_path: Path) -> None:

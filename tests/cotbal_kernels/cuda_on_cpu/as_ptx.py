@@ -44,8 +44,8 @@ class PtxKernels(KernelLibrary):
     def __init__(self, path: Path, ptx: str) -> None:
         super().__init__(path, device_type="cpu")
         self.turns: Callable[[list[int]], int] | None = None  # of warps, see Launch
-        self._ptx, self._tensors, self._failure = ptx, [], None
-        self._blocks: dict[tuple[str, int], Block] = {}
+        self.ptx, self._tensors, self._failure = ptx, [], None
+        self.blocks: dict[tuple[str, int], Block] = {}
         self._callback = _ELSEWHERE(self._run)  # kept: the library calls it
         launches = (name for name, value in vars(KernelLibrary).items() if callable(value) and name[0] != "_")
         for name in launches:
@@ -95,12 +95,12 @@ class PtxKernels(KernelLibrary):
     @property
     def issued(self) -> int:
         """Operations of warps so far."""
-        return sum(block.issued for block in self._blocks.values())
+        return sum(block.issued for block in self.blocks.values())
 
     def _block(self, name: str, threads: int) -> Block:
-        if (name, threads) not in self._blocks:
-            self._blocks[name, threads] = Block(replace(parse(self._ptx, name), threads=threads), 0)
-        return self._blocks[name, threads]
+        if (name, threads) not in self.blocks:
+            self.blocks[name, threads] = Block(replace(parse(self.ptx, name), threads=threads), 0)
+        return self.blocks[name, threads]
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 ``text`` reads it, ``block`` steps through it, ``arithmetic``, ``transfers``, ``warps``, ``hopper`` and ``blackwell``
 say what each operation does, ``memory`` checks every access, ``driver`` is the device that Triton launches on. An
 operation that is not known is an error. Slow, and no measure of speed; what it shows is what a compiled kernel
-computes, that it stays inside its tensors and that it waits for what it has begun.
+computes, that it stays inside its tensors, that its threads do not race (``races``) and that it waits for what it has
+begun.
 """
 
 from .driver import compute_capability

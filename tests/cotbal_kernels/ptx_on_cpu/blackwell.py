@@ -35,7 +35,7 @@ def _finish_stores(block: Block) -> None:
         _memory(block)[lane, columns] = values
 
 
-def _begun(block: Block) -> deque[Callable[[], None]]:
+def _begun(block: Block) -> deque[Callable[[int], None]]:
     """Products that no barrier has been told of yet."""
     return block.asynchronous.setdefault("tensor products", deque())
 
@@ -67,7 +67,7 @@ def _allocate(block: Block, operation: Operation) -> Action:
         block.asynchronous["allocated"] = columns
         where = np.array([block.uniform(address(), mask)], dtype=np.uint64)
         # The last columns: as if another block had the first.
-        block.shared.store(where, [np.array([COLUMNS - columns], dtype=np.uint32)], 4)
+        block.shared.store(where, [np.array([COLUMNS - columns], dtype=np.uint32)], 4, block.who(mask)[:1])
 
     return allocate
 
@@ -143,15 +143,15 @@ def _multiply(block: Block, operation: Operation) -> Action:
         assert lanes.max() < LANES
         _require_allocated(block, first, first + columns - 1)
 
-        def operands() -> tuple[np.ndarray, np.ndarray]:
-            one = matrix_operand(block, left, rows, not how >> 15 & 1, blackwell=True)
-            other = matrix_operand(block, right, columns, not how >> 16 & 1, blackwell=True)
+        def operands(who: int) -> tuple[np.ndarray, np.ndarray]:
+            one = matrix_operand(block, left, rows, not how >> 15 & 1, who, blackwell=True)
+            other = matrix_operand(block, right, columns, not how >> 16 & 1, who, blackwell=True)
             return widened(one, formats[0]), widened(other, formats[1])
 
-        early = operands()
+        early = operands(int(thread))
 
-        def multiply() -> None:
-            one, other = operands()
+        def multiply(phase: int) -> None:
+            one, other = operands(phase)
             require_same(early, (one, other))
             memory, product = _memory(block)[:, first : first + columns].view(np.float32), one @ other.T
             memory[lanes] = product + memory[lanes] if keep else product
@@ -172,9 +172,9 @@ def _commit(block: Block, operation: Operation) -> Action:
         begun = list(_begun(block))
         _begun(block).clear()
 
-        def finish() -> int:
+        def finish(phase: int) -> int:
             for multiply in begun:
-                multiply()
+                multiply(phase)
             barriers(block)[where].missing -= 1
             return 0
 

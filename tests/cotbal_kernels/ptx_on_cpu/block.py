@@ -2,17 +2,19 @@
 
 All threads that stand at the same operation take it together, as numpy arrays with one element a thread. Where they
 part, those furthest back go first, so they meet again where the branches do. Warps can also go one by one, each as far
-as the next barrier of the block: a kernel that misses a barrier then gives other results. An operation is decoded once
-for all blocks into a function of the threads that take it.
+as the next barrier of the block. In either order ``races`` finds accesses that no barrier orders. An operation is
+decoded once for all blocks into a function of the threads that take it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .memory import GlobalMemory, Memory, SharedMemory
+from .races import Races, Seen
 from .text import Entry, Operation
 
 WARP = 32
@@ -55,6 +57,7 @@ class Block:
     """A block of threads of one kernel; the same object runs as one after the other, of one launch after the other."""
 
     launch: Launch
+    races: Races
 
     def __init__(self, entry: Entry, shared_bytes: int) -> None:
         self.entry = entry
@@ -62,6 +65,7 @@ class Block:
         self.warps = self.threads // WARP
         self.lanes = np.arange(self.threads) % WARP
         self._everywhere = np.ones(self.threads, dtype=bool)
+        self._all = np.arange(self.threads)
         self.shared = SharedMemory(entry.shared_bytes + shared_bytes)
         kinds = {kind: [n for n, k in entry.registers.items() if k is kind] for kind in set(entry.registers.values())}
         self._files = {kind: np.empty((len(names), self.threads), dtype=kind) for kind, names in kinds.items()}
@@ -147,12 +151,29 @@ class Block:
         """``mask`` with one element a thread."""
         return self._everywhere if mask is True else mask
 
+    def who(self, mask: Mask) -> np.ndarray:
+        """The numbers of the threads of ``mask``."""
+        return self._all if mask is True else np.flatnonzero(mask)
+
     def uniform(self, value: np.ndarray, mask: Mask = True) -> int:
         """The one value that all threads of ``mask`` have."""
         found = np.unique(np.broadcast_to(value, self.threads)[self.everywhere(mask)])
         if found.size != 1:
             raise AssertionError(f"{found.size} values where all threads must have the same one")
         return int(found[0])
+
+    def barriers(self) -> list[int]:
+        """The numbers of the operations at which all threads wait."""
+        return [at for at, kind in enumerate(self.kinds) if kind == _BARRIER]
+
+    @contextmanager
+    def without_barrier(self, at: int) -> Iterator[None]:
+        """Nobody waits at one of them."""
+        self.kinds[at] = _STEP
+        try:
+            yield
+        finally:
+            self.kinds[at] = _BARRIER
 
     # --- steps --------------------------------------------------------------------------------------------------
 
@@ -190,6 +211,8 @@ class Block:
     def run_all(self, launch: Launch) -> None:
         """Run the blocks of a launch one after the other."""
         x, y, z = launch.grid
+        self.races = self.shared.races = launch.memory.races = Races(self.threads, self.entry.operations)
+        self.shared.seen = Seen(self.shared.bytes.size)
         with np.errstate(all="ignore"):  # what a GPU would not mention either
             for program, index in enumerate(np.ndindex(z, y, x)):
                 launch.memory.accesses.enter(program)
@@ -207,6 +230,7 @@ class Block:
             registers.view(np.uint8)[:] = self._poison % 2 if registers.dtype == np.bool_ else self._poison
         self.shared.bytes[:] = self._poison
         self.asynchronous.clear()
+        self.races.begin()
         alive = self.alive = self._everywhere.copy()
         # Threads that can go on, by where they stand: of one warp, or of all (-1).
         warps = [-1] if launch.turns is None else list(range(self.warps))
@@ -226,6 +250,7 @@ class Block:
                     to[warp, place] = to.get((warp, place), False) | threads
             if waiting and sum(np.count_nonzero(threads) for threads in waiting.values()) == np.count_nonzero(alive):
                 groups, waiting = waiting, {}
+                self.races.barrier()
         left = [
             self.asynchronous.get(kind)
             for kind in ("copies", "products", "tensor products", "tensor stores", "allocated")
@@ -247,6 +272,7 @@ class Block:
                 kind = kinds[at]
                 self.issued += warps
                 if kind == _STEP:
+                    self.races.at = at
                     actions[at](which)
                     at += 1
                 elif kind == _BRANCH:
@@ -267,6 +293,7 @@ class Block:
                         raise AssertionError("a part of a warp comes to a barrier")
                     return [(at + 1, mask, True)]
                 else:
+                    self.races.barrier()
                     at += 1
                 if at >= stop >= 0 and at != begun:
                     return [(at, mask, False)]

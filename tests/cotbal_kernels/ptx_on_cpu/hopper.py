@@ -4,6 +4,7 @@ Copies and products happen as late as they may: a copy when somebody waits at it
 for. A result that is used before reads what was there.
 """
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 
 from .arithmetic import widened
 from .block import WARP, Action, Block, Mask, decodes
+from .races import EVERYBODY
 from .text import Operation
 from .transfers import poison
 from .warps import fragment_a, whole_warps
@@ -56,9 +58,15 @@ def barriers(block: Block) -> dict[int, Barrier]:
     return block.asynchronous.setdefault("barriers", {})
 
 
-def bulk(block: Block) -> dict[int, deque[Callable[[], int]]]:
-    """Copies under way by the barrier that hears of them."""
+def bulk(block: Block) -> dict[int, deque[Callable[[int], int]]]:
+    """What is under way by the barrier that hears of it: called with who it is done by (see races)."""
     return block.asynchronous.setdefault("bulk", {})
+
+
+def _touch(block: Block, where: int, mask: Mask, begins_or_ends: bool = False) -> None:
+    """Its users may meet at a barrier, but not who makes it or ends it."""
+    note, who = block.races.store if begins_or_ends else block.races.atomic, block.who(mask)
+    note(block.shared.seen, np.tile(np.arange(where, where + 8), who.size), who)
 
 
 @decodes("mbarrier")
@@ -71,6 +79,7 @@ def _barrier(block: Block, operation: Operation) -> Action:
 
         def init(mask: Mask) -> None:
             where = block.uniform(address(), mask)
+            _touch(block, where, mask, begins_or_ends=True)
             if where in barriers(block):
                 raise AssertionError("a barrier begins where another one is")
             barriers(block)[where] = Barrier(count, count)
@@ -80,6 +89,7 @@ def _barrier(block: Block, operation: Operation) -> Action:
 
         def invalidate(mask: Mask) -> None:
             where = block.uniform(address(), mask)
+            _touch(block, where, mask, begins_or_ends=True)
             if bulk(block).get(where):
                 raise AssertionError("a barrier ends before the copies that it waits for")
             del barriers(block)[where]
@@ -91,7 +101,9 @@ def _barrier(block: Block, operation: Operation) -> Action:
         added = block.read(operation.operands[-1], "u32") if "expect_tx" in operation.modifiers else np.array(0)
 
         def arrive(mask: Mask) -> None:
-            barrier = barriers(block)[block.uniform(address(), mask)]
+            where = block.uniform(address(), mask)
+            _touch(block, where, mask)
+            barrier = barriers(block)[where]
             barrier.bytes += int(np.broadcast_to(added, block.threads)[block.everywhere(mask)].sum())
             barrier.missing -= int(block.everywhere(mask).sum())
             if barrier.missing < 0:
@@ -104,13 +116,17 @@ def _barrier(block: Block, operation: Operation) -> Action:
 
         def wait(mask: Mask) -> None:
             where = block.uniform(address(), mask)
+            _touch(block, where, mask)
             barrier, wanted = barriers(block)[where], block.uniform(parity, mask)
             copies = bulk(block).get(where, deque())
-            while barrier.parity == wanted and copies:
-                barrier.bytes -= copies.popleft()()
-                barrier.settle()
             if barrier.parity == wanted:
-                raise AssertionError("waits at a barrier for ever")
+                phase = block.races.end_phase(where)
+                while barrier.parity == wanted and copies:
+                    barrier.bytes -= copies.popleft()(phase)
+                    barrier.settle()
+                if barrier.parity == wanted:
+                    raise AssertionError("waits at a barrier for ever")
+            block.races.wait(where, block.who(mask))
             np.copyto(done, True, where=mask)
 
         return wait
@@ -138,10 +154,10 @@ def copy_tensor(block: Block, operation: Operation) -> Action:
             if start % 128:
                 raise AssertionError("a tensor copy to an address that is no multiple of 128")
             every = np.uint64(start) + np.arange(0, _box_bytes(tensor), 16, dtype=np.uint64)
-            poison(block.shared, every, 16)
+            poison(block.shared, every, 16, np.full(every.shape, thread))
             first = (int(row[thread]), int(column[thread]))
             arrives = bulk(block).setdefault(int(hears()[thread]), deque())
-            arrives.append(lambda start=start, tensor=tensor, first=first: _arrive(block, start, tensor, first))
+            arrives.append(functools.partial(_arrive, block, start, tensor, first))
 
     return copy
 
@@ -150,7 +166,7 @@ def _box_bytes(tensor: TensorMap) -> int:
     return tensor.box[0] * tensor.box[1] * tensor.element
 
 
-def _arrive(block: Block, start: int, tensor: TensorMap, first: tuple[int, int]) -> int:
+def _arrive(block: Block, start: int, tensor: TensorMap, first: tuple[int, int], phase: int) -> int:
     """Copy one box, zeros where it reaches over the edge; bytes written."""
     rows, columns = (np.arange(size) + begin for size, begin in zip(tensor.box, first, strict=True))
     inside = ((rows >= 0) & (rows < tensor.shape[0]))[:, None] & ((columns >= 0) & (columns < tensor.shape[1]))
@@ -158,7 +174,7 @@ def _arrive(block: Block, start: int, tensor: TensorMap, first: tuple[int, int])
     data = np.zeros(tensor.box, dtype=f"u{tensor.element}")
     data[inside] = block.launch.memory.load(source[inside], tensor.element)[0]
     target = swizzled(start + np.arange(data.size, dtype=np.uint64) * np.uint64(tensor.element), tensor.span)
-    block.shared.store(target, [data.ravel()], tensor.element)
+    block.shared.store(target, [data.ravel()], tensor.element, np.array([phase]))
     return _box_bytes(tensor)
 
 
@@ -181,7 +197,9 @@ _SPANS = {0: 16, 1: 128, 2: 64, 3: 32}  # of a descriptor's swizzle mode
 _BLACKWELL_SPANS = {0: 16, 2: 128, 4: 64, 6: 32}
 
 
-def matrix_operand(block: Block, descriptor: int, rows: int, by_rows: bool, blackwell: bool = False) -> np.ndarray:
+def matrix_operand(
+    block: Block, descriptor: int, rows: int, by_rows: bool, who: int, blackwell: bool = False
+) -> np.ndarray:
     """[rows, 16] 16-bit patterns that a matrix descriptor points at; ``by_rows`` where k runs along the memory.
 
     PTX ISA, "Matrix-Descriptor Format" and "Strides": pieces of 8 rows and one swizzle span of bytes.
@@ -203,7 +221,7 @@ def matrix_operand(block: Block, descriptor: int, rows: int, by_rows: bool, blac
         width = span // 2
         offset = (row % width) * 2 + (row // width) * leading + (k % 8) * span + (k // 8) * stride
     addresses = swizzled(np.uint64(start) + offset.astype(np.uint64), span)
-    return block.shared.load(addresses.ravel(), 2)[0].reshape(rows, 16)
+    return block.shared.load(addresses.ravel(), 2, who=np.array([who]))[0].reshape(rows, 16)
 
 
 def require_same(early: tuple[np.ndarray, ...], late: tuple[np.ndarray, ...]) -> None:
@@ -260,8 +278,10 @@ def _warpgroup(block: Block, operation: Operation) -> Action:
                 wholes = fragment_a(block, a, kind).reshape(group_count, 64, 16)
             return [
                 (
-                    wholes[group] if registers else widened(matrix_operand(block, left[group], 64, a_by_rows), kind),
-                    widened(matrix_operand(block, right[group], columns, b_by_rows), kind),
+                    wholes[group]
+                    if registers
+                    else widened(matrix_operand(block, left[group], 64, a_by_rows, EVERYBODY), kind),
+                    widened(matrix_operand(block, right[group], columns, b_by_rows, EVERYBODY), kind),
                 )
                 for group in range(group_count)
             ]

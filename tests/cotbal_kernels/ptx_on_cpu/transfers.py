@@ -23,7 +23,7 @@ def _load(block: Block, operation: Operation) -> Action:
 
     def load(mask: Mask) -> None:
         where = slice(None) if mask is True else mask
-        values = memory().load(address()[where], size, len(outs))
+        values = memory().load(address()[where], size, len(outs), block.who(mask))
         for out, value in zip(outs, values, strict=True):
             if out is not None:
                 out[where] = value.view(kind)
@@ -62,7 +62,8 @@ def _store(block: Block, operation: Operation) -> Action:
 
     def store(mask: Mask) -> None:
         where = block.everywhere(mask)
-        memory().store(address()[where], [np.broadcast_to(value, where.shape)[where] for value in values], size)
+        chosen = [np.broadcast_to(value, where.shape)[where] for value in values]
+        memory().store(address()[where], chosen, size, block.who(mask))
 
     return store
 
@@ -86,7 +87,7 @@ def _atomic(block: Block, operation: Operation) -> Action:
         def change(before: np.ndarray, index: int) -> np.ndarray:
             return combine(before.view(dtype), values[index]).view(before.dtype)
 
-        before = memory().exchange(address()[where], change, dtype.itemsize, order)
+        before = memory().exchange(address()[where], change, dtype.itemsize, order, block.who(mask))
         if out is not None:
             out[where] = before.view(dtype)
 
@@ -101,8 +102,8 @@ class Copies:
     """
 
     def __init__(self) -> None:
-        self.open: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
-        self.groups: deque[list[tuple[np.ndarray, np.ndarray, np.ndarray, int]]] = deque()
+        self.open: list[tuple[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray]] = []
+        self.groups: deque[list[tuple[np.ndarray, np.ndarray, np.ndarray, int, np.ndarray]]] = deque()
 
     def __bool__(self) -> bool:
         return bool(self.open) or any(self.groups)
@@ -113,15 +114,15 @@ class Copies:
 
     def finish(self, block: Block, left: int) -> None:
         while len(self.groups) > left:
-            for target, source, live, size in self.groups.popleft():
+            for target, source, live, size, who in self.groups.popleft():
                 data = np.zeros((size // 4, target.size), dtype=np.uint32)
                 if live.any():
-                    data[:, live] = block.launch.memory.load(source[live], 4, size // 4)
-                block.shared.store(target, list(data), 4)
+                    data[:, live] = block.launch.memory.load(source[live], 4, size // 4, who[live])
+                block.shared.store(target, list(data), 4, who)
 
 
-def poison(shared: SharedMemory, addresses: np.ndarray, size: int) -> None:
-    shared.store(addresses, [np.full(addresses.shape, 2**32 - 1, dtype=np.uint32)] * (size // 4), 4)
+def poison(shared: SharedMemory, addresses: np.ndarray, size: int, who: np.ndarray) -> None:
+    shared.store(addresses, [np.full(addresses.shape, 2**32 - 1, dtype=np.uint32)] * (size // 4), 4, who)
 
 
 @decodes("cp")
@@ -156,7 +157,8 @@ def _copy(block: Block, operation: Operation) -> Action:
         live = np.broadcast_to(length, where.shape)[where]
         if not np.isin(live, (0, size)).all():
             raise NotImplementedError("a copy of a part")
-        poison(block.shared, to()[where], size)
-        Copies.of(block).open.append((to()[where].copy(), start()[where].copy(), live == size, size))
+        who = block.who(mask)
+        poison(block.shared, to()[where], size, who)
+        Copies.of(block).open.append((to()[where].copy(), start()[where].copy(), live == size, size, who))
 
     return copy

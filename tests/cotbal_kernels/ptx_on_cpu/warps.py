@@ -6,6 +6,7 @@ import numpy as np
 
 from .arithmetic import widened
 from .block import WARP, Action, Block, Mask, decodes
+from .races import lanes_of
 from .text import Operation
 
 
@@ -127,7 +128,8 @@ def _load_matrix(block: Block, operation: Operation) -> Action:
     def load(mask: Mask) -> None:
         warps = whole_warps(block, mask)
         rows = address().reshape(block.warps, WARP)[warps, : 8 * count]
-        words = block.shared.load(rows.ravel(), 4, 4)  # 8 elements of 16 bits a row
+        who = np.repeat(lanes_of(np.flatnonzero(warps)), rows.shape[1])
+        words = block.shared.load(rows.ravel(), 4, 4, who)  # 8 elements of 16 bits a row
         matrices = np.ascontiguousarray(words.T).view(np.uint16).reshape(-1, count, 8, 8)
         if transposed:
             matrices = matrices.transpose(0, 1, 3, 2)
@@ -152,7 +154,8 @@ def _store_matrix(block: Block, operation: Operation) -> Action:
             matrices = matrices.transpose(0, 1, 3, 2)
         words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, 4)
         rows = address().reshape(block.warps, WARP)[warps, : 8 * count]
-        block.shared.store(rows.ravel(), list(words.T), 4)
+        who = np.repeat(lanes_of(np.flatnonzero(warps)), rows.shape[1])
+        block.shared.store(rows.ravel(), list(words.T), 4, who)
 
     return store
 

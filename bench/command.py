@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +37,8 @@ def run(
         except subprocess.TimeoutExpired:
             status = "timeout"
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # what it has left behind, too
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
         output.seek(0)
         return status, output.read().decode(errors="replace")

@@ -23,7 +23,7 @@ _PYTEST = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"
 
 
 def run(directory: Path, left: Callable[[], float]) -> dict[str, Any]:
-    """Counts, names of what failed, and whether every test has run; logs lie in ``directory``."""
+    """Counts, names of what failed, and whether every test has run; their log is ``directory/gpu_tests.log``."""
     # Only the files that have some: collecting the others takes as long as many tests.
     files = [
         str(path.relative_to(command.ROOT))
@@ -34,13 +34,24 @@ def run(directory: Path, left: Callable[[], float]) -> dict[str, Any]:
     names = [line for line in output.splitlines() if line.startswith("tests/") and "::" in line]
     if status != 0:
         return _found(names, {}, [status], output)
+    for old in directory.glob("gpu_tests_*.log"):  # of a run that was ended from outside
+        old.unlink()
     workers = min(8, max(1, (os.cpu_count() or 1) // 2), len(names))
     with ThreadPoolExecutor(workers) as pool:
         logs = (directory / f"gpu_tests_{part}.log" for part in range(workers))
         parts = list(pool.map(lambda part, log: _run_part(part, log, left), _dealt(names, workers), logs))
+    _join_logs(directory)
     kinds = {name: kind for part in parts for name, kind in part[0].items()}
     worst = next((part for part in parts if part[1] not in (0, 1)), parts[0])
     return _found(names, kinds, [part[1] for part in parts], worst[2])
+
+
+def _join_logs(directory: Path) -> None:
+    """One file to take home instead of one or more of every process."""
+    with (directory / "gpu_tests.log").open("w") as whole:
+        for part in sorted(directory.glob("gpu_tests_*.log")):
+            whole.write(f"##### {part.name}\n{part.read_text(errors='replace')}\n")
+            part.unlink()
 
 
 def _dealt(names: list[str], hands: int) -> list[list[str]]:

@@ -113,14 +113,24 @@ class Bench:
         return launch
 
 
+_lost = False  # a tile has made the device unusable for this worker
+
+
 def _compile(job: tuple[str, Tile, Shape, str]) -> str | None:
     """Fill the cache on disk, in a process of its own; return why a tile cannot be had."""
+    global _lost
+    if _lost:  # a process for this job alone: what a tile has done must not be said of the next ones
+        with ProcessPoolExecutor(1, get_context("spawn")) as other:
+            return other.submit(_compile, job).result()
     product, tile, shape, device = job
     try:
         Bench(shape, torch.device(device)).run(product, tile)()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        require_device()
     except Exception as error:
+        try:
+            require_device()
+        except RuntimeError:
+            _lost = True
         return f"{type(error).__name__}: {str(error)[:200]}"
     return None
 

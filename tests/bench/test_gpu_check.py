@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,12 +83,16 @@ def test_outcomes_of_a_log_that_was_cut_off_too() -> None:
     }
 
 
-def test_command_that_takes_too_long_returns_what_it_printed_and_leaves_nothing_running(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("last", "ends_with"), [("sleep 30", "timeout"), ("true", 0)])
+def test_command_returns_what_it_printed_and_leaves_nothing_running(
+    last: str, ends_with: int | str, tmp_path: Path
+) -> None:
+    """Whether it takes too long, or ends before what it has started."""
     log = tmp_path / "log"
     started = time.monotonic()
     # The child of the child holds the output: waiting for its end would take 30 seconds.
-    status, output = command.run(["sh", "-c", "echo begun; sleep 30 & echo $!; sleep 30"], 1, log)
-    assert status == "timeout"
+    status, output = command.run(["sh", "-c", f"echo begun; sleep 30 & echo $!; {last}"], 1, log)
+    assert status == ends_with
     assert output == log.read_text()
     begun, child = output.split()
     assert begun == "begun"
@@ -189,7 +193,8 @@ def test_tests_run_in_processes_of_their_own_and_one_that_ends_its_process_costs
         name("crash"): "ended its process: -9",
     }
     assert not gpu_tests.stopped(found)
-    assert "illegal memory access" in "".join(log.read_text() for log in (tmp_path / "out").glob("gpu_tests_*.log"))
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"gpu_check.json", "gpu_tests.log"}
+    assert "illegal memory access" in (tmp_path / "out" / "gpu_tests.log").read_text()
 
 
 def test_no_test_at_all_is_a_failure(
@@ -376,6 +381,25 @@ def test_tiles_of_the_grid_fit_and_begin_with_the_backends() -> None:
     assert len(tiles) == len(set(tiles)) > 30
     assert all(tile.stages * (tile.rows + tile.cols) * tile.depth * 2 <= 227 * 1024 for tile in tiles)
     assert not gpu_tiles.fits(Tile(256, 256, 64, 8, 3))  # 256 accumulators a thread
+
+
+def test_a_tile_that_costs_a_worker_its_device_is_the_only_one_that_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    submitted: list[Any] = []
+    other = SimpleNamespace(submit=lambda function, job: submitted.append(job) or SimpleNamespace(result=lambda: None))
+    monkeypatch.setattr(gpu_tiles, "Bench", lambda *_: SimpleNamespace(run=fail))
+    monkeypatch.setattr(gpu_tiles, "ProcessPoolExecutor", lambda *_, **__: nullcontext(other))
+    monkeypatch.setattr(gpu_tiles, "_lost", False)
+    job = ("project", Tile(16, 64, 32, 1, 1, 2, 2), gpu_tiles.WARM, "cpu")
+    assert "illegal" in str(gpu_tiles._compile(job))
+    assert not gpu_tiles._lost  # a tile that cannot be compiled leaves the device as it is
+    monkeypatch.setattr(gpu_tiles, "require_device", fail)
+    assert "illegal" in str(gpu_tiles._compile(job))
+    assert not submitted
+    assert gpu_tiles._compile(job) is None
+    assert submitted == [job]
 
 
 def test_tuning_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ class Accesses:
                 merged.append((start, end))
         self.starts, self.ends = np.array(merged, dtype=np.int64).reshape(-1, 2).T
         # Byte i of a range has its place at its address less the shift of the range.
-        sizes = self.ends - self.starts
+        sizes = -((self.starts - self.ends) // 16) * 16
         self.shifts = self.starts - np.concatenate([[0], np.cumsum(sizes)[:-1]]) if merged else self.starts
         self.writer = np.full(int(sizes.sum()), _NOBODY, dtype=np.int32)
         self.reader = np.full_like(self.writer, _NOBODY)

@@ -14,9 +14,11 @@ UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 class Memory:
     """What global and shared memory have in common: typed views of bytes from ``first`` on."""
 
+    grain = 1  # bytes that are told apart in races
+
     def __init__(self, name: str, first: int, data: np.ndarray, bytes_seen: int) -> None:
         self.name, self.first = name, first
-        self.seen = Seen(bytes_seen)
+        self.seen = Seen(-(-bytes_seen // self.grain))
         self.races: Races | None = None
         self.views = {size: data[: data.size // size * size].view(kind) for size, kind in UNSIGNED.items()}
 
@@ -30,6 +32,7 @@ class Memory:
             raise AssertionError(f"{self.name} memory: misaligned access of {size * count} bytes")
         places = self.note(addresses, size * count, kind)
         if self.races is not None and who is not None:
+            places = places[:: self.grain] // self.grain if size * count > 1 else places // self.grain
             if kind == "load":
                 self.races.load(self.seen, places, who)
             elif kind == "store":
@@ -72,6 +75,8 @@ class Memory:
 
 class GlobalMemory(Memory):
     """The memory of this process, as far as a launch was given it; who accesses what is noted."""
+
+    grain = 2  # no kernel stores single bytes here: half the work
 
     def __init__(self, accesses: Accesses) -> None:
         self.accesses = accesses

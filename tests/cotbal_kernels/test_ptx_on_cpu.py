@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,45 +11,9 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch_accesses import Accesses
+from ptx_case import WARP, run
 from ptx_on_cpu import compute_capability
-from ptx_on_cpu.block import Block, Launch
-from ptx_on_cpu.memory import GlobalMemory
-from ptx_on_cpu.text import parse
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-WARP = 32
-ARCHITECTURES = pytest.mark.parametrize("capability", [80, 90, 100])
-
-
-def run(body: str, *tensors: torch.Tensor, threads: int = WARP, blocks: int = 1, shared: int = 0) -> None:
-    """Run ``body`` with ``%rd0``, ``%rd1``, ... pointing at each thread's element of ``tensors``."""
-    parameters = ",\n".join(f".param .u64 p{index}" for index in range(len(tensors)))
-    lines = ["mov.u32 %r90, %tid.x;", "mov.u32 %r91, %ctaid.x;", f"mad.lo.u32 %r90, %r91, {threads}, %r90;"]
-    for index, tensor in enumerate(tensors):
-        lines.append(f"ld.param.b64 %rd{90 + index}, [p{index}];")
-        lines.append(f"mad.wide.u32 %rd{index}, %r90, {tensor.element_size()}, %rd{90 + index};")
-    source = f"""
-.extern .shared .align 16 .b8 memory[];
-.visible .entry test(
-{parameters}
-)
-.reqntid {threads}
-{{
-.reg .pred %p<10>;
-.reg .b16 %rs<10>;
-.reg .b32 %r<99>;
-.reg .b64 %rd<99>;
-{chr(10).join(lines)}
-{body}
-ret;
-}}
-"""
-    block = Block(parse(source), shared)
-    accesses = Accesses("test", tensors)
-    pointers = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64).tobytes()
-    launch = Launch(GlobalMemory(accesses), pointers, {}, (blocks, 1, 1))
-    block.run_all(launch)
 
 
 def apply(operation: str, *inputs: torch.Tensor, out: torch.dtype) -> torch.Tensor:
@@ -412,62 +375,3 @@ def test_products_of_descriptors(
     wanted = a.double() @ b.double()
     # Up to 200 terms of size 1 in float32.
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=depth * 2**-24 * 16)
-
-
-# --- faults -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def shift_kernel(x_ptr, out_ptr, size, by, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + at, tl.load(x_ptr + at + by, mask=at < size, other=0.0), mask=at < size)
-
-
-@ARCHITECTURES
-@pytest.mark.parametrize(("by", "size"), [(1, 256), (-1, 256), (0, 257)])
-def test_access_outside_of_all_tensors_is_found(capability: int, by: int, size: int) -> None:
-    x, out = torch.arange(256.0), torch.empty(256)
-    with compute_capability(capability):
-        shift_kernel[(2,)](x, out, 256, 0, BLOCK=128)
-        assert torch.equal(x, out)
-        with pytest.raises(AssertionError, match=r"test_ptx_on_cpu.py:\d+.*(load from|store to) memory outside"):
-            shift_kernel[(3,)](x, out, size, by, BLOCK=128)
-
-
-@ARCHITECTURES
-def test_blocks_that_need_an_order_are_found(capability: int) -> None:
-    x = torch.arange(512.0)
-    with compute_capability(capability), pytest.raises(AssertionError, match="loads what another one stores"):
-        shift_kernel[(2,)](x, x, 256, 128, BLOCK=128)
-
-
-def test_what_the_hardware_would_refuse() -> None:
-    values = torch.zeros(WARP + 1)
-    with pytest.raises(AssertionError, match="misaligned"):
-        run("ld.global.v2.b32 {%r1, %r2}, [%rd0];", values)
-    with pytest.raises(AssertionError, match="behind its end"):
-        run("mov.b32 %r1, 64;\nst.shared.b32 [%r1], %r1;", values, shared=64)
-    with pytest.raises(NotImplementedError, match="sin"):
-        run("sin.approx.f32 %r1, %r1;", values)
-
-
-WAIT = """
-mov.b32 %r1, memory;
-mov.u32 %r2, %tid.x;
-setp.eq.s32 %p1, %r2, 0;
-@%p1 mbarrier.init.shared::cta.b64 [%r1], 1;
-bar.sync 0;
-ARRIVE
-again:
-mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r1], 0;
-@!%p2 bra again;
-"""
-
-
-def test_waiting_for_what_never_comes_is_found() -> None:
-    out: Any = torch.zeros(WARP)
-    run(WAIT.replace("ARRIVE", "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 0;"), out, shared=64)
-    with pytest.raises(AssertionError, match="for ever"):
-        run(WAIT.replace("ARRIVE", "@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 16;"), out, shared=64)
-    with pytest.raises(AssertionError, match="more threads arrive"):
-        run(WAIT.replace("ARRIVE", "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 0;"), out, shared=64)

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cotbal_kernels.triton_kernels.ahead_of_time import LIMITS
 
-from . import arithmetic, blackwell, hopper, transfers, warps  # noqa: F401  what decodes registers itself
+from . import arithmetic, bits, blackwell, hopper, transfers, warps  # noqa: F401  what decodes registers itself
 from .block import Block, Launch
 from .memory import GlobalMemory
 from .text import parse

@@ -53,6 +53,11 @@ for options in ({"chunk_size": 20}, {"recompute": True}, {"aggregation": "none"}
     out.loss.sum().backward()
 torch.cuda.synchronize()
 """
+_BACKENDS = """
+import json
+from cotbal_kernels import backends
+print(json.dumps({name: backends.unavailable_reason(name) for name in ("triton", "cuda")}))
+"""
 # Tools of compute-sanitizer: their options, and what the environment has to say.
 _CHECKS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     # torch's cache hands out pieces of large allocations, and the tool sees the bounds of allocations only. Calls that
@@ -129,6 +134,11 @@ def environment(report: Report, budget: Budget) -> None:
     report.put("environment", "nvidia_smi", dict(zip(queried.split(","), output.strip().split(", "), strict=False)))
     report.put("environment", "commit", provenance.commit() or "not a git checkout")
     report.put("environment", "sources", provenance.sources())
+    # Tests of a backend that is not available are skipped. This also compiles csrc/, which they would wait for.
+    status, output = command.run([sys.executable, "-c", _BACKENDS], budget.left())
+    *_, last = output.strip().splitlines() or [""]
+    reasons = json.loads(last) if status == 0 else {"backends": f"exit status {status}: {output.strip()[-500:]}"}
+    report.put("environment", "unavailable", {name: reason for name, reason in reasons.items() if reason})
 
 
 def _versions() -> dict[str, str]:
@@ -233,7 +243,7 @@ def tiles_here(report: Report, budget: Budget) -> None:
 
 def summary(values: dict[str, Any]) -> str:
     """The short table of what was found."""
-    lines = []
+    lines = [f"{name}: {reason}" for name, reason in values.get("environment", {}).get("unavailable", {}).items()]
     if "tests" in values:
         found = values["tests"]
         end = f", {len(found['not_run'])} not run" if found["not_run"] else ""

@@ -255,6 +255,27 @@ def test_a_section_that_fails_does_not_end_the_run(
     assert "tests: 1 passed, 1 failed, 1 skipped, 1 not run" in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is missing where there is no GPU")
+def test_a_backend_whose_tests_are_skipped_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(gpu_check._BACKENDS, {})
+    printed = capsys.readouterr().out
+    properties = SimpleNamespace(name="a GPU", major=9, minor=0, total_memory=1, multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    report = gpu_check.Report(tmp_path)
+    for outcome, wanted in (
+        ((0, "compiling, once\n" + printed), ["triton: it needs a CUDA device", "cuda: "]),
+        ((0, 'a line\n{"triton": null, "cuda": null}\n'), []),
+        (("timeout", "compiling, once"), ["backends: exit status timeout: compiling, once"]),
+    ):
+        monkeypatch.setattr(command, "run", lambda arguments, *_, found=outcome: found)
+        gpu_check.environment(report, gpu_check.Budget(60))
+        lines = gpu_check.summary(report.values).splitlines()
+        assert len(lines) == len(wanted)
+        assert all(line.startswith(start) for line, start in zip(lines, wanted, strict=True))
+
+
 def test_interleaved_runs_in_turns_and_survives_a_failure() -> None:
     order: list[str] = []
 

@@ -1,19 +1,16 @@
 """The kernels of csrc/ as nvcc compiles them for a GPU, run as PTX on the CPU; host code is that of the CPU build.
 
 kernels = ptx_kernels("80")             # the launches alone; "90a" for Hopper
-with warps_take_turns(kernels, 3): ...
 """
 
 import atexit
 import ctypes
 import functools
-import random
 import shutil
 import subprocess
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +40,6 @@ class PtxKernels(KernelLibrary):
 
     def __init__(self, path: Path, ptx: str) -> None:
         super().__init__(path, device_type="cpu")
-        self.turns: Callable[[list[int]], int] | None = None  # of warps, see Launch
         self.ptx, self._tensors, self._failure = ptx, [], None
         self.blocks: dict[tuple[str, int], Block] = {}
         self._callback = _ELSEWHERE(self._run)  # kept: the library calls it
@@ -84,7 +80,7 @@ class PtxKernels(KernelLibrary):
             for offset, argument, size in zip(offsets, arguments[:count], sizes[:count], strict=True):
                 space[offset : offset + size] = ctypes.string_at(argument, size)
             accesses = Accesses(block.entry.name, self._tensors)
-            launch = Launch(GlobalMemory(accesses), bytes(space), {}, (blocks, 1, 1), self.turns)
+            launch = Launch(GlobalMemory(accesses), bytes(space), {}, (blocks, 1, 1))
             block.run_all(launch)
         except Exception as error:  # it would be lost in the library
             traceback.print_exc()
@@ -101,19 +97,6 @@ class PtxKernels(KernelLibrary):
         if (name, threads) not in self.blocks:
             self.blocks[name, threads] = Block(replace(parse(self.ptx, name), threads=threads), 0)
         return self.blocks[name, threads]
-
-
-@contextmanager
-def warps_take_turns(kernels: PtxKernels, order: int | Callable[[list[int]], int]) -> Iterator[None]:
-    """Let the warps of a block run one by one, each until its threads part or wait, as ``order`` chooses among them.
-
-    A number is the seed of a random choice. ``max`` is unfair: the last warp goes as far as it can first.
-    """
-    kernels.turns = random.Random(order).choice if isinstance(order, int) else order
-    try:
-        yield
-    finally:
-        kernels.turns = None
 
 
 @functools.cache

@@ -1,9 +1,8 @@
 """One block (CTA) of threads: registers, program counters and the operations they step through.
 
 All threads that stand at the same operation take it together, as numpy arrays with one element a thread. Where they
-part, those furthest back go first, so they meet again where the branches do. Warps can also go one by one, each as far
-as the next barrier of the block. In either order ``races`` finds accesses that no barrier orders. An operation is
-decoded once for all blocks into a function of the threads that take it.
+part, those furthest back go first, so they meet again where the branches do. That another order would give the same is
+for ``races`` to say. An operation is decoded once for all blocks into a function of the threads that take it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -49,8 +48,6 @@ class Launch:
     parameters: bytes
     descriptors: Mapping[int, Any]  # of tensors, by offset in the parameters
     grid: tuple[int, int, int]
-    # Picks one of the warps that can go on, where they go one by one; None: all threads keep together.
-    turns: Callable[[list[int]], int] | None = None
 
 
 class Block:
@@ -232,22 +229,18 @@ class Block:
         self.asynchronous.clear()
         self.races.begin()
         alive = self.alive = self._everywhere.copy()
-        # Threads that can go on, by where they stand: of one warp, or of all (-1).
-        warps = [-1] if launch.turns is None else list(range(self.warps))
-        threads_of = np.arange(self.threads) // WARP
-        groups = {(warp, 0): (threads_of == warp) | (warp < 0) for warp in warps}
-        waiting: dict[tuple[int, int], np.ndarray] = {}  # those at the barrier, by what follows it
+        groups = {0: self._everywhere.copy()}  # threads that can go on, by where they stand
+        waiting: dict[int, np.ndarray] = {}  # those at the barrier, by what follows it
         while groups:
-            warp = -1 if launch.turns is None else launch.turns(sorted({warp for warp, _ in groups}))
-            at, *others = sorted(place for other, place in groups if other == warp)
-            mask = groups.pop((warp, at))
+            at, *others = sorted(groups)
+            mask = groups.pop(at)
             stop = others[0] if others else -1
             for place, threads, arrived in self._walk(at, mask, stop):
                 if place < 0:
                     alive &= ~threads
                 else:
                     to = waiting if arrived else groups
-                    to[warp, place] = to.get((warp, place), False) | threads
+                    to[place] = to.get(place, False) | threads
             if waiting and sum(np.count_nonzero(threads) for threads in waiting.values()) == np.count_nonzero(alive):
                 groups, waiting = waiting, {}
                 self.races.barrier()

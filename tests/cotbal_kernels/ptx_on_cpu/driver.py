@@ -7,7 +7,6 @@ Unlike in Triton's interpreter, what runs went through the compiler for that GPU
 copies, tensor cores with bfloat16, descriptors, arithmetic as the instructions have it.
 """
 
-import random
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +46,7 @@ class Launcher:
         accesses = Accesses(self.block.entry.name, dict(zip(self.signature, arguments, strict=True)))
         descriptors: dict[int, hopper.TensorMap] = {}
         parameters = self._parameters(arguments, descriptors)
-        turns = triton.runtime.driver.active.turns
-        self.block.run_all(Launch(GlobalMemory(accesses), parameters, descriptors, (x, y, z), turns))
+        self.block.run_all(Launch(GlobalMemory(accesses), parameters, descriptors, (x, y, z)))
 
     def _parameters(self, arguments: tuple[Any, ...], descriptors: dict[int, hopper.TensorMap]) -> bytes:
         """The parameter space; tensor descriptors in it are put into ``descriptors`` by their place."""
@@ -93,9 +91,8 @@ def _tensor_map(descriptor: TensorDescriptor, meta: dict[str, Any]) -> hopper.Te
 class Driver:
     """What Triton asks of the driver of a device, for one compute capability."""
 
-    def __init__(self, capability: int, seed: int | None) -> None:
+    def __init__(self, capability: int) -> None:
         self.capability, self.launcher_cls = capability, Launcher
-        self.turns = None if seed is None else random.Random(seed).choice
         self.utils = SimpleNamespace(
             load_binary=lambda *_: (1, 1, 0, 0, 1024),
             unload_module=lambda _: None,
@@ -116,14 +113,10 @@ class Driver:
 
 
 @contextmanager
-def compute_capability(capability: int, seed: int | None = None) -> Iterator[None]:
-    """Kernels launched inside the ``with`` block run as on a device of this compute capability (80, 89, 90, 100).
-
-    With ``seed`` warps go one by one from barrier to barrier, in an order drawn at random: for kernels that exchange
-    values through global memory, whose barriers Triton does not insert. Not for kernels with matrix products.
-    """
+def compute_capability(capability: int) -> Iterator[None]:
+    """Kernels launched inside the ``with`` block run as on a device of this compute capability (80, 89, 90, 100)."""
     before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Driver(capability, seed))
+    triton.runtime.driver.set_active(Driver(capability))
     try:
         with knobs.runtime.scope(), knobs.cache.scope():
             knobs.runtime.add_stages_inspection_hook = _without_machine_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -102,6 +103,15 @@ class TestCider:
         assert Cider().compute(["the sun", "moon"], references).per_sample[0] == 0
         tokenize = Cider(tokenize=lambda text: text.lower().rstrip(".").split())
         assert tokenize.compute(["the sun", "moon"], references).per_sample[0] == pytest.approx(5.0)
+
+    def test_memory_does_not_grow_with_captions_of_known_ngrams(self):
+        """One of 20 words takes 15 KB as vectors: 200 thousand with five references each would not fit into 16 GB."""
+        words = " ".join(map(str, range(20)))
+        tracemalloc.start()
+        Cider().compute([words] * 500, [[words]] * 500)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 500 * 1000
 
 
 class TestExactMatch:

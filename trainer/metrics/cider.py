@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.metrics.base import MetricResult, check_samples
@@ -28,6 +28,9 @@ class CiderCorpus:
     in any reference; term frequencies are clipped to the reference's; the length in the Gaussian penalty is
     the number of bigrams; orders without an n-gram count as 0, so a one-word caption reaches 10/4 at most.
     With a single sample every IDF is log 1 = 0 and the score is 0.
+
+    Args:
+        keep: vectors of references stay for the next prediction, 1 KB a word; otherwise they are made anew each time.
     """
 
     def __init__(
@@ -36,24 +39,29 @@ class CiderCorpus:
         tokenize: Callable[[str], list[str]] = str.split,
         n: int = 4,
         sigma: float = 6.0,
+        keep: bool = True,
     ) -> None:
         self.n, self.sigma, self.tokenize = n, sigma, tokenize
-        counts = [[self._count(caption) for caption in captions] for captions in references]
         frequency: Counter[Ngram] = Counter()
-        for sample in counts:
-            frequency.update(set().union(*sample))
-        log_samples = math.log(len(references))
-        self._unseen_idf = log_samples
-        self._idf = {ngram: log_samples - math.log(found) for ngram, found in frequency.items()}
-        self._references = [[self._vectorize(count) for count in sample] for sample in counts]
+        for captions in references:
+            frequency.update({ngram for caption in captions for ngram in self._ngrams(caption)})
+        self._unseen_idf = math.log(len(references))  # and of n-grams in one sample alone, which are most of them
+        self._idf = {ngram: self._unseen_idf - math.log(found) for ngram, found in frequency.items() if found > 1}
+        self._references = references
+        self._kept: dict[int, list[_Caption]] | None = {} if keep else None
 
-    def _count(self, caption: str) -> Counter[Ngram]:
+    def _ngrams(self, caption: str) -> Iterator[Ngram]:
         words = self.tokenize(caption)
-        return Counter(
-            tuple(words[start : start + order])
-            for order in range(1, self.n + 1)
-            for start in range(len(words) - order + 1)
-        )
+        for order in range(1, self.n + 1):
+            yield from zip(*(words[start:] for start in range(order)), strict=False)
+
+    def _reference(self, sample: int) -> list[_Caption]:
+        kept = self._kept.get(sample) if self._kept is not None else None
+        if kept is None:
+            kept = [self._vectorize(Counter(self._ngrams(caption))) for caption in self._references[sample]]
+            if self._kept is not None:
+                self._kept[sample] = kept
+        return kept
 
     def _vectorize(self, counts: Mapping[Ngram, int]) -> _Caption:
         vectors: list[dict[Ngram, float]] = [{} for _ in range(self.n)]
@@ -83,10 +91,10 @@ class CiderCorpus:
 
     def score(self, prediction: str, samples: Sequence[int]) -> list[float]:
         """CIDEr of one prediction against each of the named samples, times 10 as usual."""
-        candidate = self._vectorize(self._count(prediction))
+        candidate = self._vectorize(Counter(self._ngrams(prediction)))
         return [
             10.0 * math.fsum(self._similarity(candidate, reference) for reference in captions) / len(captions)
-            for captions in (self._references[sample] for sample in samples)
+            for captions in map(self._reference, samples)
         ]
 
 
@@ -105,7 +113,7 @@ class Cider:
 
     def compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> MetricResult:
         check_samples(predictions, references)
-        corpus = CiderCorpus(references, self.tokenize)
+        corpus = CiderCorpus(references, self.tokenize, keep=False)
         return MetricResult.from_samples(
             [corpus.score(prediction, [sample])[0] for sample, prediction in enumerate(predictions)], most=10.0
         )

@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TypeVar
 
 from trainer.errors import UserError
 from trainer.metrics import (
+    Bleu,
+    BleuOfConstants,
     Cider,
     CiderCorpus,
     Metric,
@@ -98,15 +100,17 @@ class ConstantAnswers:
             # Where most captions are unique the frequent ones are arbitrary: look across the rest as well.
             half = MAX_CANDIDATES // 2
             candidates = frequent[:half] + _spread(frequent[half:], half)
-        scored = _spread(samples, MAX_SCORED)
-        return max(candidates, key=lambda candidate: self._score(candidate, scored))
+        return max(candidates, key=self._score_on(_spread(samples, MAX_SCORED)))
 
-    def _score(self, candidate: str, samples: Sequence[int]) -> float:
-        if self._captions is not None:
-            return sum(self._captions.score(candidate, samples))
+    def _score_on(self, samples: Sequence[int]) -> Callable[[str], float]:
+        """How good a constant is for these training records."""
         references = [self.answers[sample] for sample in samples]
-        value = self.metric.compute([candidate] * len(references), references).value
-        return value if self.metric.higher_is_better else -value
+        if (captions := self._captions) is not None:
+            return lambda candidate: sum(captions.score(candidate, samples))
+        if isinstance(self.metric, Bleu):
+            return BleuOfConstants(references).score
+        sign = 1 if self.metric.higher_is_better else -1
+        return lambda candidate: sign * self.metric.compute([candidate] * len(references), references).value
 
     def _by_frequency(self, samples: Iterable[int]) -> list[str]:
         """Distinct answers, most frequent first, then in order of appearance; spelled as first seen."""

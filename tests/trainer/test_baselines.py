@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from trainer import baselines
 from trainer.baselines import ConstantAnswers, normalize_question
-from trainer.metrics import MetricResult, get_metric
+from trainer.metrics import BleuOfConstants, MetricResult, get_metric
 
 
 def pairs(*items):
@@ -100,14 +100,30 @@ class TestBoxes:
 class TestCaptions:
     texts = st.lists(st.sampled_from(["a", "red", "blue", "box", "car"]), min_size=1, max_size=4).map(" ".join)
 
+    @pytest.mark.parametrize("name", ["cider", "bleu"])
     @settings(max_examples=50, deadline=None)
     @given(st.lists(texts, min_size=2, max_size=10))
-    def test_best_constant_by_exhaustive_search(self, captions):
+    def test_best_constant_by_exhaustive_search(self, name, captions):
         train = pairs(*[("describe", caption) for caption in captions])
-        metric = get_metric("cider")
+        metric = get_metric(name)
         references = [answers for _, answers in train]
         best = max(metric.compute([caption] * len(train), references).value for caption in captions)
-        assert majority_answer(train, train, "cider").value == pytest.approx(best, abs=1e-9)
+        assert majority_answer(train, train, name).value == pytest.approx(best, abs=1e-9)
+
+    words = st.lists(st.sampled_from(["a", "b", "c,", "d-1"]), max_size=9).map(" ".join)
+
+    @settings(max_examples=50, deadline=None)
+    @given(words, st.lists(st.lists(words, min_size=1, max_size=3), min_size=1, max_size=5))
+    def test_bleu_of_a_constant(self, constant, references):
+        expected = get_metric("bleu").compute([constant] * len(references), references).value
+        assert BleuOfConstants(references).score(constant) == expected
+
+    def test_bleu_reads_references_once_for_all_constants(self, monkeypatch):
+        read = []
+        monkeypatch.setattr("trainer.metrics.bleu.tokenize_13a", lambda text: read.append(text) or text.split())
+        train = pairs(*[("q", f"caption {k}") for k in range(9)])
+        ConstantAnswers(train, get_metric("bleu")).best(range(9))
+        assert Counter(read) == {f"caption {k}": 2 for k in range(9)}  # as a reference and as a constant
 
     def test_bounded_work(self, monkeypatch):
         monkeypatch.setattr(baselines, "MAX_CANDIDATES", 4)

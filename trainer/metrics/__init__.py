@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from trainer.errors import unknown_name
 from trainer.metrics.base import Metric, MetricResult
-from trainer.metrics.bleu import Bleu
+from trainer.metrics.bleu import Bleu, BleuOfConstants
 from trainer.metrics.boxes import AccuracyIoU, Box, intersection_over_union, parse_box
 from trainer.metrics.charts import ChartAccuracy
 from trainer.metrics.cider import Cider, CiderCorpus
@@ -23,6 +23,7 @@ __all__ = [
     "METRICS",
     "AccuracyIoU",
     "Bleu",
+    "BleuOfConstants",
     "Box",
     "ChartAccuracy",
     "Cider",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from trainer.metrics.base import MetricResult, check_samples
 
+Ngram = tuple[str, ...]
 ORDERS = 4
 _ENTITIES = ("&quot;", "&amp;", "&lt;", "&gt;")  # one after the other: "&amp;lt;" ends as "<"
 # 13a sets these ASCII symbols apart; "." and "," unless both neighbours are digits; "-" after a digit.
@@ -59,26 +60,67 @@ class _Counts:
         )
 
 
-def _ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
+def _ngrams(words: Sequence[str]) -> Counter[Ngram]:
     return Counter(
         tuple(words[start : start + order]) for order in range(1, ORDERS + 1) for start in range(len(words) - order + 1)
     )
 
 
+def _most(tokenized: Sequence[Sequence[str]]) -> Counter[Ngram]:
+    """How often an n-gram is in the reference that has it most often."""
+    most: Counter[Ngram] = Counter()
+    for reference in tokenized:
+        most |= _ngrams(reference)
+    return most
+
+
+def _nearest(lengths: Sequence[int], length: int) -> int:
+    """The reference nearest in length counts for brevity, the shorter of two that are as near."""
+    return min((abs(reference - length), reference) for reference in lengths)[1]
+
+
+def _totals(words: Sequence[str]) -> tuple[int, ...]:
+    return tuple(max(len(words) - order, 0) for order in range(ORDERS))
+
+
 def _count(prediction: str, references: Sequence[str]) -> _Counts:
     words = tokenize_13a(prediction)
     tokenized = [tokenize_13a(reference) for reference in references]
-    # The reference nearest in length counts for brevity, the shorter of two that are as near.
-    nearest = min((abs(len(reference) - len(words)), len(reference)) for reference in tokenized)[1]
-    most: Counter[tuple[str, ...]] = Counter()
-    for reference in tokenized:
-        most |= _ngrams(reference)
-    found = _ngrams(words) & most
+    found = _ngrams(words) & _most(tokenized)
     matches = [0] * ORDERS
     for ngram, count in found.items():
         matches[len(ngram) - 1] += count
-    totals = tuple(max(len(words) - order, 0) for order in range(ORDERS))
-    return _Counts(len(words), nearest, tuple(matches), totals)
+    return _Counts(len(words), _nearest(list(map(len, tokenized)), len(words)), tuple(matches), _totals(words))
+
+
+class BleuOfConstants:
+    """Corpus BLEU of the same prediction for all samples, for one prediction after the other.
+
+    Args:
+        references: of each sample. Their n-grams are counted once.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        self._lengths: list[list[int]] = []
+        self._samples: list[Counter[Ngram]] = []  # [k]: how many samples have an n-gram more than k times
+        for answers in references:
+            tokenized = [tokenize_13a(answer) for answer in answers]
+            self._lengths.append([len(words) for words in tokenized])
+            for ngram, most in _most(tokenized).items():
+                self._samples += [Counter() for _ in range(most - len(self._samples))]
+                for times in range(most):
+                    self._samples[times][ngram] += 1
+
+    def score(self, prediction: str) -> float:
+        """What :class:`Bleu` finds for it in all samples."""
+        words = tokenize_13a(prediction)
+        matches = [0] * ORDERS
+        for ngram, count in _ngrams(words).items():
+            matches[len(ngram) - 1] += sum(found[ngram] for found in self._samples[:count])
+        nearest = sum(_nearest(lengths, len(words)) for lengths in self._lengths)
+        n = len(self._lengths)
+        totals = tuple(n * total for total in _totals(words))
+        return _bleu(_Counts(n * len(words), nearest, tuple(matches), totals), every_order=True)
 
 
 def _bleu(counts: _Counts, every_order: bool) -> float:

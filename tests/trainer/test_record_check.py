@@ -167,16 +167,20 @@ class TestCheck:
         assert result.output.splitlines()[-1] == f"{tmp_path / name} has no records"
 
     @pytest.mark.parametrize("terminal", [True, False])
-    def test_a_bar_on_a_terminal(self, tiny_tasks, monkeypatch, terminal):
+    def test_a_bar_on_a_terminal_and_lines_elsewhere(self, tiny_tasks, monkeypatch, terminal):
         stream = io.StringIO()
         stream.isatty = lambda: terminal
         monkeypatch.setattr("trainer.bars.DELAY", 0)
+        monkeypatch.setattr("trainer.bars.LINE_EVERY", 0)
         monkeypatch.setattr("sys.stderr", stream)
         check_files([tiny_tasks[0].train])
         check_images(load_task(tiny_tasks[0]))
         assert ("colour_train.jsonl: 0 records" in stream.getvalue()) == terminal
         assert ("colour:   0%|" in stream.getvalue()) == terminal
         assert ("/16 " in stream.getvalue()) == terminal
+        counts = [f"colour_train.jsonl: {k} records" for k in range(1, 9)]
+        counts += [f"colour: {k} of 16 images" for k in range(1, 17)]
+        assert (stream.getvalue().splitlines() == counts) != terminal
 
     def test_a_record_without_room_for_an_answer(self, tiny_tasks, pixel_model):
         result = check_files([tiny_tasks[0].train], None, pixel_model, max_length=6)

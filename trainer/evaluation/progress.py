@@ -8,10 +8,10 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from trainer.bars import LINE_EVERY
 from trainer.evaluation.parts import Finished
 from trainer.units import duration
 
-LINE_EVERY = 30.0  # seconds between lines when there is no terminal
 SILENCE = 300.0  # seconds without a batch that are worth a word
 
 

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from trainer.bars import LINE_EVERY
 from trainer.units import duration
-
-LINE_EVERY = 30.0  # seconds between lines of one stage when there is no terminal
 
 
 class Progress:

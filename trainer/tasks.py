@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from trainer.bars import watched
 from trainer.data.pictures import oddity
-from trainer.data.records import Record, RecordError, Records, scan_records
+from trainer.data.records import Record, RecordError, RecordFile, Records, read_file
 from trainer.errors import SHOWN, UserError, each, first
 from trainer.metrics import takes_losses
 from trainer.task_config import TaskConfig, set_title
@@ -52,18 +53,47 @@ class Task:
         return self.config.image_root / image
 
 
-def load_task(config: TaskConfig, splits: Sequence[str] = SPLITS) -> Task:
+class RecordFiles:
+    """The record files of tasks that are loaded one after the other: what several of them share is read once."""
+
+    def __init__(self, tasks: Sequence[TaskConfig], splits: Sequence[str] = SPLITS) -> None:
+        uses = Counter(path for task in tasks for split in splits for path in task.record_files(split).values())
+        self._shared = {path for path, count in uses.items() if count > 1}
+        self._read: dict[Path, RecordFile] = {}
+
+    def read(self, path: Path) -> RecordFile:
+        """As :func:`read_file`."""
+        if path in self._read:
+            return self._read[path]
+        file = read_file(path)
+        if path in self._shared:
+            self._read[path] = file
+        return file
+
+
+def load_tasks(configs: Sequence[TaskConfig], splits: Sequence[str] = SPLITS) -> Iterator[Task]:
+    """Each task as :func:`load_task` reads it."""
+    files = RecordFiles(configs, splits)
+    return (load_task(config, splits, files) for config in configs)
+
+
+def load_task(config: TaskConfig, splits: Sequence[str] = SPLITS, files: RecordFiles | None = None) -> Task:
     """Reads a task's record files, those of some splits or of all.
+
+    Args:
+        files: has read some of them already.
 
     Raises:
         UserError: every problem of :func:`scan_task`.
     """
-    task, problems = scan_task(config, splits)
+    task, problems = scan_task(config, splits, files)
     refuse(problems)
     return task
 
 
-def scan_task(config: TaskConfig, wanted: Sequence[str] = SPLITS) -> tuple[Task, list[str]]:
+def scan_task(
+    config: TaskConfig, wanted: Sequence[str] = SPLITS, files: RecordFiles | None = None
+) -> tuple[Task, list[str]]:
     """A task with the records that can be used, and what is wrong with its files.
 
     That is a file that is missing or has no records, a malformed record, named by file and position, and a record to
@@ -71,14 +101,16 @@ def scan_task(config: TaskConfig, wanted: Sequence[str] = SPLITS) -> tuple[Task,
 
     Args:
         wanted: splits to read; the task has no records of the others.
+        files: has read some of its files already.
     """
+    files = files or RecordFiles([config], wanted)
     splits: dict[str, dict[str, Records]] = {split: {} for split in SPLITS}
     problems: list[str] = []
-    files = [(split, part, path) for split in wanted for part, path in config.record_files(split).items()]
-    for split, part, path in files:
+    named = [(split, part, path) for split in wanted for part, path in config.record_files(split).items()]
+    for split, part, path in named:
         records = Records()
         try:
-            records, wrong = scan_records(path, unique_ids=split != "train", task=config.name)
+            records, wrong = files.read(path).of_task(config.name, unique_ids=split != "train")
         except RecordError as error:
             wrong = [str(error)]
         if not records and not wrong and not (config.auxiliary and split != "train"):

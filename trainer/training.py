@@ -51,7 +51,7 @@ from trainer.models.features import FeatureStore
 from trainer.models.loading import load_model, load_processor, stop_generation_at
 from trainer.models.lora import add_lora, save_merged
 from trainer.models.packable import finds_samples_in_one_row, refuse_unpackable, sample_positions
-from trainer.tasks import Task, load_task
+from trainer.tasks import Task, load_tasks
 
 
 class TrainingSpec(BaseModel):
@@ -269,7 +269,7 @@ def train(spec: TrainingSpec) -> None:
 
     assert not isinstance(spec.config.tasks, str), "the pipeline spells the tasks out"
     needed = ("train", "validation") if method_class(spec.method).needs.validation else ("train",)
-    tasks = [load_task(config, needed) for config in spec.config.tasks]
+    tasks = list(load_tasks(spec.config.tasks, needed))
     mixture = Mixture(spec.mixture, spec.mixture_task)
     records = [
         select(task.train, mixture.share(task.name, spec.config.cotbal.mini_ratio), spec.config.seed, task.name)

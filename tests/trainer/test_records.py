@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 from record_files import GPT, HUMAN, LLAVA, record, written
 
-from trainer.data.records import Record, Records, Turn, read_records, scan_records, write_jsonl
+from trainer.config import RunConfig
+from trainer.data.records import Record, Records, Turn, read_file, read_records, scan_records, write_jsonl
 from trainer.errors import UserError
 from trainer.pipeline.evaluations import evaluation_sets
+from trainer.pipeline.planned_data import planned_data
+from trainer.pipeline.preflight import check_all
 from trainer.task_config import TaskConfig
-from trainer.tasks import load_task, scan_task
+from trainer.tasks import load_task, load_tasks, scan_task
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -132,6 +135,26 @@ def test_a_file_of_several_tasks_gives_each_its_own(tmp_path: Path) -> None:
     assert problem.startswith(f"{nameless}, line 1: no 'task', as 2 in all, and others name GQA, VQAv2: no ")
     one = written(tmp_path, [rows[0], LLAVA[1]], ".jsonl")  # a single name says nothing more than the file
     assert len(scan_task(TaskConfig(name="a", train=one, auxiliary=True))[0].train) == 2
+
+
+def test_a_file_of_several_tasks_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("GQA", "VQAv2", "OCR-VQA")
+    asked = [{"from": "human", "value": "?"}, GPT]
+    rows = [record(id=f"{task}{n}", task=task, image="", conversations=asked) for n in range(3) for task in names]
+    paths = [written(tmp_path, rows, suffix) for suffix in (".json", ".jsonl")]
+    (tmp_path / "other").mkdir()
+    alone = written(tmp_path / "other", rows[:1], ".json")
+    configs = [TaskConfig(name=name, train=paths[0], validation=paths[1], metric="exact_match") for name in names]
+    configs.append(TaskConfig(name="chat", train=alone, auxiliary=True))
+    expected = [load_task(config) for config in configs]
+    read: list[Path] = []
+    monkeypatch.setattr("trainer.tasks.read_file", lambda path: read.append(path) or read_file(path))
+    assert list(load_tasks(configs)) == expected
+    assert [own.id for own in expected[1].train] == ["VQAv20", "VQAv21", "VQAv22"]
+    config = RunConfig(output_dir=tmp_path / "run", tasks=configs)
+    assert [checked.task for checked in check_all(config, None)] == expected
+    assert planned_data(config, configs).validation == dict.fromkeys(names, 3)
+    assert read == [*paths, alone] * 3
 
 
 def test_a_list_takes_no_more_memory_than_lines(tmp_path: Path) -> None:

@@ -76,18 +76,26 @@ class Records(Sequence[Record]):
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._content = bytearray()
-        self._ends = array("q", [0])
+        self._starts, self._ends = array("q"), array("q")
         for record in records:
             self.append(record)
 
     def append(self, record: Record) -> None:
         """Adds a record at the end."""
         texts = [text for turn in record.turns for text in (turn.question, turn.answer)]
+        self._starts.append(len(self._content))
         self._content += marshal.dumps((record.id, record.images, texts, record.references, record.system))
         self._ends.append(len(self._content))
 
+    def only(self, places: Sequence[int]) -> Records:
+        """Some of the records, in this order, in the same memory."""
+        chosen = Records()
+        chosen._content = self._content
+        chosen._starts, chosen._ends = (array("q", [ends[k] for k in places]) for ends in (self._starts, self._ends))
+        return chosen
+
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._ends)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -106,7 +114,7 @@ class Records(Sequence[Record]):
 
     def _read(self, place: int) -> Record:
         with memoryview(self._content) as content:  # a slice of it copies nothing
-            name, images, texts, references, system = marshal.loads(content[self._ends[place] : self._ends[place + 1]])
+            name, images, texts, references, system = marshal.loads(content[self._starts[place] : self._ends[place]])
         turns = tuple(map(Turn, texts[::2], texts[1::2]))
         return Record(name, images, turns, references, system)
 
@@ -117,7 +125,7 @@ def read_records(path: Path, answered: bool = True, task: str = "") -> Records:
     Args:
         answered: the last question of every record has its answer, without which nothing can be trained or scored. If
             False it may be missing, as in test sets whose answers are kept secret; it is empty then.
-        task: as in :func:`scan_records`.
+        task: as in :meth:`RecordFile.of_task`.
 
     Raises:
         RecordError: the file is missing, is not JSON, or records are malformed or repeat an id, a line for each.
@@ -135,9 +143,72 @@ def scan_records(
 
     Args:
         answered: as in :func:`read_records`.
-        unique_ids: no two records have the same id, as scoring needs. If False they may, as in LLaVA's own files.
-        task: of a file whose records name several tasks in ``task``, those of this one, and none may be without; of
-            another file, all.
+        unique_ids, task: as in :meth:`RecordFile.of_task`.
+
+    Raises:
+        RecordError: the file is missing, or is not a JSON list.
+    """
+    return read_file(path, answered).of_task(task, unique_ids)
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """What is in a file, whose name is ``path``.
+
+    Attributes:
+        records: that can be used, in file order.
+        places: of each, where it stands.
+        tasks: of each, the name in ``task``.
+        problems: what is wrong with the other records.
+    """
+
+    path: Path
+    records: Records
+    places: Sequence[str]
+    tasks: Sequence[str | None]
+    problems: Sequence[str]
+
+    def of_task(self, task: str, unique_ids: bool) -> tuple[Records, list[str]]:
+        """The records of a task, and what is wrong with others of the file.
+
+        Args:
+            task: of a file whose records name several tasks in ``task``, those of this one, and none may be without;
+                of another file, all. Empty is all.
+            unique_ids: no two records have the same id, as scoring needs. If False they may, as in LLaVA's own files.
+        """
+        problems = list(self.problems)
+        names = {name for name in self.tasks if name is not None}
+        chosen: Sequence[int] = range(len(self.records))
+        if task and len(names) > 1:
+            if nameless := [where for where, name in zip(self.places, self.tasks, strict=True) if name is None]:
+                problems.append(
+                    f"{nameless[0]}: no 'task', as {len(nameless):,} in all, and others name {listed(sorted(names))}: "
+                    "no task would get them; give each its task, or take 'task' out of all"
+                )
+            chosen = [index for index, name in enumerate(self.tasks) if name == task]
+            if not chosen:
+                problems.append(
+                    f"{self.path}: its records name the tasks {listed(sorted(names))} in 'task', and none '{task}'; "
+                    "name the task as they do, or take 'task' out of them"
+                )
+        if unique_ids:
+            seen: dict[str, int] = {}
+            for index in chosen:
+                before = seen.setdefault(name := self.records[index].id, index)
+                if before != index:
+                    problems.append(
+                        f"{self.places[index]}: id '{name}' is already used by {self.places[before]}; "
+                        "ids must be unique"
+                    )
+            chosen = list(seen.values())
+        return self.records if len(chosen) == len(self.records) else self.records.only(chosen), problems
+
+
+def read_file(path: Path, answered: bool = True) -> RecordFile:
+    """Reads a ``.json`` list or a ``.jsonl`` file, whatever is wrong with some records.
+
+    Args:
+        answered: as in :func:`read_records`.
 
     Raises:
         RecordError: the file is missing, or is not a JSON list.
@@ -153,28 +224,7 @@ def scan_records(
             continue
         places.append(where)
         tasks.append(sys.intern(name) if isinstance(name := value.get("task"), str) else None)
-    names = {name for name in tasks if name is not None}
-    chosen: Sequence[int] = range(len(records))
-    if task and len(names) > 1:
-        if nameless := [where for where, name in zip(places, tasks, strict=True) if name is None]:
-            problems.append(
-                f"{nameless[0]}: no 'task', as {len(nameless):,} in all, and others name {listed(sorted(names))}: no "
-                "task would get them; give each its task, or take 'task' out of all"
-            )
-        chosen = [index for index, name in enumerate(tasks) if name == task]
-        if not chosen:
-            problems.append(
-                f"{path}: its records name the tasks {listed(sorted(names))} in 'task', and none '{task}'; name the "
-                "task as they do, or take 'task' out of them"
-            )
-    if unique_ids:
-        seen: dict[str, int] = {}
-        for index in chosen:
-            before = seen.setdefault(name := records[index].id, index)
-            if before != index:
-                problems.append(f"{places[index]}: id '{name}' is already used by {places[before]}; ids must be unique")
-        chosen = list(seen.values())
-    return records if len(chosen) == len(records) else Records(records[index] for index in chosen), problems
+    return RecordFile(path, records, places, tasks, problems)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

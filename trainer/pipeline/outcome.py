@@ -26,7 +26,7 @@ from trainer.metrics import MetricResult, get_metric, takes_losses
 from trainer.pipeline.trainings import Training
 from trainer.sampling_errors import Sampled, sampling_errors
 from trainer.task_config import TaskConfig
-from trainer.tasks import load_task
+from trainer.tasks import load_tasks
 
 Table = dict[str, dict[str, float]]  # task -> score, of a test set by a metric -> value
 SampledOfSeeds = dict[tuple[str, str, str], list[Sampled]]  # (task, test set, score) -> of every seed
@@ -109,7 +109,7 @@ def write_results(run_dir: Path, config: RunConfig, finals: Sequence[Training]) 
     directions: dict[str, dict[str, str]] = {}
     baselines: dict[str, Table] = {"majority": {}, "question_only": {}}
     scored = [options for options in config.tasks if options.test and not options.auxiliary]
-    for task in (load_task(options, ("train", "test")) for options in scored):
+    for task in load_tasks(scored, ("train", "test")):
         seen = [(turn.question, [turn.answer]) for record in task.train for turn in record.turns]
         metrics = [get_metric(name) for name in task.config.scored_with("test")]
         # A constant answer has no perplexity.

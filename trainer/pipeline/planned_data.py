@@ -13,7 +13,7 @@ from trainer.models.images import vision_input
 from trainer.models.loading import load_config, load_processor
 from trainer.pipeline.evaluations import check_scoring, evaluation_sets
 from trainer.task_config import TaskConfig
-from trainer.tasks import load_task
+from trainer.tasks import load_tasks
 
 MEASURED = 2000  # records of a task that are tokenized; the others are given the lengths of these
 _CHARACTERS_PER_TOKEN = 4.0  # where no tokenizer is at hand: English text under the usual vocabularies
@@ -61,8 +61,7 @@ def planned_data(config: RunConfig, tasks: Sequence[TaskConfig]) -> PlannedData:
     planned: dict[str, list[Planned]] = {}
     validation: dict[str, int] = {}
     sampled = False
-    for task_config in tasks:
-        task = load_task(task_config)
+    for task_config, task in zip(tasks, load_tasks(tasks), strict=True):
         records = task.train
         if not task_config.auxiliary:
             validation[task.name] = len(task.validation)

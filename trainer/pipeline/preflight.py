@@ -46,7 +46,7 @@ from trainer.pipeline.evaluations import check_scoring, evaluation_sets
 from trainer.pipeline.planned_data import spread
 from trainer.pipeline.trainings import list_trainings
 from trainer.task_config import TaskConfig
-from trainer.tasks import SPLITS, Task, TaskImages, check_images, load_task, refuse, scan_task
+from trainer.tasks import SPLITS, RecordFiles, Task, TaskImages, check_images, load_tasks, refuse, scan_task
 
 if TYPE_CHECKING:
     from trainer.pipeline.stages import StageContext
@@ -160,16 +160,20 @@ class CheckedTask:
     batch: float
 
 
-def check_task(config: RunConfig, task_config: TaskConfig, encoder: ConversationEncoder | None) -> CheckedTask:
+def check_task(
+    config: RunConfig, task_config: TaskConfig, encoder: ConversationEncoder | None, files: RecordFiles
+) -> CheckedTask:
     """Checks a task's records: its files, its images, and every sample as trainings and evaluations will encode it.
 
     Args:
         encoder: counts tokens; None leaves them alone.
+        files: of the run.
 
     Raises:
         UserError: every problem, a line each.
     """
-    task, problems = scan_task(task_config)  # what can be used is checked further, whatever is wrong with the rest
+    # What can be used is checked further, whatever is wrong with the rest.
+    task, problems = scan_task(task_config, files=files)
     checks: list[Callable[[], Any]] = [partial(refuse, problems), partial(check_images, task)]
     if encoder is not None:
         checks.append(partial(check_tokens, task, encoder, "train", config.training.overlong))
@@ -286,8 +290,9 @@ def check_all(
     """
     assert not isinstance(config.tasks, str)
     encoder = _token_counter(config, model_path) if model_path else None
+    files = RecordFiles(config.tasks)
     checks: list[Callable[[], CheckedTask | None]] = [
-        partial(check_task, config, task, encoder) for task in config.tasks
+        partial(check_task, config, task, encoder, files) for task in config.tasks
     ]
     checks.insert(0, partial(check_trackers, config.training.report_to))
     if model_path:
@@ -343,8 +348,8 @@ def check_validation(config: RunConfig, model_path: str, context: StageContext) 
     assert not isinstance(config.tasks, str)
     encoder = _token_counter(config, model_path)
     balanced = [task for task in config.tasks if not task.auxiliary]
-    for number, task_config in enumerate(balanced):
-        check_tokens(load_task(task_config, ("validation",)), encoder, "validation", config.training.overlong)
+    for number, task in enumerate(load_tasks(balanced, ("validation",))):
+        check_tokens(task, encoder, "validation", config.training.overlong)
         context.report(number + 1, len(balanced), "task")
 
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,14 +18,15 @@ from PIL import Image
 from trainer.config import parse_config
 from trainer.data.encoding import IGNORE_INDEX, ConversationEncoder
 from trainer.data.mixtures import mini_size
+from trainer.data.records import Records
 from trainer.errors import UserError
 from trainer.models.loading import load_processor
 from trainer.pipeline.algorithm1 import Pipeline
-from trainer.pipeline.preflight import check_config, check_run, token_counter
+from trainer.pipeline.preflight import CheckedTask, TokenCount, check_config, check_run, token_counter
 from trainer.pipeline.progress import Progress
 from trainer.pipeline.stages import StageContext
 from trainer.task_config import TaskConfig
-from trainer.tasks import check_images, load_task
+from trainer.tasks import Task, TaskImages, check_images, load_task
 from trainer.units import byte_size
 
 
@@ -121,6 +122,18 @@ def test_check_prints_what_is_there(copied_run: dict[str, Any]) -> None:
         ["box", "accuracy_iou", "8", "4", "4", "8/4/4", supervised[1], "0"],
         ["chat", "auxiliary", "8", "4", "4", "0/0/0", supervised[2], "0"],
     ]
+
+
+def test_numbers_of_large_data_stay_apart(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = TaskConfig(**data["tasks"][0]).model_copy(update={"metric": "chartqa_relaxed"})
+    train, validation, test = (cast(Records, range(count)) for count in (1_000_000, 214_354, 107_394))
+    task = Task(own, train, validation, {"": test})
+    images = TaskImages(9, {"train": 350_000, "validation": 214_354, "test": 107_394}, [])
+    checked = CheckedTask(task, images, TokenCount(supervised=98_765_432, cut=123_456), [], 0.0)
+    monkeypatch.setattr("trainer.pipeline.preflight.check_all", lambda *_: [checked])
+    row = check_config(parse_config(data, "x")).splitlines()[1]
+    numbers = ["1000000", "214354", "107394", "350000/214354/107394", "98765432", "123456"]
+    assert row.split() == ["colour", "chartqa_relaxed", *numbers]
 
 
 def test_what_is_odd_is_a_warning(

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 _IMAGES_MEASURED = 200  # records of a task whose images' sizes are read
 _BYTES_OF_TOKEN = 4 * 8  # ids, labels, mask or positions, task id
 _BYTES_OF_VALUE = 4  # processors make float32
+_COUNTS = "{:>9}{:>9}{:>9}{:>24}{:>14}{:>9}"  # of the table: a million records and images of each split
 
 
 def describe(task: Task) -> dict[str, Any]:
@@ -365,18 +366,14 @@ def check_config(config: RunConfig) -> str:
     if isinstance(config.tasks, str):
         return "tasks: built_in (written and checked by the run itself)"
     drops = config.training.overlong == "drop"
-    lines = [
-        f"{'task':<24}{'metric':<14}{'train':>8}{'valid.':>8}{'test':>8}{'images':>16}{'supervised':>12}"
-        f"{'dropped' if drops else 'cut':>{8 if drops else 6}}"
-    ]
+    head = ("train", "valid.", "test", "images", "supervised", "dropped" if drops else "cut")
+    lines = [f"{'task':<24}{'metric':<16}" + _COUNTS.format(*head)]
     warnings: list[str] = []
     for checked in check_all(config, None if config.model.path == BUILT_IN else config.model.path):
         task, count = checked.task, checked.count
         supervised, overlong = (count.supervised, count.dropped if drops else count.cut) if count else ("-", "-")
         images = "/".join(str(checked.images.by_split[split]) for split in SPLITS)
-        lines.append(
-            f"{task.name:<24}{task.config.metric or 'auxiliary':<14}{len(task.train):>8}{len(task.validation):>8}"
-            f"{len(task.test):>8}{images:>16}{supervised:>12}{overlong:>{8 if drops else 6}}"
-        )
+        counts = (len(task.train), len(task.validation), len(task.test), images, supervised, overlong)
+        lines.append(f"{task.name:<24}{task.config.metric or 'auxiliary':<16}" + _COUNTS.format(*counts))
         warnings += [f"warning: {warning}" for warning in checked.warnings]
     return "\n".join(lines + warnings)

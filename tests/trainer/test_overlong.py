@@ -208,7 +208,9 @@ class TestCounter:
         assert len(counter.training_sample(record, tmp_path.joinpath).input_ids) == lengths[0]
 
 
-def test_problems_of_all_samples_are_counted() -> None:
+def test_problems_of_all_samples_are_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def measure(index: int) -> SampleLength:
         if index % 3 == 1:
             raise UserError(f"sample {index} is wrong")
@@ -217,6 +219,9 @@ def test_problems_of_all_samples_are_counted() -> None:
     assert [length.tokens for length in measure_all(1, measure)] == [1]
     with pytest.raises(UserError, match=r"^sample 1 is wrong \(and 2 more like it\)$"):
         measure_all(9, measure)
+    monkeypatch.setattr("trainer.bars.LINE_EVERY", 0)  # of hundreds of thousands it takes minutes
+    measure_all(1, measure)
+    assert capsys.readouterr().err == "lengths: 1 of 1 samples\n"
 
 
 def test_other_processes_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.bars import watched
 from trainer.data.ahead import tried
 from trainer.data.encoding import ConversationEncoder, TooLongError
 from trainer.data.pictures import image_size
@@ -145,7 +146,9 @@ def measure_all(count: int, measure: Callable[[int], SampleLength], processes: i
         UserError: on every rank alike, the first problem in the order of samples, and how many there are.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = list(tried(measure, range(rank, count, world), processes))
+    own = range(rank, count, world)
+    measured = tried(measure, own, processes)
+    mine = list(measured if rank else watched(measured, "lengths", "sample", len(own)))
     shares: list[list[SampleLength | str]] = [mine]
     if world > 1:
         shares = [[] for _ in range(world)]

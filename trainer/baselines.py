@@ -40,7 +40,7 @@ FORMAT_INSTRUCTIONS = (
 
 # Metrics that compare answers in a form of their own: there the most frequent one is the best constant. VQA accuracy
 # could not be computed either, since a training record has one answer and not ten.
-_FORMS = {"exact_match": normalize_answer, "vqa_accuracy": process_vqa_answer}
+_FORMS: dict[str, Callable[[str], str]] = {"exact_match": normalize_answer, "vqa_accuracy": process_vqa_answer}
 
 # Constants tried, and training samples they are tried on: a bound on the time that CIDEr takes. Training captions that
 # it looks at at all: one of 180 words takes 0.2 MB.

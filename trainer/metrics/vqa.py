@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from trainer.errors import UserError
 from trainer.metrics.base import MetricResult, check_samples
@@ -47,6 +48,7 @@ _CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}
 
 
+@lru_cache(2**15)  # annotators agree, and questions share answers
 def process_vqa_answer(text: str) -> str:
     """An answer in the form VQAv2 compares: punctuation, number words, articles, contractions, lower case."""
     delete_all = _DIGIT_COMMA.search(text) is not None

@@ -124,14 +124,14 @@ def test_check_prints_what_is_there(copied_run: dict[str, Any]) -> None:
     ]
 
 
-def test_numbers_of_large_data_stay_apart(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    own = TaskConfig(**data["tasks"][0]).model_copy(update={"metric": "chartqa_relaxed"})
+def test_numbers_of_large_data_stay_apart(copied_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = TaskConfig(**copied_run["tasks"][0]).model_copy(update={"metric": "chartqa_relaxed"})
     train, validation, test = (cast(Records, range(count)) for count in (1_000_000, 214_354, 107_394))
     task = Task(own, train, validation, {"": test})
     images = TaskImages(9, {"train": 350_000, "validation": 214_354, "test": 107_394}, [])
     checked = CheckedTask(task, images, TokenCount(supervised=98_765_432, cut=123_456), [], 0.0)
     monkeypatch.setattr("trainer.pipeline.preflight.check_all", lambda *_: [checked])
-    row = check_config(parse_config(data, "x")).splitlines()[1]
+    row = check_config(parse_config(copied_run, "x")).splitlines()[1]
     numbers = ["1000000", "214354", "107394", "350000/214354/107394", "98765432", "123456"]
     assert row.split() == ["colour", "chartqa_relaxed", *numbers]
 

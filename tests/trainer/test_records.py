@@ -13,7 +13,7 @@ import pytest
 from record_files import GPT, HUMAN, LLAVA, record, written
 
 from trainer.config import RunConfig
-from trainer.data.records import Record, Records, Turn, read_file, read_records, scan_records, write_jsonl
+from trainer.data.records import Record, Records, Turn, read_file, read_records, write_jsonl
 from trainer.errors import UserError
 from trainer.pipeline.evaluations import evaluation_sets
 from trainer.pipeline.planned_data import planned_data
@@ -131,7 +131,7 @@ def test_a_file_of_several_tasks_gives_each_its_own(tmp_path: Path) -> None:
         f"{path}: its records name the tasks GQA, VQAv2 in 'task', and none 'gqa'; name the task as"
     )
     nameless = written(tmp_path, [LLAVA[1], *rows, LLAVA[1]], ".jsonl")
-    (problem,) = scan_records(nameless, unique_ids=False, task="GQA")[1]
+    _, (problem,) = read_file(nameless).of_task("GQA", unique_ids=False)
     assert problem.startswith(f"{nameless}, line 1: no 'task', as 2 in all, and others name GQA, VQAv2: no ")
     one = written(tmp_path, [rows[0], LLAVA[1]], ".jsonl")  # a single name says nothing more than the file
     assert len(scan_task(TaskConfig(name="a", train=one, auxiliary=True))[0].train) == 2
@@ -183,7 +183,7 @@ def test_no_cycles_are_looked_for_while_reading(tmp_path: Path) -> None:
 
     gc.callbacks.append(note)
     try:
-        scan_records(path, unique_ids=False)
+        read_file(path)
     finally:
         gc.callbacks.remove(note)
     assert len(seen) <= 10  # before and behind

@@ -130,25 +130,10 @@ def read_records(path: Path, answered: bool = True, task: str = "") -> Records:
     Raises:
         RecordError: the file is missing, is not JSON, or records are malformed or repeat an id, a line for each.
     """
-    records, problems = scan_records(path, answered, task=task)
+    records, problems = read_file(path, answered).of_task(task, unique_ids=True)
     if problems:
         raise RecordError("\n".join(first(problems)))
     return records
-
-
-def scan_records(
-    path: Path, answered: bool = True, unique_ids: bool = True, task: str = ""
-) -> tuple[Records, list[str]]:
-    """The records of a file that can be used, in file order, and what is wrong with the others.
-
-    Args:
-        answered: as in :func:`read_records`.
-        unique_ids, task: as in :meth:`RecordFile.of_task`.
-
-    Raises:
-        RecordError: the file is missing, or is not a JSON list.
-    """
-    return read_file(path, answered).of_task(task, unique_ids)
 
 
 @dataclass(frozen=True)
